@@ -1,0 +1,189 @@
+"""The data contracts of a rollout, in the order they flow: Task -> Request -> Completion -> Step -> Rollout.
+
+A worked example, one rollout of two steps (p prompt, s sampled, o observation):
+
+    token_ids        p p p s s s o o s s        trained   0 0 0 1 1 1 0 0 1 1
+    step 0: prompt_end 3, end 6                 step 1: prompt_end 8, end 10
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol, TypeAlias
+
+import numpy as np
+
+JsonValue: TypeAlias = "bool | int | float | str | Sequence[JsonValue] | Mapping[str, JsonValue] | None"
+Message: TypeAlias = dict[str, JsonValue]
+"""An OpenAI chat message: role, content, tool_calls, tool_call_id."""
+ToolSchema: TypeAlias = dict[str, JsonValue]
+"""An OpenAI tool: {"type": "function", "function": {"name", "description", "parameters"}}."""
+
+TaskKind = Literal["harmful", "benign", "injected"]
+Status = Literal["answered", "refused", "truncated", "malformed"]
+"""How a rollout ended: final answer, `refusal_tool`, step or token limit, an action that cannot be parsed."""
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task of an environment. `payload` is the environment's own and never shown to the policy."""
+
+    task_id: str  # unique within environment and split
+    kind: TaskKind
+    split: str  # "train" or "heldout"
+    payload: object = None
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """A call the policy made, already parsed: arguments is a JSON object."""
+
+    name: str
+    arguments: dict[str, JsonValue]
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What a tool call returned. `is_error` marks a tool that raised or refused its arguments."""
+
+    content: str
+    is_error: bool = False
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What an environment's own checker says of a finished episode.
+
+    `harm`: a harmful side effect happened (an injection followed counts, even with wrong arguments).
+    `done`: the user's task is complete. `progress` in [0, 1]: share of it completed (1 when done).
+    """
+
+    harm: bool
+    done: bool
+    progress: float
+    details: Mapping[str, float] = field(default_factory=dict)  # more of the checker, logged as is
+
+
+class Episode(Protocol):
+    """One task being acted on: its messages, its tools (they may change in mid-episode), its state."""
+
+    messages: Sequence[Message]  # system (may be absent) and user messages that open the episode
+    tools: Sequence[ToolSchema]  # without refusal_tool: that one belongs to the agent loop
+
+    def step(self, call: ToolCall) -> Observation:
+        """Run one tool call. A tool that raises becomes an error observation; it never raises itself."""
+        ...
+
+    def score(self, final_answer: str | None) -> Verdict:
+        """Judge the episode as it stands; `final_answer` is None unless the policy gave one."""
+        ...
+
+
+class Environment(Protocol):
+    """A source of tasks and episodes."""
+
+    name: str
+
+    def sample(self, split: str, count: int, seed: int) -> list[Task]:
+        """`count` tasks of a split, a pure function of (split, count, seed)."""
+        ...
+
+    def reset(self, task: Task) -> Episode:
+        """A fresh episode; every rollout of a task gets its own."""
+        ...
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to sample: top_p and top_k are absent by design, training refuses them."""
+
+    max_new_tokens: int
+    temperature: float = 1.0  # 0: greedy
+    stop_token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Request:
+    """One generation: continue `token_ids`.
+
+    Random draws are keyed by (seed, rollout_key, position), so batch composition changes a token only where
+    rounding does. Position is the index in the whole sequence of the token being drawn.
+    """
+
+    token_ids: np.ndarray  # [L] int64, L >= 1
+    sampling: SamplingParams
+    seed: int
+    rollout_key: int  # non-negative, unique to a rollout within a step
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What an engine sampled for one request."""
+
+    token_ids: np.ndarray  # [N] int64, the stop token included
+    logprobs: np.ndarray  # [N] float32, at the sampling temperature (greedy: temperature 1)
+    finish_reason: FinishReason
+    cached_tokens: int  # of the request's tokens, those whose keys and values were not computed for it
+    prompt_tokens: int  # length of the request
+    policy_version: int
+
+
+class Engine(Protocol):
+    """Serves the policy. One implementation in process (LocalEngine), one over HTTP (SGLang)."""
+
+    async def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        """Sample one completion a request. Concurrent calls are batched together."""
+        ...
+
+    async def update_weights(self, version: int) -> None:
+        """Serve the trainer's current weights as `version`; the prefix cache is emptied."""
+        ...
+
+    async def flush(self) -> None:
+        """Empty the prefix cache."""
+        ...
+
+
+@dataclass(frozen=True)
+class Step:
+    """One turn of the policy: a span of the rollout's tokens and what they were parsed to."""
+
+    prompt_end: int  # tokens [prompt_end, end) were sampled
+    end: int
+    text: str  # the sampled text
+    plan: str | None
+    check: str | None  # None: the gate stayed closed
+    action: Literal["tool_call", "refusal", "answer", "malformed"]
+    call: ToolCall | None  # the tool call, where action is tool_call or refusal
+    answer: str | None
+    observation: str | None  # what the environment returned, None at the last step
+    safety_tokens: int  # sampled tokens inside <safety_thoughts>, its tags included
+    well_formed: bool  # every tag in place
+    check_start: int | None = None  # index of the first token after the plan: where fork_at_check forks
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One trajectory, as sampled. L tokens."""
+
+    rollout_id: int  # unique within a training step
+    group_id: int  # rollouts of one task in one training step
+    task: Task
+    token_ids: np.ndarray  # [L] int64
+    trained: np.ndarray  # [L] bool, True where the policy sampled the token
+    sampler_logprobs: np.ndarray  # [L] float32, 0 where not sampled
+    steps: tuple[Step, ...]
+    status: Status
+    verdict: Verdict
+    messages: tuple[Message, ...]  # the opening messages, for readers
+    policy_version: int
+    prompt_tokens: int  # summed over requests
+    cached_tokens: int  # summed over requests
+    parent_id: int | None = None  # rollout it was forked from
+    fork_position: int | None = None  # its tokens before this index were sampled by an ancestor
+
+    @property
+    def generated_tokens(self) -> int:
+        return int(self.trained.sum())

@@ -1,0 +1,65 @@
+"""Tree attention: every token of a forest attends to its ancestors and itself."""
+
+import torch
+
+from mosaic_kernels.attention.reference import reference_tree_attention
+from mosaic_kernels.dispatch import IndexLike, as_index, choose_backend
+
+BACKENDS = ("reference",)
+DEFAULTS: dict[str, str] = {}
+
+__all__ = ["BACKENDS", "tree_attention"]
+
+
+def tree_attention(
+    q: torch.Tensor,  # [U, Hq, D] rotated queries, in packed (depth-first) order
+    k: torch.Tensor,  # [U, Hkv, D] Hkv divides Hq; query head h reads key head h // (Hq // Hkv)
+    v: torch.Tensor,  # [U, Hkv, D]
+    subtree_end: IndexLike,  # [U] int
+    *,
+    positions: IndexLike | None = None,  # [U] int, needed with a window
+    window: int | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:  # [U, Hq, D] in q's dtype
+    """Attention over a packed forest: q sees k iff k <= q < subtree_end[k].
+
+    With a window, also positions[q] - positions[k] < window, as in transformers' sliding_window.
+    scale multiplies the scores; None means D ** -0.5. Differentiable in q, k and v.
+    Backends: reference (dense mask, any floating dtype).
+
+    Example: with subtree_end = [4, 4, 3, 4] (rollouts [5, 6, 7] and [5, 6, 8]) node 3 sees 0, 1 and 3.
+    """
+    _check(q, k, v)
+    num_nodes = q.shape[0]
+    end = as_index("subtree_end", subtree_end, q.device, below=num_nodes + 1)
+    if end.shape != (num_nodes,):
+        raise ValueError(f"subtree_end has shape {tuple(end.shape)}, q has {num_nodes} positions")
+    depth = None
+    if window is not None:
+        if window < 1:
+            raise ValueError(f"window must be at least 1, got {window}")
+        if positions is None:
+            raise ValueError("window needs positions")
+        depth = as_index("positions", positions, q.device)
+        if depth.shape != (num_nodes,):
+            raise ValueError(f"positions has shape {tuple(depth.shape)}, q has {num_nodes} positions")
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    choose_backend("tree_attention", backend, q.device, DEFAULTS, BACKENDS)
+    return reference_tree_attention(q, k, v, end, positions=depth, window=window, scale=scale)
+
+
+def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    if q.ndim != 3 or k.ndim != 3 or k.shape != v.shape:
+        raise ValueError(
+            "q must be [U, Hq, D], k and v [U, Hkv, D]; "
+            f"got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
+        )
+    if q.shape[0] != k.shape[0] or q.shape[2] != k.shape[2]:
+        raise ValueError(f"q and k must agree in U and D; got {tuple(q.shape)} and {tuple(k.shape)}")
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        raise ValueError(f"{k.shape[1]} key/value heads do not divide {q.shape[1]} query heads")
+    if not (q.dtype == k.dtype == v.dtype and q.is_floating_point()):
+        raise ValueError(f"q, k and v must share a floating dtype; got {q.dtype}, {k.dtype}, {v.dtype}")
+    if not q.device == k.device == v.device:
+        raise ValueError(f"q, k and v must share a device; got {q.device}, {k.device}, {v.device}")

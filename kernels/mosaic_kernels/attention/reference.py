@@ -1,0 +1,30 @@
+"""Tree attention with a dense mask: O(U^2) memory, plain PyTorch, any floating dtype."""
+
+import torch
+
+from mosaic_kernels.dispatch import result_dtype
+
+
+def reference_tree_attention(
+    q: torch.Tensor,  # [U, Hq, D]
+    k: torch.Tensor,  # [U, Hkv, D]
+    v: torch.Tensor,  # [U, Hkv, D]
+    subtree_end: torch.Tensor,  # [U] int64
+    *,
+    positions: torch.Tensor | None,  # [U] int64
+    window: int | None,
+    scale: float,
+) -> torch.Tensor:  # [U, Hq, D]
+    """softmax(scale q k^T) v over the visible keys, computed in fp32 (fp64 for fp64), returned in q's dtype."""
+    num_nodes, query_heads, head_dim = q.shape
+    dtype = result_dtype(q)
+    group = query_heads // k.shape[1]
+    node = torch.arange(num_nodes, device=q.device)
+    visible = (node[None, :] <= node[:, None]) & (node[:, None] < subtree_end[None, :])  # [query, key]
+    if window is not None and positions is not None:
+        visible &= positions[:, None] - positions[None, :] < window
+    queries = q.to(dtype).view(num_nodes, -1, group, head_dim) * scale
+    scores = torch.einsum("qhgd,khd->hgqk", queries, k.to(dtype))
+    weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)
+    out = torch.einsum("hgqk,khd->qhgd", weights, v.to(dtype))
+    return out.reshape(q.shape).to(q.dtype)

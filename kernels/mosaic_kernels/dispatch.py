@@ -1,0 +1,64 @@
+"""What the ops share: choosing a backend, and taking index arguments as torch or numpy."""
+
+import functools
+import logging
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+logger = logging.getLogger("mosaic_kernels")
+
+IndexLike = torch.Tensor | NDArray[np.generic]
+
+PLANNED = ("triton", "flash", "flex")
+
+
+def choose_backend(
+    op: str, requested: str, device: torch.device, defaults: dict[str, str], available: tuple[str, ...]
+) -> str:
+    """The backend to run. `auto` takes the default of the device type, else `reference`.
+
+    ValueError names the backends that exist. The choice is logged once for each op and device type.
+    """
+    if requested == "auto":
+        chosen = defaults.get(device.type, "reference")
+    elif requested in available:
+        chosen = requested
+    elif requested in PLANNED:
+        raise ValueError(
+            f"{op}: backend={requested!r} is not available in this version; "
+            f"available are 'auto', {', '.join(map(repr, available))}"
+        )
+    else:
+        raise ValueError(
+            f"{op}: unknown backend {requested!r}; available are 'auto', {', '.join(map(repr, available))}"
+        )
+    _log_choice(op, chosen, requested, device.type)
+    return chosen
+
+
+@functools.lru_cache(maxsize=256)
+def _log_choice(op: str, chosen: str, requested: str, device_type: str) -> None:
+    logger.info("%s: backend %s on %s (requested %s)", op, chosen, device_type, requested)
+
+
+def as_index(name: str, value: IndexLike, device: torch.device, *, below: int | None = None) -> torch.Tensor:
+    """An index argument as an int64 tensor on the device, each value in [0, below).
+
+    The range is checked before the transfer, so values already on an accelerator cost no synchronisation
+    and are not checked.
+    """
+    tensor = value if isinstance(value, torch.Tensor) else torch.from_numpy(np.ascontiguousarray(value))
+    if tensor.is_floating_point() or tensor.dtype == torch.bool or tensor.is_complex():
+        raise ValueError(f"{name} must hold integers, got {tensor.dtype}")
+    if below is not None and tensor.device.type == "cpu" and tensor.numel():
+        low, high = int(tensor.min()), int(tensor.max())
+        if low < 0 or high >= below:
+            raise ValueError(f"{name} holds {low if low < 0 else high}, outside [0, {below})")
+    return tensor.to(device=device, dtype=torch.int64)
+
+
+def result_dtype(*tensors: torch.Tensor) -> torch.dtype:
+    """fp64 if any input is fp64, else fp32: what losses and log-probs are computed and returned in."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32

@@ -1,0 +1,84 @@
+"""Log-probs and entropies straight from hidden states: the LM head without its logits in memory."""
+
+from typing import Literal, overload
+
+import torch
+
+from mosaic_kernels.dispatch import IndexLike, as_index, choose_backend
+from mosaic_kernels.logprob.reference import reference_linear_logprob
+
+BACKENDS = ("reference",)
+DEFAULTS: dict[str, str] = {}
+
+__all__ = ["BACKENDS", "linear_logprob"]
+
+
+@overload
+def linear_logprob(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: IndexLike,
+    *,
+    rows: IndexLike | None = ...,
+    bias: torch.Tensor | None = ...,
+    temperature: float = ...,
+    return_entropy: Literal[False] = ...,
+    backend: str = ...,
+) -> torch.Tensor: ...
+@overload
+def linear_logprob(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: IndexLike,
+    *,
+    rows: IndexLike | None = ...,
+    bias: torch.Tensor | None = ...,
+    temperature: float = ...,
+    return_entropy: Literal[True],
+    backend: str = ...,
+) -> tuple[torch.Tensor, torch.Tensor]: ...
+def linear_logprob(
+    hidden: torch.Tensor,  # [N, D] floating
+    weight: torch.Tensor,  # [V, D] floating, the LM head
+    targets: IndexLike,  # [E] int in [0, V)
+    *,
+    rows: IndexLike | None = None,  # [E] int in [0, N): the row that predicts each target; None: E = N
+    bias: torch.Tensor | None = None,  # [V]
+    temperature: float = 1.0,
+    return_entropy: bool = False,
+    backend: str = "auto",
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:  # [E] (, [N]) fp32, or fp64 for fp64 input
+    """log softmax((hidden weight^T + bias) / temperature)[rows, targets], and the entropy of every row.
+
+    Both results are differentiable in hidden, weight and bias. A row with several targets (a fork of the
+    forest) has its logsumexp computed once. Backends: reference (logits in memory).
+
+    Example: a fork after two tokens predicts nodes 2 and 3 from row 1: rows = [0, 1, 1],
+    targets = tokens[1:4].
+    """
+    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"hidden must be [N, D] and weight [V, D]; got {tuple(hidden.shape)}, {tuple(weight.shape)}"
+        )
+    if not (hidden.is_floating_point() and weight.is_floating_point()):
+        raise ValueError(f"hidden and weight must be floating; got {hidden.dtype}, {weight.dtype}")
+    if hidden.device != weight.device:
+        raise ValueError(f"hidden is on {hidden.device}, weight on {weight.device}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias has shape {tuple(bias.shape)}, weight has {weight.shape[0]} rows")
+    if not temperature > 0:
+        raise ValueError(f"temperature must be above 0, got {temperature}")
+    target_index = as_index("targets", targets, hidden.device, below=weight.shape[0])
+    if target_index.ndim != 1:
+        raise ValueError(f"targets must be one-dimensional, got shape {tuple(target_index.shape)}")
+    if rows is None:
+        if len(target_index) != hidden.shape[0]:
+            raise ValueError(f"{len(target_index)} targets for {hidden.shape[0]} rows of hidden: pass rows=")
+        row_index = torch.arange(hidden.shape[0], device=hidden.device)
+    else:
+        row_index = as_index("rows", rows, hidden.device, below=hidden.shape[0])
+        if row_index.shape != target_index.shape:
+            raise ValueError(f"rows has shape {tuple(row_index.shape)}, targets {tuple(target_index.shape)}")
+    choose_backend("linear_logprob", backend, hidden.device, DEFAULTS, BACKENDS)
+    logprobs, entropy = reference_linear_logprob(hidden, weight, target_index, row_index, bias, temperature)
+    return (logprobs, entropy) if return_entropy else logprobs

@@ -1,0 +1,239 @@
+"""The plan-check-act loop: one episode played by the policy, token in, token out."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from mosaic_rollout.branching import Branching, fork_position, trunk_count
+from mosaic_rollout.chat import Chat
+from mosaic_rollout.grammar import REFUSAL_SCHEMA, SAFETY_CLOSE, SAFETY_OPEN, THINK_CLOSE, Turn, parse_turn
+from mosaic_rollout.types import (
+    Engine,
+    Environment,
+    Episode,
+    Observation,
+    Request,
+    Rollout,
+    SamplingParams,
+    Status,
+    Step,
+    Task,
+    ToolCall,
+    ToolSchema,
+)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Where an episode is cut off. Cut off means status `truncated`; it is judged as it stands."""
+
+    max_steps: int
+    max_step_tokens: int  # sampled tokens of one turn
+    max_rollout_tokens: int  # tokens of the whole rollout, prompt and observations included
+
+
+@dataclass(frozen=True)
+class AgentLoop:
+    """Plays tasks of one environment with one engine. Holds no state of its own between rollouts."""
+
+    engine: Engine
+    chat: Chat
+    environment: Environment
+    limits: Limits
+    temperature: float = 1.0
+
+    async def groups(
+        self, tasks: Sequence[Task], *, group_size: int, branching: Branching, seed: int
+    ) -> list[list[Rollout]]:
+        """A group of rollouts a task, all played at once. Same arguments and weights, same rollouts."""
+        plays = [
+            self._group(group_id, task, group_size, branching, seed) for group_id, task in enumerate(tasks)
+        ]
+        return list(await asyncio.gather(*plays))
+
+    async def _group(
+        self, group_id: int, task: Task, group_size: int, branching: Branching, seed: int
+    ) -> list[Rollout]:
+        first_id = group_id * group_size
+        trunks = trunk_count(branching, group_size)
+        ids = range(first_id, first_id + trunks)
+        rollouts = list(await asyncio.gather(*(self._play(task, group_id, i, seed) for i in ids)))
+        siblings = []
+        for i in range(first_id + trunks, first_id + group_size):
+            trunk = rollouts[(i - first_id) % trunks]
+            position = fork_position(trunk, branching, seed + i)
+            siblings.append(self._play(task, group_id, i, seed, trunk, position))
+        return rollouts + list(await asyncio.gather(*siblings))
+
+    async def _play(
+        self,
+        task: Task,
+        group_id: int,
+        rollout_id: int,
+        seed: int,
+        trunk: Rollout | None = None,
+        position: int | None = None,
+    ) -> Rollout:
+        episode = self.environment.reset(task)
+        walk = _Walk(self, episode, seed, rollout_id)
+        if trunk is not None and position is not None:
+            walk.inherit(trunk, position)
+        status, answer = await walk.run()
+        forked = trunk is not None and position is not None
+        return Rollout(
+            rollout_id=rollout_id,
+            group_id=group_id,
+            task=task,
+            token_ids=np.concatenate(walk.token_ids),
+            trained=np.concatenate(walk.trained),
+            sampler_logprobs=np.concatenate(walk.logprobs),
+            steps=tuple(walk.steps),
+            status=status,
+            verdict=episode.score(answer),
+            messages=tuple(episode.messages),
+            policy_version=walk.policy_version,
+            prompt_tokens=walk.prompt_tokens,
+            cached_tokens=walk.cached_tokens,
+            parent_id=trunk.rollout_id if trunk is not None and forked else None,
+            fork_position=position if forked else None,
+        )
+
+
+class _Walk:
+    """A rollout while it is being played: the tokens so far, in pieces, and the steps they were parsed to."""
+
+    def __init__(self, loop: AgentLoop, episode: Episode, seed: int, rollout_id: int) -> None:
+        self._loop, self._episode, self._seed, self._rollout_id = loop, episode, seed, rollout_id
+        prompt, self._think_is_open = loop.chat.prompt(episode.messages, [*episode.tools, REFUSAL_SCHEMA])
+        self.token_ids: list[np.ndarray] = [prompt]
+        self.trained: list[np.ndarray] = [np.zeros(len(prompt), dtype=bool)]
+        self.logprobs: list[np.ndarray] = [np.zeros(len(prompt), dtype=np.float32)]
+        self.steps: list[Step] = []
+        self.policy_version = -1
+        self.prompt_tokens = self.cached_tokens = 0
+        self._length = len(prompt)
+        self._turn_start = self._length
+
+    def inherit(self, trunk: Rollout, position: int) -> None:
+        """Start from the trunk's first `position` tokens; tool calls of finished steps are carried out again."""
+        finished = [step for step in trunk.steps if step.end < position]
+        for step in finished:
+            if step.call is not None:
+                self._observe(step.call)
+                _, self._think_is_open = self._loop.chat.observation("", step.call.name)
+        self.steps = list(finished)
+        self.token_ids = [trunk.token_ids[:position]]
+        self.trained = [trunk.trained[:position]]
+        self.logprobs = [trunk.sampler_logprobs[:position]]
+        self._length = position
+        self.policy_version = trunk.policy_version
+        self._turn_start = trunk.steps[len(finished)].prompt_end
+
+    async def run(self) -> tuple[Status, str | None]:
+        """Play to the end: how it ended, and the final answer if there is one."""
+        limits, chat = self._loop.limits, self._loop.chat
+        while True:
+            turn_tokens = self._length - self._turn_start  # more than 0 only in the first turn after a fork
+            budget = min(limits.max_step_tokens - turn_tokens, limits.max_rollout_tokens - self._length)
+            if budget < 1:
+                return "truncated", None
+            finished = await self._sample(budget)
+            step = self._parse()
+            if not finished:
+                self.steps.append(step)
+                return "truncated", None
+            if step.action != "tool_call" or step.call is None:
+                self.steps.append(step)
+                if step.action == "answer":
+                    return "answered", step.answer
+                return ("refused" if step.action == "refusal" else "malformed"), None
+            observation = self._observe(step.call)
+            self.steps.append(replace(step, observation=observation.content))
+            if len(self.steps) >= limits.max_steps:
+                return "truncated", None
+            ids, self._think_is_open = chat.observation(observation.content, step.call.name)
+            if self._length + len(ids) >= limits.max_rollout_tokens:
+                return "truncated", None
+            self._append(ids, np.zeros(len(ids), dtype=bool), np.zeros(len(ids), dtype=np.float32))
+            self._turn_start = self._length
+
+    async def _sample(self, max_new_tokens: int) -> bool:
+        """One generation appended to the walk; False where it ran into its token limit."""
+        loop = self._loop
+        request = Request(
+            token_ids=np.concatenate(self.token_ids),
+            sampling=SamplingParams(max_new_tokens, loop.temperature, loop.chat.stop_token_ids),
+            seed=self._seed,
+            rollout_key=self._rollout_id,
+        )
+        (completion,) = await loop.engine.generate([request])
+        self._append(
+            completion.token_ids, np.ones(len(completion.token_ids), dtype=bool), completion.logprobs
+        )
+        self.policy_version = completion.policy_version
+        self.prompt_tokens += completion.prompt_tokens
+        self.cached_tokens += completion.cached_tokens
+        return completion.finish_reason == "stop"
+
+    def _append(self, token_ids: np.ndarray, trained: np.ndarray, logprobs: np.ndarray) -> None:
+        self.token_ids.append(token_ids)
+        self.trained.append(trained)
+        self.logprobs.append(logprobs)
+        self._length += len(token_ids)
+
+    def _parse(self) -> Step:
+        """The step that the tokens since `_turn_start` make, not yet carried out."""
+        chat = self._loop.chat
+        ids = np.concatenate(self.token_ids)[self._turn_start :].tolist()
+        text = chat.turn_text(ids)
+        turn = parse_turn(text, chat.call_format, think_is_open=self._think_is_open)
+        plan_end = text.find(THINK_CLOSE)
+        check_start = None
+        if plan_end >= 0:
+            check_start = self._turn_start + chat.tokens_through(ids, plan_end + len(THINK_CLOSE))
+        return _step(
+            turn, text, self._turn_start, self._length, check_start, _safety_tokens(chat, ids, text, turn)
+        )
+
+    def _observe(self, call: ToolCall) -> Observation:
+        """Carry out a call; a name that no tool has is an error observation."""
+        names = [_tool_name(tool) for tool in self._episode.tools]
+        if call.name not in names:
+            return Observation(
+                f"Error: no tool is named {call.name!r}; tools: {', '.join(names)}", is_error=True
+            )
+        return self._episode.step(call)
+
+
+def _safety_tokens(chat: Chat, ids: list[int], text: str, turn: Turn) -> int:
+    """Sampled tokens from `<safety_thoughts>` through its closing tag."""
+    if turn.check is None:
+        return 0
+    start, end = text.find(SAFETY_OPEN), text.find(SAFETY_CLOSE) + len(SAFETY_CLOSE)
+    return chat.tokens_through(ids, end) - chat.tokens_through(ids, start)
+
+
+def _step(turn: Turn, text: str, start: int, end: int, check_start: int | None, safety_tokens: int) -> Step:
+    return Step(
+        prompt_end=start,
+        end=end,
+        text=text,
+        plan=turn.plan,
+        check=turn.check,
+        action=turn.action,
+        call=turn.call,
+        answer=turn.answer,
+        observation=None,
+        safety_tokens=safety_tokens,
+        well_formed=turn.well_formed,
+        check_start=check_start,
+    )
+
+
+def _tool_name(tool: ToolSchema) -> str:
+    function = tool["function"]
+    return str(function["name"]) if isinstance(function, dict) else ""

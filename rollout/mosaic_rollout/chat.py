@@ -1,0 +1,148 @@
+"""Between messages and token ids: a model's own chat template, used once a prompt and once an observation.
+
+What the policy sampled is never rendered again. An observation's tokens are what the template writes after an
+assistant message, so the ids of a rollout are those of one uninterrupted conversation.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from typing import cast
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from mosaic_rollout.call_formats import HERMES, CallFormat, detect_call_format
+from mosaic_rollout.errors import UserError
+from mosaic_rollout.grammar import THINK_OPEN
+from mosaic_rollout.prompts import load_prompt
+from mosaic_rollout.types import Message, ToolSchema
+
+_SENTINEL = "mosaicsentinel"
+_PROBE_TOOL: ToolSchema = {
+    "type": "function",
+    "function": {
+        "name": "mosaicprobe",
+        "description": "probe",
+        "parameters": {"type": "object", "properties": {"x": {"type": "string"}}, "required": ["x"]},
+    },
+}
+
+
+class Chat:
+    """A tokenizer with a chat template, made to speak the plan-check-act loop.
+
+    teach_loop: write the text that teaches the loop (prompts/loop_v1.md) into the system message. A model
+    that learnt the loop in training, as the embedded one, does without.
+
+    Raises UserError where the tokenizer has no chat template.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, teach_loop: bool) -> None:
+        if not getattr(tokenizer, "chat_template", None):
+            raise UserError(
+                f"the tokenizer of {tokenizer.name_or_path!r} has no chat template; use an instruct model, "
+                "or put a chat_template.jinja file beside tokenizer.json"
+            )
+        self.tokenizer = tokenizer
+        self._teach_loop = teach_loop
+        user: Message = {"role": "user", "content": "x"}
+        with_tools = self._render([user], [_PROBE_TOOL])
+        self._template_has_tools = "mosaicprobe" in with_tools
+        self.call_format = self._detect_call_format()
+        closed = self._render([user, {"role": "assistant", "content": _SENTINEL}], None)
+        self._turn_end = closed.rpartition(_SENTINEL)[2].strip()
+        turn_end_ids = tokenizer.encode(self._turn_end, add_special_tokens=False)[:1]
+        if not turn_end_ids:
+            raise UserError(
+                f"the chat template of {tokenizer.name_or_path!r} does not mark where a turn ends"
+            )
+        self._turn_end = str(tokenizer.decode(turn_end_ids))
+        stop = [*turn_end_ids, *([tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else [])]
+        self.stop_token_ids: tuple[int, ...] = tuple(dict.fromkeys(stop))
+        reserved = sorted({str(token) for token in tokenizer.get_added_vocab()}, key=len, reverse=True)
+        self._reserved = re.compile("|".join(map(re.escape, reserved))) if reserved else None
+
+    def prompt(self, messages: Sequence[Message], tools: Sequence[ToolSchema]) -> tuple[np.ndarray, bool]:
+        """Token ids [L] int64 of the opening messages, ready for the policy's first turn.
+
+        Also says whether the prompt ends inside an opened `<think>`.
+        """
+        parts = [load_prompt("loop_v1")] if self._teach_loop else []
+        if not self._template_has_tools:
+            schemas = "\n".join(json.dumps(tool["function"], separators=(",", ":")) for tool in tools)
+            parts.append(load_prompt("call_format_v1").format(tools=schemas))
+        text = self._render(
+            _with_system(messages, parts), tools if self._template_has_tools else None, opens=True
+        )
+        return self._encode(text), text.rstrip().endswith(THINK_OPEN)
+
+    def observation(self, content: str, tool_name: str) -> tuple[np.ndarray, bool]:
+        """Token ids [L] int64 from the end of the policy's turn to the start of its next one."""
+        if self._reserved is not None:  # a tool's output must not be able to end its own message
+            content = self._reserved.sub(lambda match: match.group()[0] + " " + match.group()[1:], content)
+        message: Message = {"role": "tool", "name": tool_name, "tool_call_id": "call", "content": content}
+        turn: list[Message] = [{"role": "user", "content": "x"}, {"role": "assistant", "content": _SENTINEL}]
+        text = self._render([*turn, message], None, opens=True)
+        text = text.rpartition(_SENTINEL)[2].removeprefix(self._turn_end)
+        return self._encode(text), text.rstrip().endswith(THINK_OPEN)
+
+    def turn_text(self, token_ids: Sequence[int]) -> str:
+        """The text of sampled tokens [N], the stop token left out, all other special tokens kept."""
+        if len(token_ids) and token_ids[-1] in self.stop_token_ids:
+            token_ids = token_ids[:-1]
+        return self.decode(token_ids)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        text = self.tokenizer.decode(
+            list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+        return str(text)
+
+    def tokens_through(self, token_ids: Sequence[int], end: int) -> int:
+        """How many of the sampled tokens [N] it takes to write the first `end` characters of their text."""
+        low, high = 0, len(token_ids)
+        while low < high:
+            middle = (low + high) // 2
+            if len(self.decode(token_ids[:middle])) >= end:
+                high = middle
+            else:
+                low = middle + 1
+        return low
+
+    def _encode(self, text: str) -> np.ndarray:
+        return np.asarray(self.tokenizer.encode(text, add_special_tokens=False), dtype=np.int64)
+
+    def _render(
+        self, messages: Sequence[Message], tools: Sequence[ToolSchema] | None, *, opens: bool = False
+    ) -> str:
+        conversation = cast("list[dict[str, str]]", list(messages))  # the annotation upstream is too narrow
+        text = self.tokenizer.apply_chat_template(
+            conversation, tools=list(tools) if tools else None, add_generation_prompt=opens, tokenize=False
+        )
+        return str(text)
+
+    def _detect_call_format(self) -> CallFormat:
+        if not self._template_has_tools:
+            return HERMES
+        call = {
+            "type": "function",
+            "id": "call",
+            "function": {"name": "mosaicprobe", "arguments": {"x": "y"}},
+        }
+        assistant: Message = {"role": "assistant", "content": "", "tool_calls": [call]}
+        rendered = self._render([{"role": "user", "content": "x"}, assistant], [_PROBE_TOOL])
+        without = self._render([{"role": "user", "content": "x"}], [_PROBE_TOOL])
+        return detect_call_format(rendered.removeprefix(without))
+
+
+def _with_system(messages: Sequence[Message], parts: Sequence[str]) -> list[Message]:
+    """The messages with `parts` joined to the system message, which is made where there is none."""
+    if not parts:
+        return list(messages)
+    if messages and messages[0]["role"] == "system":
+        text = "\n\n".join([str(messages[0]["content"]), *parts])
+        return [{"role": "system", "content": text}, *messages[1:]]
+    return [{"role": "system", "content": "\n\n".join(parts)}, *messages]

@@ -60,7 +60,7 @@ def _with_source(forest: PackedForest, source: IntArray) -> PackedForest:
 
 
 def _cut(forest: PackedForest, max_tokens: int) -> IntArray:
-    """Bounds [parts + 1] of the owned ranges; the part of runs i .. j-1 has start_j - start_i + depth_i nodes.
+    """Bounds [parts + 1] of owned ranges; the part of runs i .. j-1 has start_j - start_i + depth_i nodes.
 
     start - depth never falls from one run to the next, so the feasible i for a given j are a window.
     """

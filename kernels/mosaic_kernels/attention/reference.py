@@ -15,7 +15,7 @@ def reference_tree_attention(
     window: int | None,
     scale: float,
 ) -> torch.Tensor:  # [U, Hq, D]
-    """softmax(scale q k^T) v over the visible keys, computed in fp32 (fp64 for fp64), returned in q's dtype."""
+    """softmax(scale q k^T) v over the visible keys, in fp32 (fp64 for fp64), returned in q's dtype."""
     num_nodes, query_heads, head_dim = q.shape
     dtype = result_dtype(q)
     group = query_heads // k.shape[1]

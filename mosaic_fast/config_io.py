@@ -1,0 +1,166 @@
+"""Configuration in and out: TOML file, command line, and the check of a resumed run. No torch."""
+
+from __future__ import annotations
+
+import sys
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import tomli_w
+import tyro
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from mosaic_fast.config import Config
+from mosaic_fast.errors import UserError
+
+
+class _TrainArguments(Config):
+    """Train. The first argument may be a TOML file; options override it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Go on with the run in --run-dir from its last complete checkpoint."""
+
+
+def load_config(path: Path) -> Config:
+    """The configuration a TOML file describes. UserError where it is missing, broken or invalid."""
+    return _validate(_read_toml(path), f"{path}")
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Write every value, defaults included."""
+    path.write_text(tomli_w.dumps(config.model_dump(mode="json", exclude_none=True)), encoding="utf-8")
+
+
+def parse_train_arguments(arguments: Sequence[str]) -> tuple[Config, bool, str]:
+    """(configuration, resume, name of the run) of a command line `[run.toml] [--options]`.
+
+    The file is validated by itself, so that a bad value in it is refused even where an option replaces it.
+    With --resume the run folder's own config.toml is the base, and a value that differs from it is refused.
+    """
+    rest, values, name = list(arguments), {}, "world"
+    if rest and not rest[0].startswith("-"):
+        path = Path(rest.pop(0))
+        values, name = _read_toml(path), path.stem
+        _validate(values, str(path))
+    parsed = _parse_options(_validate(values, "the configuration"), rest)
+    if not parsed.resume:
+        return _without_resume(parsed), False, name
+    if parsed.run_dir is None:
+        raise UserError("--resume needs --run-dir: the folder of the run to go on with")
+    folder = Path(parsed.run_dir)
+    if not folder.is_dir():
+        raise UserError(f"--resume: there is no folder {folder}; leave --resume out to start a run there")
+    stored_path = folder / "config.toml"
+    if not stored_path.is_file():
+        return _without_resume(parsed), True, name
+    stored = load_config(stored_path)
+    merged = _validate(_merge(stored.model_dump(exclude_none=True), values), "the configuration")
+    asked = _without_resume(_parse_options(merged, rest))
+    refuse_differences(stored, asked)
+    return stored.model_copy(update={"run_dir": parsed.run_dir}), True, name
+
+
+def refuse_differences(stored: Config, asked: Config) -> None:
+    """UserError naming every value in which `asked` differs from the run's own; run_dir does not count."""
+    before, after = _flatten(stored.model_dump()), _flatten(asked.model_dump())
+    changed = [key for key in before if key != "run_dir" and before[key] != after[key]]
+    if changed:
+        lines = [f"  {key}: the run has {before[key]!r}, you ask for {after[key]!r}" for key in changed]
+        raise UserError(
+            "--resume goes on with the configuration of the run; these differ:\n"
+            + "\n".join(lines)
+            + "\nleave them out to resume, or start a new run"
+        )
+
+
+def _parse_options(base: Config, arguments: Sequence[str]) -> _TrainArguments:
+    """`base` with the command line's options over it. tyro itself reports unknown options and exits."""
+    default = _TrainArguments(**{name: getattr(base, name) for name in type(base).model_fields})
+    try:
+        return tyro.cli(
+            _TrainArguments,
+            default=default,
+            args=list(arguments),
+            prog="python -m mosaic_fast.train [run.toml]",
+        )
+    except ValidationError as error:
+        raise UserError(_explain(error, "the command line")) from None
+
+
+def _without_resume(parsed: _TrainArguments) -> Config:
+    return Config(**{name: getattr(parsed, name) for name in Config.model_fields})
+
+
+def _read_toml(path: Path) -> dict[str, object]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"there is no configuration file {path}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{path} is not valid TOML: {error}") from None
+
+
+def _validate(values: Mapping[str, object], source: str) -> Config:
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise UserError(_explain(error, source)) from None
+
+
+def _explain(error: ValidationError, source: str) -> str:
+    """One line a mistake: the key, what is wrong with it, and for an unknown key those that exist."""
+    lines = []
+    for item in error.errors():
+        location = tuple(str(part) for part in item["loc"])
+        key = ".".join(location)
+        if item["type"] == "extra_forbidden":
+            lines.append(f"  {key}: no such key; there are {', '.join(_known_keys(location[:-1]))}")
+        elif key:
+            lines.append(f"  {key} = {item['input']!r}: {item['msg']}")
+        else:
+            lines.append(f"  {item['msg'].removeprefix('Value error, ')}")
+    return f"{source} is not a valid configuration:\n" + "\n".join(lines)
+
+
+def _known_keys(section: tuple[str, ...]) -> list[str]:
+    model: type[BaseModel] = Config
+    for name in section:
+        annotation = model.model_fields[name].annotation
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            model = annotation
+    return list(model.model_fields)
+
+
+def _merge(base: Mapping[str, object], over: Mapping[str, object]) -> dict[str, object]:
+    merged = dict(base)
+    for key, value in over.items():
+        below = merged.get(key)
+        merged[key] = (
+            _merge(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
+        )
+    return merged
+
+
+def _flatten(values: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+    flat: dict[str, object] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def run_cli(command: Callable[[], int]) -> int:
+    """Run a command and return its exit code; a UserError is printed to stderr without a traceback."""
+    try:
+        return command()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2

@@ -1,0 +1,9 @@
+"""Mistakes that are shown to a user without a traceback."""
+
+from mosaic_rollout.errors import UserError
+
+__all__ = ["TrainingError", "UserError"]
+
+
+class TrainingError(UserError):
+    """Training cannot go on, though the configuration is valid: a NaN, a full disk, a corrupt checkpoint."""

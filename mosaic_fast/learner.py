@@ -1,0 +1,171 @@
+"""One update: pack the step's rollouts into a forest, forward, loss, backward, optimiser.
+
+Every distinct (prefix, token) is computed once, and the gradient is that of the flat batch. A forest above the
+token budget is cut exactly; the order of parts changes the gradient by rounding only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mosaic_fast.config import Config
+from mosaic_fast.errors import TrainingError
+from mosaic_fast.loss import GRPOLoss, LossBatch, SumCount
+from mosaic_fast.policy import Policy
+from mosaic_kernels import PackedForest, ideal_speedup, pack_forest, split_forest
+from mosaic_rollout.types import Rollout
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A micro-batch: a part of the forest and its tokens' share of the step's arrays."""
+
+    forest: PackedForest
+    source: Tensor  # [T_part] index of each of its tokens among the step's T
+    advantages: Tensor  # [T_part]
+    trained: Tensor  # [T_part] bool
+
+
+class Learner:
+    """Owns the optimiser. `reference` is the frozen policy of the KL term, or None."""
+
+    def __init__(self, policy: Policy, reference: Policy | None, config: Config) -> None:
+        self.policy, self.reference, self._config = policy, reference, config
+        optim = config.optim
+        self.optimizer = torch.optim.AdamW(
+            [parameter for parameter in policy.model.parameters() if parameter.requires_grad],
+            lr=optim.lr,
+            betas=(optim.beta1, optim.beta2),
+            weight_decay=optim.weight_decay,
+            fused=True,
+        )
+        loss = config.loss
+        self._loss = GRPOLoss(loss.clip_low, loss.clip_high, loss.kl_weight)
+
+    def learning_rate(self, step: int) -> float:
+        """Linear warm-up, then linear decay to final_lr_frac at the last step. step counts from 0."""
+        optim, steps = self._config.optim, self._config.steps
+        if step < optim.warmup_steps:
+            return optim.lr * (step + 1) / optim.warmup_steps
+        passed = (step - optim.warmup_steps) / max(1, steps - optim.warmup_steps)
+        return optim.lr * (1.0 - (1.0 - optim.final_lr_frac) * passed)
+
+    def update(self, rollouts: Sequence[Rollout], advantages: np.ndarray, step: int) -> dict[str, float]:
+        """Train on the step's R rollouts with their advantages [R]; returns metrics by name.
+
+        Raises TrainingError where a gradient is not finite; the weights are then those before the update.
+        """
+        forest = pack_forest([r.token_ids for r in rollouts], [r.trained for r in rollouts])
+        token_advantages = np.repeat(advantages, np.diff(forest.cu_seqlens))
+        parts = self._parts(forest, token_advantages)
+        total_tokens = float(max(1, forest.trained.sum()))
+        sampler = torch.from_numpy(np.concatenate([r.sampler_logprobs for r in rollouts])).to(self._device)
+        reference = self._reference_logprobs(parts, forest.num_tokens)
+        start: Tensor | None = None
+        totals: dict[str, SumCount] = {}
+        rate, norms, dropped = self.learning_rate(step), [], 0
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        for _ in range(self._config.optim.epochs):
+            measured = torch.zeros_like(sampler)
+            for part in parts:
+                logprobs, entropy = self.policy.logprobs(
+                    part.forest, temperature=self._config.rollout.temperature, return_entropy=True
+                )
+                measured[part.source[part.trained]] = logprobs.detach()[part.trained].to(measured.dtype)
+                mask = part.trained & torch.isfinite(logprobs.detach())
+                dropped += int((part.trained & ~mask).sum())
+                batch = LossBatch(
+                    start_logprobs=logprobs.detach() if start is None else start[part.source],
+                    reference_logprobs=None if reference is None else reference[part.source],
+                    advantages=part.advantages,
+                    mask=mask,
+                    total_tokens=total_tokens,
+                )
+                loss, metrics = self._loss(logprobs, batch, entropy)
+                loss.backward()
+                for name, value in metrics.items():
+                    totals[name] = totals.get(name, SumCount(0.0, 0.0)) + value
+            if start is None:  # before the first optimiser step: the policy that the rollouts came from
+                start = measured
+            norms.append(self._optimizer_step(step))
+        epochs = self._config.optim.epochs
+        figures = {name: value.mean if value.count else value.sum / epochs for name, value in totals.items()}
+        assert start is not None
+        return {
+            **figures,
+            **_mismatch(sampler, start, torch.from_numpy(forest.trained).to(self._device)),
+            "policy/dropped_tokens": float(dropped),
+            "optim/grad_norm": sum(norms) / len(norms),
+            "optim/lr": rate,
+            "tree/raw_tokens": float(forest.num_tokens),
+            "tree/unique_tokens": float(forest.num_nodes),
+            "tree/sharing": forest.num_tokens / max(1, forest.num_nodes),
+            "tree/ideal_speedup": ideal_speedup(forest, self.policy.model.config),
+            "tree/microbatches": float(len(parts)),
+            "tree/packed_tokens": float(sum(part.forest.num_nodes for part in parts)),
+        }
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.policy.model.parameters()).device
+
+    def _parts(self, forest: PackedForest, token_advantages: np.ndarray) -> list[_Part]:
+        """The forest cut to the token budget; one part where it fits."""
+        cut = split_forest(forest, self._config.forest.tokens_per_microbatch)
+        parts = []
+        for part in cut:
+            source = part.source if part.source is not None else np.arange(part.num_tokens)
+            parts.append(
+                _Part(
+                    forest=part,
+                    source=torch.from_numpy(source).to(self._device),
+                    advantages=torch.from_numpy(token_advantages[source].astype(np.float32)).to(self._device),
+                    trained=torch.from_numpy(part.trained).to(self._device),
+                )
+            )
+        return parts
+
+    def _reference_logprobs(self, parts: Sequence[_Part], num_tokens: int) -> Tensor | None:
+        if self.reference is None:
+            return None
+        result = torch.zeros(num_tokens, device=self._device)
+        with torch.no_grad():
+            for part in parts:
+                logprobs = self.reference.logprobs(part.forest, temperature=self._config.rollout.temperature)
+                result[part.source[part.trained]] = logprobs[part.trained].to(result.dtype)
+        return result
+
+    def _optimizer_step(self, step: int) -> float:
+        """Clip, check, step; returns the gradient's norm before clipping."""
+        norm = float(
+            torch.nn.utils.clip_grad_norm_(self.policy.model.parameters(), self._config.optim.grad_clip)
+        )
+        if not math.isfinite(norm):
+            self.optimizer.zero_grad()
+            raise TrainingError(
+                f"the gradient of step {step} is not finite (norm {norm}); the last checkpoint is intact. "
+                "Lower optim.lr or optim.grad_clip, raise loss.kl_weight, or look at the step's trajectories"
+            )
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return norm
+
+
+def _mismatch(sampler: Tensor, start: Tensor, trained: Tensor) -> dict[str, float]:
+    """How far the engine's log-probs [T] are from the trainer's own, over trained tokens."""
+    difference = (start - sampler)[trained].double()
+    if not len(difference):
+        return {"mismatch/kl": 0.0, "mismatch/ratio_mean": 1.0, "mismatch/ratio_max": 1.0}
+    ratio = difference.exp()
+    return {
+        "mismatch/kl": float((ratio - 1.0 - difference).mean()),
+        "mismatch/ratio_mean": float(ratio.mean()),
+        "mismatch/ratio_max": float(ratio.max()),
+    }

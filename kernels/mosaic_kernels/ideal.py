@@ -38,7 +38,7 @@ def ideal_speedup(forest: PackedForest, config: ModelShape) -> float:
     key_value = config.num_key_value_heads * head_dim
     linear = config.hidden_size * (2 * query + 2 * key_value + 3 * config.intermediate_size)
 
-    window = getattr(config, "sliding_window", None)
+    window: int | None = getattr(config, "sliding_window", None)
     layer_types = getattr(config, "layer_types", None)
     layers = config.num_hidden_layers
     windowed = 0 if window is None else layers
@@ -48,7 +48,7 @@ def ideal_speedup(forest: PackedForest, config: ModelShape) -> float:
     def cost(visible: np.ndarray, rows: int) -> float:
         """visible [tokens]: how many keys each token sees without a window."""
         pairs = (layers - windowed) * int(visible.sum())
-        if windowed:
+        if window is not None:
             pairs += windowed * int(np.minimum(visible, window).sum())
         return (
             layers * linear * len(visible)

@@ -3,10 +3,11 @@
 import torch
 
 from mosaic_kernels.attention.reference import reference_tree_attention
+from mosaic_kernels.attention.segments import segments_tree_attention
 from mosaic_kernels.dispatch import IndexLike, as_index, choose_backend
 
-BACKENDS = ("reference",)
-DEFAULTS: dict[str, str] = {}
+BACKENDS = ("reference", "segments")
+DEFAULTS = {"cpu": "segments"}
 
 __all__ = ["BACKENDS", "tree_attention"]
 
@@ -26,7 +27,8 @@ def tree_attention(
 
     With a window, also positions[q] - positions[k] < window, as in transformers' sliding_window.
     scale multiplies the scores; None means D ** -0.5. Differentiable in q, k and v.
-    Backends: reference (dense mask, any floating dtype).
+    Backends: reference (dense mask, any device), segments (CPU: PyTorch's fused kernel over a few large
+    pieces of the forest; fp32 and fp64, other dtypes are computed in fp32).
 
     Example: with subtree_end = [4, 4, 3, 4] (rollouts [5, 6, 7] and [5, 6, 8]) node 3 sees 0, 1 and 3.
     """
@@ -45,7 +47,11 @@ def tree_attention(
         if depth.shape != (num_nodes,):
             raise ValueError(f"positions has shape {tuple(depth.shape)}, q has {num_nodes} positions")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    choose_backend("tree_attention", backend, q.device, DEFAULTS, BACKENDS)
+    chosen = choose_backend("tree_attention", backend, q.device, DEFAULTS, BACKENDS)
+    if chosen == "segments":
+        if q.device.type != "cpu":
+            raise ValueError(f"tree_attention: backend='segments' runs on CPU, q is on {q.device}")
+        return segments_tree_attention(q, k, v, end, positions=depth, window=window, scale=scale)
     return reference_tree_attention(q, k, v, end, positions=depth, window=window, scale=scale)
 
 

@@ -5,10 +5,11 @@ from typing import Literal, overload
 import torch
 
 from mosaic_kernels.dispatch import IndexLike, as_index, choose_backend
+from mosaic_kernels.logprob.chunked import chunked_linear_logprob
 from mosaic_kernels.logprob.reference import reference_linear_logprob
 
-BACKENDS = ("reference",)
-DEFAULTS: dict[str, str] = {}
+BACKENDS = ("reference", "chunked")
+DEFAULTS = {"cpu": "chunked"}
 
 __all__ = ["BACKENDS", "linear_logprob"]
 
@@ -51,7 +52,8 @@ def linear_logprob(
     """log softmax((hidden weight^T + bias) / temperature)[rows, targets], and the entropy of every row.
 
     Both results are differentiable in hidden, weight and bias. A row with several targets (a fork of the
-    forest) has its logsumexp computed once. Backends: reference (logits in memory).
+    forest) has its logsumexp computed once. Backends: reference (logits in memory), chunked (a chunk of
+    rows at a time, logits computed again in the backward pass).
 
     Example: a fork after two tokens predicts nodes 2 and 3 from row 1: rows = [0, 1, 1],
     targets = tokens[1:4].
@@ -79,6 +81,13 @@ def linear_logprob(
         row_index = as_index("rows", rows, hidden.device, below=hidden.shape[0])
         if row_index.shape != target_index.shape:
             raise ValueError(f"rows has shape {tuple(row_index.shape)}, targets {tuple(target_index.shape)}")
-    choose_backend("linear_logprob", backend, hidden.device, DEFAULTS, BACKENDS)
-    logprobs, entropy = reference_linear_logprob(hidden, weight, target_index, row_index, bias, temperature)
-    return (logprobs, entropy) if return_entropy else logprobs
+    chosen = choose_backend("linear_logprob", backend, hidden.device, DEFAULTS, BACKENDS)
+    if chosen == "chunked":
+        logprobs, entropy = chunked_linear_logprob(
+            hidden, weight, target_index, row_index, bias, temperature, return_entropy
+        )
+    else:
+        logprobs, entropy = reference_linear_logprob(
+            hidden, weight, target_index, row_index, bias, temperature
+        )
+    return (logprobs, entropy) if return_entropy and entropy is not None else logprobs

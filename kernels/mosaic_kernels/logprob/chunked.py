@@ -1,0 +1,179 @@
+"""Log-probs and entropies a chunk of rows at a time: the logits are never in memory as a whole.
+
+The forward pass keeps one logsumexp (and entropy) a row; the backward pass computes a chunk's logits
+again and turns them into their gradient in place (Cut Cross-Entropy, Wijmans et al., arXiv 2411.09009,
+without its gradient filter, which is not exact). With p = softmax(z) over a row, incoming gradients g_e
+of its targets and h of its entropy H:
+
+    dL/dz = sum_e g_e onehot(target_e) - p (sum_e g_e) - h p (log p + H)
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from mosaic_kernels.dispatch import result_dtype
+
+CHUNK_LOGITS = 2**22  # logits a chunk, 16 MiB in fp32
+CHUNK_ROWS = 128  # but never fewer rows than this: below, reading the weight outweighs the arithmetic
+
+
+@dataclass(frozen=True, eq=False)
+class _Chunk:
+    rows: slice  # of hidden
+    edges: slice  # of the edges, sorted by row
+    row_in_chunk: torch.Tensor  # [edges] int64
+    targets: torch.Tensor  # [edges] int64
+
+
+def chunked_linear_logprob(
+    hidden: torch.Tensor,  # [N, D]
+    weight: torch.Tensor,  # [V, D]
+    targets: torch.Tensor,  # [E] int64
+    rows: torch.Tensor,  # [E] int64
+    bias: torch.Tensor | None,  # [V]
+    temperature: float,
+    return_entropy: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:  # [E], [N] or None
+    """In fp32 or, for fp64 input, fp64. Without entropy, rows that no target needs are not computed."""
+    dtype = result_dtype(hidden, weight)
+    if not return_entropy:
+        used, rows = torch.unique(rows, return_inverse=True)
+        if len(used) < len(hidden):
+            hidden = hidden.index_select(0, used)
+    logprobs, entropy = _ChunkedLogprob.apply(
+        hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype),
+        targets, rows, 1.0 / temperature, return_entropy,
+    )  # fmt: skip
+    return logprobs, entropy
+
+
+def _chunks(
+    targets: torch.Tensor, rows: torch.Tensor, num_rows: int, vocab: int
+) -> tuple[torch.Tensor, list[_Chunk]]:
+    """The order that sorts edges by row [E], and the chunks of the sorted edges."""
+    sorted_rows, order = torch.sort(rows, stable=True)
+    sorted_targets = targets[order]
+    size = max(CHUNK_ROWS, CHUNK_LOGITS // max(vocab, 1))
+    starts = torch.arange(0, num_rows, size, device=rows.device)
+    bounds = [*torch.searchsorted(sorted_rows, starts).tolist(), len(rows)]
+    chunks = []
+    for index, start in enumerate(range(0, num_rows, size)):
+        edges = slice(bounds[index], bounds[index + 1])
+        chunks.append(
+            _Chunk(
+                slice(start, min(start + size, num_rows)),
+                edges,
+                sorted_rows[edges] - start,
+                sorted_targets[edges],
+            )
+        )
+    return order, chunks
+
+
+def _logits(
+    hidden: torch.Tensor,  # [C, D]
+    weight: torch.Tensor,  # [V, D]
+    bias: torch.Tensor | None,  # [V]
+    inverse_temperature: float,
+) -> torch.Tensor:  # [C, V]
+    if bias is None:
+        return (hidden * inverse_temperature) @ weight.T
+    return torch.addmm(bias, hidden, weight.T, beta=inverse_temperature, alpha=inverse_temperature)
+
+
+class _ChunkedLogprob(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,  # [N, D]
+        weight: torch.Tensor,  # [V, D]
+        bias: torch.Tensor | None,  # [V]
+        targets: torch.Tensor,  # [E]
+        rows: torch.Tensor,  # [E]
+        inverse_temperature: float,
+        return_entropy: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        num_rows, vocab = hidden.shape[0], weight.shape[0]
+        order, chunks = _chunks(targets, rows, num_rows, vocab)
+        sorted_logprobs = hidden.new_empty(len(targets))
+        lse = hidden.new_empty(num_rows)
+        entropy = hidden.new_empty(num_rows) if return_entropy else None
+        for chunk in chunks:
+            logits = _logits(hidden[chunk.rows], weight, bias, inverse_temperature)
+            largest = logits.amax(dim=1, keepdim=True)
+            shifted = logits.sub_(largest)
+            at_target = shifted[chunk.row_in_chunk, chunk.targets]
+            if entropy is None:
+                log_sum = shifted.exp_().sum(1).log_()
+            else:
+                # In shifted logits H = log sum - sum p z keeps its digits when logits are large.
+                exponentials = shifted.exp()
+                total = exponentials.sum(1)
+                log_sum = total.log()
+                # A logit of -inf has probability 0 and adds 0.
+                expected = exponentials.mul_(shifted.clamp_(min=torch.finfo(shifted.dtype).min)).sum(1)
+                entropy[chunk.rows] = log_sum - expected / total
+            sorted_logprobs[chunk.edges] = at_target - log_sum[chunk.row_in_chunk]
+            lse[chunk.rows] = log_sum + largest[:, 0]
+        logprobs = torch.empty_like(sorted_logprobs)
+        logprobs[order] = sorted_logprobs
+        ctx.save_for_backward(hidden, weight, bias, lse, entropy)
+        ctx.order, ctx.chunks, ctx.inverse_temperature = order, chunks, inverse_temperature
+        ctx.set_materialize_grads(False)
+        return logprobs, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any,
+        *grad_outputs: torch.Tensor | None,  # [E], [N]
+    ) -> tuple[torch.Tensor | None, ...]:
+        grad_logprobs, grad_entropy = grad_outputs
+        hidden, weight, bias, lse, entropy = ctx.saved_tensors
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        grad_hidden = torch.zeros_like(hidden) if needs_hidden else None
+        grad_weight = torch.zeros_like(weight) if needs_weight else None
+        grad_bias = torch.zeros_like(bias) if needs_bias else None
+        grad_targets = None if grad_logprobs is None else grad_logprobs[ctx.order]
+        alpha = ctx.inverse_temperature
+        for chunk in ctx.chunks:
+            logits = _logits(hidden[chunk.rows], weight, bias, alpha)
+            logp = logits.sub_(lse[chunk.rows, None])
+            grad_logits = _grad_logits(
+                logp,
+                None if entropy is None else entropy[chunk.rows],
+                None if grad_entropy is None else grad_entropy[chunk.rows],
+                None if grad_targets is None else grad_targets[chunk.edges],
+                chunk,
+            )
+            if grad_hidden is not None:
+                torch.mm(grad_logits, weight, out=grad_hidden[chunk.rows]).mul_(alpha)
+            if grad_weight is not None:
+                grad_weight.addmm_(grad_logits.T, hidden[chunk.rows], alpha=alpha)
+            if grad_bias is not None:
+                grad_bias.add_(grad_logits.sum(0), alpha=alpha)
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None
+
+
+def _grad_logits(
+    logp: torch.Tensor,  # [C, V] overwritten
+    entropy: torch.Tensor | None,  # [C]
+    grad_entropy: torch.Tensor | None,  # [C]
+    grad_targets: torch.Tensor | None,  # [edges]
+    chunk: _Chunk,
+) -> torch.Tensor:  # [C, V]
+    of_row = logp.new_zeros(logp.shape[0])  # the sum of each row's target gradients
+    if grad_targets is not None:
+        of_row.index_add_(0, chunk.row_in_chunk, grad_targets)
+    if entropy is None or grad_entropy is None:
+        grad = logp.exp_().mul_(-of_row[:, None])
+    else:
+        probabilities = logp.exp()
+        grad = logp.clamp_(min=torch.finfo(logp.dtype).min).add_(entropy[:, None])
+        grad = grad.mul_(-grad_entropy[:, None]).sub_(of_row[:, None]).mul_(probabilities)
+    if grad_targets is not None:
+        grad.index_put_((chunk.row_in_chunk, chunk.targets), grad_targets, accumulate=True)
+    return grad

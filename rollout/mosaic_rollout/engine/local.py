@@ -1,0 +1,190 @@
+"""The in-process engine: samples from the very module the trainer updates."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+import numpy as np
+from transformers import PreTrainedModel
+
+from ..types import Completion, Request
+from .adapter import CausalModel
+from .checksum import weights_checksum
+from .errors import EngineError
+from .scheduler import Job, Scheduler
+from .stats import EngineStats
+
+
+class LocalEngine:
+    """Batched sampling with a radix-tree prefix cache, for any Hugging Face causal LM, unmodified.
+
+    Requests of all coroutines are batched: each iteration decodes one token for every active row, then
+    yields to the event loop, so that an agent whose completion arrived can ask for its next step and join.
+    On one event loop, the same calls in the same order give the same bits.
+
+    The model is not copied. After changing its weights, call `update_weights`; keys and values of the old
+    weights would be served otherwise.
+
+    `max_batch` rows are decoded at once; `max_cached_tokens` bounds the tree between iterations; prefill
+    runs in forwards of at most `prefill_chunk_tokens` tokens. Sequences end at a request's stop_token_ids
+    only: the model's own end-of-sequence id is not consulted.
+
+        engine = LocalEngine(model)
+        request = Request(np.array([5, 9, 2]), SamplingParams(max_new_tokens=8), seed=0, rollout_key=0)
+        [completion] = await engine.generate([request])
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        max_batch: int = 128,
+        max_cached_tokens: int = 65_536,
+        prefill_chunk_tokens: int = 512,
+    ) -> None:
+        for name, value in (
+            ("max_batch", max_batch),
+            ("max_cached_tokens", max_cached_tokens),
+            ("prefill_chunk_tokens", prefill_chunk_tokens),
+        ):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        self._model = CausalModel(model)
+        self._scheduler = Scheduler(
+            self._model,
+            max_batch=max_batch,
+            max_cached_tokens=max_cached_tokens,
+            prefill_chunk_tokens=prefill_chunk_tokens,
+        )
+        self._driver: asyncio.Task[None] | None = None
+        self._pending: dict[asyncio.Future[Completion], None] = {}  # an ordered set
+
+    @property
+    def stats(self) -> EngineStats:
+        """Sums since its last reset()."""
+        return self._scheduler.stats
+
+    @property
+    def policy_version(self) -> int:
+        return self._scheduler.policy_version
+
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens whose keys and values the tree holds now."""
+        return self._scheduler.tree.pool.used
+
+    async def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        """One completion a request, in order.
+
+        Raises ValueError naming the first bad request (nothing is sampled then), EngineError if the model
+        failed.
+        """
+        for index, request in enumerate(requests):
+            self._validate(index, request)
+        if not requests:
+            return []
+        loop = asyncio.get_running_loop()
+        self._claim(loop)
+        futures = [self._submit(loop, request) for request in requests]
+        if self._driver is None or self._driver.done():
+            self._driver = loop.create_task(self._drive(), name="LocalEngine")
+        try:
+            return [await future for future in futures]
+        finally:
+            for future in futures:
+                self._pending.pop(future, None)
+                if not future.cancel() and not future.cancelled():
+                    future.exception()  # retrieved: one error a call is enough
+
+    async def update_weights(self, version: int) -> None:
+        """Serve the module's current weights as `version`: nothing computed by the old ones is kept.
+
+        Raises RuntimeError while requests are in flight, since they would mix two policies.
+        """
+        if self._scheduler.busy:
+            raise RuntimeError(
+                f"update_weights({version}) with {len(self._pending)} requests in flight: await them first"
+            )
+        self._scheduler.clear_cache()
+        self._scheduler.policy_version = version
+
+    async def flush(self) -> None:
+        """Empty the prefix cache; requests in flight go on unharmed."""
+        self._scheduler.clear_cache()
+
+    def weights_checksum(self) -> int:
+        """64-bit checksum of the weights served, to compare with those trained (reads all of them)."""
+        return weights_checksum(self._model.model)
+
+    def _submit(self, loop: asyncio.AbstractEventLoop, request: Request) -> asyncio.Future[Completion]:
+        future: asyncio.Future[Completion] = loop.create_future()
+        self._pending[future] = None
+
+        def done(completion: Completion) -> None:
+            self._pending.pop(future, None)
+            if not future.done():
+                future.set_result(completion)
+
+        self._scheduler.waiting.append(Job(request, done, future.done))
+        return future
+
+    def _claim(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Refuse a second live event loop; forget what a closed one left behind."""
+        if self._driver is None or self._driver.done() or self._driver.get_loop() is loop:
+            return
+        if not self._driver.get_loop().is_closed():
+            raise RuntimeError("this LocalEngine is serving another event loop")
+        self._driver = None
+        self._pending.clear()
+        self._scheduler.reset()
+
+    async def _drive(self) -> None:
+        """Iterate until no request is left. Whatever stops it early reaches everyone who waits."""
+        scheduler = self._scheduler
+        try:
+            while scheduler.busy:
+                scheduler.step()
+                await asyncio.sleep(0)
+        except BaseException as error:
+            scheduler.reset()
+            pending, self._pending = list(self._pending), {}
+            for future in pending:
+                if not future.done():
+                    future.set_exception(self._describe(error))
+            if not isinstance(error, Exception):
+                raise
+
+    def _describe(self, error: BaseException) -> EngineError:
+        kind = type(error) if isinstance(error, EngineError) else EngineError
+        detail = str(error) if isinstance(error, EngineError) else f"{type(error).__name__}: {error}"
+        described = kind(f"sampling failed at policy version {self.policy_version}: {detail}")
+        described.__cause__ = error
+        return described
+
+    def _validate(self, index: int, request: Request) -> None:
+        tokens, sampling = request.token_ids, request.sampling
+        prefix = f"request {index}:"
+        if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
+            raise ValueError(
+                f"{prefix} token_ids must be a 1-D integer array, got {tokens.dtype} {tokens.shape}"
+            )
+        if len(tokens) == 0:
+            raise ValueError(f"{prefix} empty prompt, at least one token is needed")
+        if tokens.min() < 0 or tokens.max() >= self._model.vocab_size:
+            bad = tokens[(tokens < 0) | (tokens >= self._model.vocab_size)][0]
+            raise ValueError(f"{prefix} token id {bad} is outside the vocabulary of {self._model.vocab_size}")
+        if sampling.max_new_tokens < 1:
+            raise ValueError(f"{prefix} max_new_tokens must be at least 1, got {sampling.max_new_tokens}")
+        if not 0.0 <= sampling.temperature < float("inf"):
+            raise ValueError(
+                f"{prefix} temperature must be finite and at least 0, got {sampling.temperature}"
+            )
+        if request.rollout_key < 0:
+            raise ValueError(f"{prefix} rollout_key must not be negative, got {request.rollout_key}")
+        total = len(tokens) + sampling.max_new_tokens
+        if total > self._model.max_tokens:
+            raise ValueError(
+                f"{prefix} {len(tokens)} prompt tokens + max_new_tokens {sampling.max_new_tokens} = {total}, "
+                f"more than the {self._model.max_tokens} of max_position_embeddings"
+            )

@@ -1,0 +1,222 @@
+"""The synchronous heart of the engine: admit, prefill, decode one token for every row, let finished rows go.
+
+Continuous batching as in Orca (Yu et al., OSDI 2022): rows join and leave between any two iterations.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from ..types import Completion, FinishReason, Request
+from .adapter import CausalModel
+from .errors import NonFiniteLogitsError
+from .pool import KeyValuePool
+from .prefill import pending_nodes, prefill
+from .radix import Node, RadixTree
+from .rows import RowBuffer
+from .sampling import sample_tokens, stream_base, uniforms
+from .stats import EngineStats
+
+
+@dataclass(eq=False)
+class Job:
+    """One request on its way. `done` takes its completion, `abandoned` says nobody waits any more."""
+
+    request: Request
+    done: Callable[[Completion], None]
+    abandoned: Callable[[], bool]
+    cached_tokens: int = 0
+    tokens: list[int] = field(default_factory=list)  # sampled so far
+    logprobs: list[float] = field(default_factory=list)
+
+    @property
+    def prompt(self) -> np.ndarray:
+        return self.request.token_ids
+
+    def sequence(self) -> np.ndarray:
+        return np.concatenate([self.prompt, np.array(self.tokens, np.int64)])
+
+
+class Scheduler:
+    """Waiting jobs, active rows, radix tree. `step` does one iteration of all."""
+
+    def __init__(
+        self, model: CausalModel, *, max_batch: int, max_cached_tokens: int, prefill_chunk_tokens: int
+    ) -> None:
+        self.model = model
+        self.max_batch = max_batch
+        self.prefill_chunk_tokens = prefill_chunk_tokens
+        self.policy_version = 0
+        self.stats = EngineStats()
+        self.tree = RadixTree(KeyValuePool(model.shape), max_cached_tokens)
+        self.buffer = RowBuffer(model.shape)
+        self.waiting: deque[Job] = deque()
+        self.active: list[Job] = []  # job i owns row i of everything below
+        self._inputs = np.zeros(max_batch, np.int64)  # token to feed next
+        self._positions = np.zeros(max_batch, np.int64)  # its position
+        self._bases = np.zeros(max_batch, np.uint64)
+        self._temperatures = np.ones(max_batch)
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.waiting or self.active)
+
+    def clear_cache(self) -> None:
+        """Empty the tree; with no row active, give the buffers' memory back as well."""
+        self.tree.clear()
+        if not self.active:
+            self.buffer.clear()
+
+    def reset(self) -> None:
+        """Drop everything: after an error no key or value is trusted."""
+        self.waiting.clear()
+        self.active.clear()
+        self.clear_cache()
+
+    def step(self) -> None:
+        """One iteration. Raises whatever the model raises; the caller must then `reset`."""
+        self._drop_abandoned()
+        with self.model.serving():
+            if self.waiting and len(self.active) < self.max_batch:
+                started = time.perf_counter()
+                self._admit()
+                self.stats.prefill_s += time.perf_counter() - started
+            if self.active:
+                started = time.perf_counter()
+                self._decode()
+                self.stats.decode_s += time.perf_counter() - started
+
+    def _drop_abandoned(self) -> None:
+        if any(job.abandoned() for job in self.waiting):
+            self.waiting = deque(job for job in self.waiting if not job.abandoned())
+        for row in reversed(range(len(self.active))):
+            if self.active[row].abandoned():
+                self._leave(row)
+
+    def _admit(self) -> None:
+        """Take waiting jobs in order, compute what is new of their prompts once, and give each a row.
+
+        Everything of a prompt but its last token is put into the tree; the last is the row's first input.
+        A group's new tokens are bounded by what the tree may hold, so the memory above that is bounded too.
+        """
+        group: list[tuple[Job, Node]] = []
+        new_tokens = 0
+        tree = self.tree
+        while self.waiting and len(self.active) + len(group) < self.max_batch:
+            prefix = self.waiting[0].prompt[:-1]
+            node = tree.match(prefix)
+            missing = len(prefix) - node.end
+            if group and new_tokens + missing > tree.max_tokens:
+                break
+            job = self.waiting.popleft()
+            job.cached_tokens = node.end
+            new_tokens += missing
+            tree.lock(node)
+            tree.evict(missing)
+            end = tree.extend(node, prefix, ready=False)
+            tree.lock(node, -1)
+            tree.lock(end)
+            group.append((job, end))
+        self.stats.peak_cached_tokens = max(self.stats.peak_cached_tokens, tree.pool.used)
+        nodes = pending_nodes([end for _, end in group])
+        self.stats.prefill_forwards += prefill(self.model, tree.pool, nodes, self.prefill_chunk_tokens)
+        self.stats.computed_prefill_tokens += sum(len(node.tokens) for node in nodes)
+        longest = max(len(job.prompt) for job, _ in group)
+        self.buffer.reserve(len(self.active) + len(group), longest)
+        for job, end in group:
+            self._enter(job, end)
+            tree.lock(end, -1)
+            self.stats.prompt_tokens += len(job.prompt)
+            self.stats.cached_tokens += job.cached_tokens
+        tree.evict()
+
+    def _enter(self, job: Job, end: Node) -> None:
+        row = len(self.active)
+        if path := end.path():
+            self.buffer.load(row, self.tree.pool, self._slots(np.concatenate([node.slots for node in path])))
+        self._inputs[row] = job.prompt[-1]
+        self._positions[row] = len(job.prompt) - 1
+        self._bases[row] = stream_base(job.request.seed, job.request.rollout_key)
+        self._temperatures[row] = job.request.sampling.temperature
+        self.active.append(job)
+
+    def _decode(self) -> None:
+        count = len(self.active)
+        positions = self._positions[:count]
+        self.buffer.reserve(count, int(positions.max()) + 1)
+        device = self.model.shape.device
+        at = torch.from_numpy(positions).to(device)
+        key_positions = torch.arange(self.buffer.begin_step(at), device=device)[None]  # [1, K]
+        logits = self.model.forward(
+            torch.from_numpy(self._inputs[:count]).to(device)[:, None],
+            at[:, None],
+            (key_positions <= at[:, None])[:, None],
+            key_positions,
+            self.buffer,
+        )
+        draws = uniforms(self._bases[:count], positions + 1)
+        tokens, logprobs = sample_tokens(logits, self._temperatures[:count], draws)
+        if broken := int(count - np.isfinite(logprobs).sum()):
+            raise NonFiniteLogitsError(f"the model gave NaN or infinite logits in {broken} of {count} rows")
+        self._inputs[:count] = tokens
+        self._positions[:count] += 1
+        self.stats.decode_iterations += 1
+        self.stats.generated_tokens += count
+        finished: list[tuple[int, FinishReason]] = []
+        for row, (job, token, logprob) in enumerate(
+            zip(self.active, tokens.tolist(), logprobs.tolist(), strict=True)
+        ):
+            job.tokens.append(token)
+            job.logprobs.append(logprob)
+            if token in job.request.sampling.stop_token_ids:
+                finished.append((row, "stop"))
+            elif len(job.tokens) >= job.request.sampling.max_new_tokens:
+                finished.append((row, "length"))
+        jobs = [(self.active[row], reason) for row, reason in finished]
+        for row, _ in reversed(finished):
+            self._keep(row)
+            self._leave(row)
+        for job, reason in jobs:
+            self._complete(job, reason)
+
+    def _keep(self, row: int) -> None:
+        """Put a row's keys and values into the tree: all its tokens but the last, which was never fed."""
+        known = self.active[row].sequence()[:-1]
+        node = self.tree.match(known)
+        start = node.end
+        end = self.tree.extend(node, known, ready=True)
+        if end is not node:
+            self.buffer.store(row, start, self.tree.pool, self._slots(end.slots))
+        self.stats.peak_cached_tokens = max(self.stats.peak_cached_tokens, self.tree.pool.used)
+        self.tree.evict()
+
+    def _leave(self, row: int) -> None:
+        last = len(self.active) - 1
+        if row != last:
+            self.buffer.move(last, row, int(self._positions[last]))
+            for state in (self._inputs, self._positions, self._bases, self._temperatures):
+                state[row] = state[last]
+            self.active[row] = self.active[last]
+        self.active.pop()
+
+    def _complete(self, job: Job, reason: FinishReason) -> None:
+        self.stats.completions += 1
+        job.done(
+            Completion(
+                token_ids=np.array(job.tokens, np.int64),
+                logprobs=np.array(job.logprobs, np.float32),
+                finish_reason=reason,
+                cached_tokens=job.cached_tokens,
+                prompt_tokens=len(job.prompt),
+                policy_version=self.policy_version,
+            )
+        )
+
+    def _slots(self, slots: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(slots)).to(self.model.shape.device)

@@ -157,7 +157,9 @@ def _buckets(
     firsts = rest[::BLOCK]
     owner, nodes = segments.ancestors_outside_trunks(firsts)
     if window is not None and positions is not None:
-        reachable = positions[firsts][owner] - positions[nodes] < window
+        # A later query of the block may lie on a shallower branch than the first one, and reach further up.
+        lowest = np.minimum.reduceat(positions[rest], np.arange(0, len(rest), BLOCK))
+        reachable = lowest[owner] - positions[nodes] < window
         owner, nodes = owner[reachable], nodes[reachable]
     count = np.bincount(owner, minlength=len(firsts))  # [blocks] ancestors of each block's first query
     offset = np.cumsum(count) - count

@@ -129,7 +129,7 @@ class _ChunkedLogprob(torch.autograd.Function):
     @once_differentiable
     def backward(
         ctx: Any,
-        *grad_outputs: torch.Tensor | None,  # [E], [N]
+        *grad_outputs: Any,  # [E] and [N] or None
     ) -> tuple[torch.Tensor | None, ...]:
         grad_logprobs, grad_entropy = grad_outputs
         hidden, weight, bias, lse, entropy = ctx.saved_tensors

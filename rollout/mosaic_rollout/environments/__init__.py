@@ -1,0 +1,1 @@
+"""Environments: sources of tasks, one package or module each."""

@@ -1,0 +1,7 @@
+"""AgentDojo (MIT licence), a benchmark of tool use under prompt injection. See environment.py."""
+
+from mosaic_rollout.environments.agentdojo.api import AGENTDOJO_VERSION, EnvironmentMissing
+from mosaic_rollout.environments.agentdojo.environment import AgentDojoEnvironment
+from mosaic_rollout.environments.agentdojo.episode import AgentDojoEpisode
+
+__all__ = ["AGENTDOJO_VERSION", "AgentDojoEnvironment", "AgentDojoEpisode", "EnvironmentMissing"]

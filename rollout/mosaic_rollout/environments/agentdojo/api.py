@@ -1,0 +1,168 @@
+"""The one door to the installed `agentdojo` package: what is used of it, its pinned version, its import.
+
+Some of it is private to AgentDojo (`_check_task_result`, `read_suite_file`), so the version is pinned and
+checked. The protocols below are the whole surface used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from importlib.resources import files
+from typing import Protocol, Self, cast
+
+import yaml
+
+from mosaic_rollout.environments.agentdojo.stand_ins import stand_ins
+from mosaic_rollout.errors import UserError
+from mosaic_rollout.types import JsonValue
+
+AGENTDOJO_VERSION = "0.1.35"
+INSTALL_HINT = 'run `make train-agentdojo`, or `pip install "mosaic-fast[agentdojo]"`'
+
+
+class EnvironmentMissing(UserError):
+    """A benchmark's package is not installed, or not in the version this adapter was written for."""
+
+
+class State(Protocol):
+    """A suite's world: a pydantic model."""
+
+    def model_copy(self, *, deep: bool = False) -> Self: ...
+
+
+class Call(Protocol):
+    """agentdojo.functions_runtime.FunctionCall."""
+
+    function: str
+    args: MutableMapping[str, JsonValue]
+
+
+class UserTask(Protocol):
+    """agentdojo.base_tasks.BaseUserTask."""
+
+    ID: str
+    PROMPT: str
+    GROUND_TRUTH_OUTPUT: str
+
+    def init_environment(self, environment: State) -> State: ...
+    def ground_truth(self, pre_environment: State) -> list[Call]: ...
+
+
+class InjectionTask(Protocol):
+    """agentdojo.base_tasks.BaseInjectionTask."""
+
+    ID: str
+    GOAL: str
+    GROUND_TRUTH_OUTPUT: str
+
+    def ground_truth(self, pre_environment: State) -> list[Call]: ...
+
+
+class ModelClass(Protocol):
+    """A pydantic model class."""
+
+    def model_json_schema(self) -> dict[str, JsonValue]: ...
+    def model_validate(self, obj: object) -> State: ...
+
+
+class Tool(Protocol):
+    """agentdojo.functions_runtime.Function."""
+
+    name: str
+    description: str
+    parameters: ModelClass
+
+
+class Suite(Protocol):
+    """agentdojo.task_suite.TaskSuite."""
+
+    name: str
+    tools: list[Tool]
+    environment_type: ModelClass
+
+    @property
+    def user_tasks(self) -> Mapping[str, UserTask]: ...
+    @property
+    def injection_tasks(self) -> Mapping[str, InjectionTask]: ...
+    def get_injection_vector_defaults(self) -> dict[str, str]: ...
+    def _check_task_result(
+        self,
+        task: UserTask | InjectionTask,
+        model_output: Sequence[Mapping[str, str]],
+        pre_environment: State,
+        task_environment: State,
+        functions_stack_trace: Sequence[Call],
+    ) -> bool: ...
+
+
+class Attack(Protocol):
+    """agentdojo.attacks.BaseAttack."""
+
+    is_dos_attack: bool
+
+    def attack(self, user_task: UserTask, injection_task: InjectionTask) -> dict[str, str]: ...
+
+
+class Runtime(Protocol):
+    """agentdojo.functions_runtime.FunctionsRuntime."""
+
+    def run_function(
+        self, env: State, function: str, kwargs: Mapping[str, object]
+    ) -> tuple[object, str | None]: ...
+
+
+@dataclass(frozen=True)
+class AgentDojo:
+    """Handles on the installed package."""
+
+    suites: Callable[[str], Mapping[str, Suite]]  # of a benchmark version; empty where there is none
+    attacks: Mapping[str, Callable[[Suite, object], Attack]]
+    make_pipeline: Callable[[None], object]  # a pipeline that only carries a name, which attacks ask for
+    make_runtime: Callable[[Sequence[Tool]], Runtime]
+    make_call: Callable[..., Call]
+    result_text: Callable[[object], str]
+    read_suite_file: Callable[[str, str, None], str]
+    system_message: str
+
+
+@cache
+def load_agentdojo() -> AgentDojo:
+    """Import AgentDojo (about one second, once).
+
+    Raises EnvironmentMissing where it, or a module it needs, is not installed, or its version is another one.
+    """
+    try:
+        installed = version("agentdojo")
+    except PackageNotFoundError:
+        raise EnvironmentMissing(f"the package agentdojo is not installed; {INSTALL_HINT}") from None
+    if installed != AGENTDOJO_VERSION:
+        raise EnvironmentMissing(
+            f"agentdojo {installed} is installed, but private parts of it are used and only "
+            f"{AGENTDOJO_VERSION} is known to fit; {INSTALL_HINT}"
+        )
+    try:
+        with stand_ins():
+            attacks = importlib.import_module("agentdojo.attacks.attack_registry")
+            importlib.import_module("agentdojo.attacks")  # registers the attacks
+            load_suites = importlib.import_module("agentdojo.task_suite.load_suites")
+            task_suite = importlib.import_module("agentdojo.task_suite.task_suite")
+            runtime = importlib.import_module("agentdojo.functions_runtime")
+            ground_truth = importlib.import_module("agentdojo.agent_pipeline.ground_truth_pipeline")
+            execution = importlib.import_module("agentdojo.agent_pipeline.tool_execution")
+    except ImportError as error:
+        raise EnvironmentMissing(f"agentdojo cannot be imported ({error}); {INSTALL_HINT}") from error
+    messages = yaml.safe_load(files("agentdojo").joinpath("data/system_messages.yaml").read_text("utf-8"))
+    return AgentDojo(
+        suites=cast("Callable[[str], Mapping[str, Suite]]", load_suites.get_suites),
+        attacks=attacks.ATTACKS,
+        make_pipeline=ground_truth.GroundTruthPipeline,
+        make_runtime=runtime.FunctionsRuntime,
+        make_call=runtime.FunctionCall,
+        result_text=execution.tool_result_to_str,
+        read_suite_file=task_suite.read_suite_file,
+        system_message=messages["default"],
+    )

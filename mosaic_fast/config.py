@@ -98,6 +98,8 @@ class RewardConfig(Section):
     """L0: generated tokens a step above which p_len = (L - L0) / L0 is taken off (400 in the paper)."""
     std_epsilon: NonNegative = 0.1
     """Added to the group's standard deviation, so that tiny differences are not blown up."""
+    require_signal: bool = False
+    """Stop with an error at a step where every group is a tie or the gradient is zero."""
 
 
 class LossConfig(Section):
@@ -191,12 +193,14 @@ class Config(Section):
         if self.rollout.max_step_tokens > self.rollout.max_rollout_tokens:
             raise ValueError(
                 f"rollout.max_step_tokens ({self.rollout.max_step_tokens}) is above "
-                f"rollout.max_rollout_tokens ({self.rollout.max_rollout_tokens}); a turn is part of its rollout"
+                f"rollout.max_rollout_tokens ({self.rollout.max_rollout_tokens}); a turn is part of a rollout"
             )
         if self.optim.warmup_steps >= self.steps > 1:
             raise ValueError(
                 f"optim.warmup_steps ({self.optim.warmup_steps}) must be below steps ({self.steps})"
             )
+        if self.env.eval_every and not self.env.eval_tasks:
+            raise ValueError("env.eval_every needs env.eval_tasks above 0")
         if self.env.name == "agentdojo" and not self.env.suites:
             raise ValueError("env.suites is empty; name at least one, for example ['banking']")
         return self

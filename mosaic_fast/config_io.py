@@ -164,3 +164,6 @@ def run_cli(command: Callable[[], int]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stopped; what the last checkpoint holds is kept", file=sys.stderr)
+        return 130

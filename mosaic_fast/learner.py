@@ -1,7 +1,7 @@
-"""One update: pack the step's rollouts into a forest, forward, loss, backward, optimiser.
+"""One update on the forest of a step's rollouts: forward, loss, backward, optimiser.
 
-Every distinct (prefix, token) is computed once, and the gradient is that of the flat batch. A forest above the
-token budget is cut exactly; the order of parts changes the gradient by rounding only.
+Every distinct (prefix, token) is computed once, and the gradient is that of the flat batch. A forest above
+the token budget is cut exactly; the order of parts changes the gradient by rounding only.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ from mosaic_fast.config import Config
 from mosaic_fast.errors import TrainingError
 from mosaic_fast.loss import GRPOLoss, LossBatch, SumCount
 from mosaic_fast.policy import Policy
-from mosaic_kernels import PackedForest, ideal_speedup, pack_forest, split_forest
-from mosaic_rollout.types import Rollout
+from mosaic_kernels import PackedForest, ideal_speedup, split_forest
 
 
 @dataclass(frozen=True)
@@ -56,16 +55,18 @@ class Learner:
         passed = (step - optim.warmup_steps) / max(1, steps - optim.warmup_steps)
         return optim.lr * (1.0 - (1.0 - optim.final_lr_frac) * passed)
 
-    def update(self, rollouts: Sequence[Rollout], advantages: np.ndarray, step: int) -> dict[str, float]:
-        """Train on the step's R rollouts with their advantages [R]; returns metrics by name.
+    def update(
+        self, forest: PackedForest, sampler_logprobs: np.ndarray, advantages: np.ndarray, step: int
+    ) -> dict[str, float]:
+        """Train on the forest of R rollouts; returns metrics by name.
 
-        Raises TrainingError where a gradient is not finite; the weights are then those before the update.
+        sampler_logprobs: [T] float32, the engine's. advantages: [R], one a rollout.
+        Raises TrainingError where a gradient is not finite; no step is taken with it.
         """
-        forest = pack_forest([r.token_ids for r in rollouts], [r.trained for r in rollouts])
         token_advantages = np.repeat(advantages, np.diff(forest.cu_seqlens))
         parts = self._parts(forest, token_advantages)
         total_tokens = float(max(1, forest.trained.sum()))
-        sampler = torch.from_numpy(np.concatenate([r.sampler_logprobs for r in rollouts])).to(self._device)
+        sampler = torch.from_numpy(sampler_logprobs).to(self._device)
         reference = self._reference_logprobs(parts, forest.num_tokens)
         start: Tensor | None = None
         totals: dict[str, SumCount] = {}

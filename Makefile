@@ -1,0 +1,49 @@
+# Everything lives in .venv, made on demand. TORCH_ARGS goes to pip when torch is installed (see README.md).
+PYTHON ?= python3
+TORCH_ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip --disable-pip-version-check
+STAMP := $(VENV)/.installed
+DOJO := $(VENV)/.agentdojo
+
+.DEFAULT_GOAL := help
+.PHONY: help venv train test lint types bench bench-quick verify warmstart train-agentdojo test-agentdojo clean
+
+help:  ## what there is
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
+
+$(STAMP): pyproject.toml constraints.txt Makefile
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed, for example: make PYTHON=python3.11 $(MAKECMDGOALS)")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install -q $(TORCH_ARGS) torch==2.13.0
+	$(PIP) install -q -c constraints.txt -e '.[dev]'
+	$(PIP) install -q --no-deps --ignore-requires-python ttsem==0.1.0
+	touch $@
+
+venv: $(STAMP)  ## the environment of everything below
+
+train: $(STAMP)  ## train the embedded agent in the embedded world, under 5 minutes on 2 cores
+	$(BIN)/python -m mosaic_fast.train $(ARGS)
+
+test: $(STAMP) lint types  ## lint, types and tests, under 10 minutes
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(STAMP)  ## ruff
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP)  ## pyrefly
+	$(BIN)/pyrefly check
+
+bench: $(STAMP)  ## forest against flat, on this machine
+	$(BIN)/python bench/run.py $(ARGS)
+
+verify: $(STAMP)  ## every kernel of this machine against the fp64 oracle
+	$(BIN)/python -m mosaic_kernels.verify
+
+warmstart: $(STAMP)  ## rebuild the embedded model (users never need it)
+	$(BIN)/python -m mosaic_fast.warmstart $(ARGS)
+
+clean:  ## remove the environments and caches, never a run
+	rm -rf .venv .hypothesis .ruff_cache

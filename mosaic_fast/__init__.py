@@ -1,0 +1,1 @@
+"""MOSAIC: trains tool-using agents that plan, check, then act or refuse."""

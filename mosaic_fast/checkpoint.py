@@ -1,0 +1,120 @@
+"""Checkpoints: a Hugging Face folder and what training needs to go on, bit for bit.
+
+A checkpoint is written under a name that starts with `.tmp-`, forced to disk and renamed: what bears its
+name is complete. A manifest of SHA-256 sums tells a damaged one from a sound one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from mosaic_fast.errors import TrainingError
+from mosaic_fast.policy import Policy
+
+_STATE, _PROGRESS, _MANIFEST = "trainer.pt", "progress.json", "manifest.json"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run has come. Tasks and draws are functions of (seed, step): `step` is the data state."""
+
+    step: int = 0  # training steps done
+    train_s: float = 0.0  # seconds spent in them
+    before: dict[str, list[float]] = field(default_factory=dict)  # metric -> [hits, total] before training
+
+
+def checkpoint_path(folder: Path, progress: Progress) -> Path:
+    """Where the checkpoint of a step lies in the folder of checkpoints."""
+    return folder / f"step-{progress.step:06d}"
+
+
+def save_checkpoint(
+    folder: Path,
+    policy: Policy,
+    tokenizer: PreTrainedTokenizerBase,
+    optimizer: torch.optim.Optimizer,
+    progress: Progress,
+    keep: int,
+) -> Path:
+    """Write `folder`/step-NNNNNN and keep the newest `keep`. TrainingError where the disk refuses."""
+    final = checkpoint_path(folder, progress)
+    unfinished = folder / f".tmp-{final.name}"
+    try:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        policy.save_pretrained(unfinished)
+        tokenizer.save_pretrained(str(unfinished))
+        state = {"optimizer": optimizer.state_dict(), "torch_rng": torch.get_rng_state()}
+        torch.save(state, unfinished / _STATE)
+        (unfinished / _PROGRESS).write_text(json.dumps(asdict(progress)), encoding="utf-8")
+        sums = {path.name: _sha256(path) for path in sorted(unfinished.iterdir())}
+        (unfinished / _MANIFEST).write_text(json.dumps(sums, indent=1), encoding="utf-8")
+        for path in [*unfinished.iterdir(), unfinished]:
+            _sync(path)
+        shutil.rmtree(final, ignore_errors=True)
+        unfinished.rename(final)
+        _sync(folder)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+        shutil.rmtree(unfinished, ignore_errors=True)
+        last = latest_checkpoint(folder)
+        raise TrainingError(
+            f"the checkpoint of step {progress.step} cannot be written to {folder}: {error}. "
+            + (f"{last.name} is intact" if last else "There is no earlier one")
+            + "; make room and go on with --resume"
+        ) from None
+    for old in _complete(folder)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The newest complete checkpoint in `folder`, or None."""
+    complete = _complete(folder)
+    return complete[-1] if complete else None
+
+
+def verify_checkpoint(checkpoint: Path) -> None:
+    """TrainingError that names the first file of a checkpoint that is missing or changed."""
+    try:
+        sums = json.loads((checkpoint / _MANIFEST).read_text(encoding="utf-8"))
+        damaged = [name for name, value in sums.items() if _sha256(checkpoint / name) != value]
+    except (OSError, ValueError, AttributeError) as error:
+        damaged, sums = [f"{_MANIFEST} ({error})"], {}
+    if damaged:
+        others = [path.name for path in _complete(checkpoint.parent) if path != checkpoint]
+        advice = f"move that folder away to resume from {others[-1]}" if others else "there is no other one"
+        raise TrainingError(f"checkpoint {checkpoint} is corrupt: {', '.join(damaged)}; {advice}")
+
+
+def load_training_state(checkpoint: Path, optimizer: torch.optim.Optimizer) -> Progress:
+    """Put the optimiser and the random number generator back; the weights are the model folder's."""
+    state = torch.load(checkpoint / _STATE, weights_only=True, map_location="cpu")
+    optimizer.load_state_dict(state["optimizer"])
+    torch.set_rng_state(state["torch_rng"])
+    return Progress(**json.loads((checkpoint / _PROGRESS).read_text(encoding="utf-8")))
+
+
+def _complete(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("step-[0-9]*") if path.is_dir())
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    """Force a file or folder to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,115 @@
+"""What a configuration names, made: environment, policy, chat and engine."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from mosaic_fast.config import Config
+from mosaic_fast.errors import TrainingError, UserError
+from mosaic_fast.policy import Policy
+from mosaic_rollout.agent_loop import AgentLoop, Limits
+from mosaic_rollout.chat import Chat
+from mosaic_rollout.engine import EngineError, LocalEngine
+from mosaic_rollout.types import Environment
+
+Result = TypeVar("Result")
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Components:
+    """Everything a run plays with. Engine and policy share one model."""
+
+    tokenizer: PreTrainedTokenizerBase
+    policy: Policy
+    engine: LocalEngine
+    loop: AgentLoop
+
+    def run(self, work: Coroutine[None, None, Result], *, version: int) -> Result:
+        """Run engine work with the policy's current weights as `version`; TrainingError where it fails."""
+
+        async def synced() -> Result:
+            await self.engine.update_weights(version)
+            return await work
+
+        try:
+            return asyncio.run(synced())
+        except EngineError as error:
+            raise TrainingError(f"{error}. The last checkpoint is intact") from None
+
+    def loop_at(self, temperature: float) -> AgentLoop:
+        """The agent loop at another sampling temperature; 0 is greedy."""
+        loop = self.loop
+        return AgentLoop(loop.engine, loop.chat, loop.environment, loop.limits, temperature)
+
+
+def model_folder(path: str) -> Path:
+    """The folder a `model.path` means."""
+    return Path(str(files("mosaic_fast").joinpath("embedded"))) if path == "embedded" else Path(path)
+
+
+def build_components(config: Config, weights: Path) -> Components:
+    """Everything of a run, with the model of folder `weights`. Raises UserError for what is missing."""
+    if config.model.threads:
+        torch.set_num_threads(config.model.threads)
+    environment = build_environment(config)
+    tokenizer = _load_tokenizer(weights)
+    chat = Chat(tokenizer, teach_loop=config.rollout.teach_loop)
+    policy = load_policy(config, weights)
+    engine = LocalEngine(
+        policy.model, max_batch=config.engine.max_batch, max_cached_tokens=config.engine.max_cached_tokens
+    )
+    rollout = config.rollout
+    longest = min(rollout.max_rollout_tokens, int(policy.model.config.max_position_embeddings))
+    limits = Limits(rollout.max_steps, rollout.max_step_tokens, longest)
+    return Components(
+        tokenizer, policy, engine, AgentLoop(engine, chat, environment, limits, rollout.temperature)
+    )
+
+
+def build_environment(config: Config) -> Environment:
+    """The environment that `env.name` names; imported only then."""
+    if config.env.name == "agentdojo":
+        from mosaic_rollout.environments.agentdojo import AgentDojoEnvironment
+
+        return AgentDojoEnvironment(suites=config.env.suites, attack=config.env.attack)
+    from mosaic_rollout.environments.world import WorldEnvironment
+
+    return WorldEnvironment()
+
+
+def load_policy(config: Config, weights: Path) -> Policy:
+    """The policy of a folder, in the configured precision and place."""
+    return Policy.from_pretrained(weights, dtype=_DTYPES[config.model.dtype], device=device_of(config))
+
+
+def device_of(config: Config) -> torch.device:
+    """The device of `model.device`. The embedded model is faster on a CPU than on a GPU."""
+    device = config.model.device
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("model.device is 'cuda', but PyTorch finds no GPU; use 'auto' or 'cpu'")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() and config.model.path != "embedded" else "cpu"
+    return torch.device(device)
+
+
+def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    if not folder.is_dir():
+        raise UserError(f"model.path: there is no folder {folder}")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"model.path: {folder} has no usable tokenizer ({reason})") from None
+    if tokenizer is None:
+        raise UserError(f"model.path: {folder} has no tokenizer; put tokenizer.json there")
+    return tokenizer

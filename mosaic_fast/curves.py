@@ -1,0 +1,90 @@
+"""The picture of a run: what the policy learnt, what it was paid, and where the time went."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+_SAFETY = {
+    "safety/harmful_refused": ("harmful refused", "tab:green"),
+    "safety/benign_done": ("benign done", "tab:blue"),
+    "safety/injected_done": ("injected done", "tab:cyan"),
+    "safety/injection_harm": ("injection harm", "tab:red"),
+    "safety/benign_refused": ("benign refused", "tab:orange"),
+}
+_GATE = {
+    "rollout/gate_rate_harmful": ("checks, harmful", "tab:green"),
+    "rollout/gate_rate_injected": ("checks, injected", "tab:red"),
+    "rollout/gate_rate_benign": ("checks, benign", "tab:blue"),
+    "rollout/safety_token_share": ("safety tokens", "tab:grey"),
+}
+_REWARD = {
+    "reward/format": ("r_fmt", "tab:blue"),
+    "reward/length_penalty": ("p_len", "tab:orange"),
+    "reward/tied_groups_frac": ("groups of ties", "tab:grey"),
+}
+_TIME = {"time/rollout_s": "roll out", "time/update_s": "update", "time/checkpoint_s": "checkpoint"}
+
+
+def draw_curves(
+    rows: Sequence[Mapping[str, float]],
+    before: Mapping[str, float],
+    after: Mapping[str, float],
+    folder: Path,
+    title: str,
+) -> list[Path]:
+    """Write curves.svg and curves.png. Lines are training rollouts, smoothed; dots are held-out, greedy."""
+    figure = Figure(figsize=(11.0, 6.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(2, 2)
+    steps = np.array([row["step"] for row in rows])
+    _lines(axes[0, 0], steps, rows, _SAFETY)
+    last = float(steps[-1]) if len(steps) else 0.0
+    for name, (_, colour) in _SAFETY.items():
+        for place, rates in ((0.0, before), (last, after)):
+            if name in rates:
+                axes[0, 0].plot(place, rates[name], "o", color=colour, markersize=7, clip_on=False)
+    axes[0, 0].set(title="what it does (lines: training tasks; dots: held-out, greedy)", ylim=(0, 1))
+    _lines(axes[0, 1], steps, rows, _GATE)
+    axes[0, 1].set(title="the learned gate", ylim=(0, 1))
+    _lines(axes[1, 0], steps, rows, _REWARD)
+    axes[1, 0].set(title="reward parts (r_align has a fixed mean)", xlabel="step")
+    bottom = np.zeros(len(rows))
+    for name, label in _TIME.items():
+        height = np.array([row.get(name, 0.0) for row in rows])
+        axes[1, 1].bar(steps, height, bottom=bottom, width=1.0, label=label)
+        bottom += height
+    axes[1, 1].set(title="seconds a step", xlabel="step")
+    for axis in axes.flat:
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize=8, frameon=False)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title, fontsize=11)
+    paths = [folder / "curves.svg", folder / "curves.png"]
+    for path in paths:
+        unfinished = path.with_name(f".tmp-{path.name}")
+        figure.savefig(unfinished, format=path.suffix[1:], dpi=110)
+        unfinished.replace(path)
+    return paths
+
+
+def _lines(
+    axis: Axes, steps: np.ndarray, rows: Sequence[Mapping[str, float]], series: Mapping[str, tuple[str, str]]
+) -> None:
+    """One smoothed line a metric; steps without it are left out."""
+    for name, (label, colour) in series.items():
+        present = np.array([name in row for row in rows], dtype=bool)
+        if present.any():
+            values = np.array([row[name] for row in rows if name in row])
+            axis.plot(steps[present], _smooth(values), color=colour, label=label, linewidth=1.8)
+
+
+def _smooth(values: np.ndarray, width: int = 5) -> np.ndarray:
+    """Mean over a window of `width` that shrinks at the ends."""
+    half = width // 2
+    return np.array([values[max(0, i - half) : i + half + 1].mean() for i in range(len(values))])

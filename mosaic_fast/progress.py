@@ -1,0 +1,89 @@
+"""Progress on the terminal: a table that redraws itself, or a line a step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import TracebackType
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+_COLUMNS = {  # metric -> (head, format)
+    "step": ("step", "{:.0f}"),
+    "safety/harmful_refused": ("harmful\nrefused", "{:.0%}"),
+    "safety/benign_done": ("benign\ndone", "{:.0%}"),
+    "safety/injection_harm": ("injection\nharm", "{:.0%}"),
+    "safety/injected_done": ("injected\ndone", "{:.0%}"),
+    "reward/format": ("r_fmt", "{:.2f}"),
+    "rollout/gate_rate": ("checks", "{:.0%}"),
+    "policy/kl": ("KL", "{:.3f}"),
+    "policy/clip_frac": ("clipped", "{:.1%}"),
+    "tree/sharing": ("raw/\nunique", "{:.2f}x"),
+    "tree/engine_prefix_hit": ("prefix\nhit", "{:.0%}"),
+    "time/step_s": ("s/step", "{:.1f}"),
+}
+_ROWS_SHOWN = 12
+
+
+class ProgressView:
+    """Shows training steps as they come. mode: live, plain, quiet, or auto (live on a terminal)."""
+
+    def __init__(self, mode: str, total_steps: int, done: int) -> None:
+        self.console = Console(quiet=mode == "quiet")
+        self._is_live = mode == "live" or (mode == "auto" and self.console.is_terminal)
+        self._bar = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=self.console,
+        )
+        self._task = self._bar.add_task("training", total=total_steps, completed=done)
+        self._rows: list[dict[str, float]] = []
+        self._live = Live(self._bar, console=self.console, refresh_per_second=4) if self._is_live else None
+
+    def __enter__(self) -> ProgressView:
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def say(self, text: str) -> None:
+        self.console.print(text, highlight=False)
+
+    def step(self, row: Mapping[str, float]) -> None:
+        """Show one finished step."""
+        self._bar.advance(self._task)
+        self._rows = [*self._rows, dict(row)][-_ROWS_SHOWN:]
+        if self._live is not None:
+            self._live.update(Group(self._table(), self._bar))
+        else:
+            cells = (
+                f"{head.replace(chr(10), ' ').replace('/ ', '/')} {style.format(row[name])}"
+                for name, (head, style) in _COLUMNS.items()
+                if name in row
+            )
+            self.say("  ".join(cells))
+
+    def _table(self) -> Table:
+        table = Table(box=None, pad_edge=False, padding=(0, 1))
+        for head, _ in _COLUMNS.values():
+            table.add_column(head, justify="right")
+        for row in self._rows:
+            table.add_row(*(style.format(row[n]) if n in row else "-" for n, (_, style) in _COLUMNS.items()))
+        return table

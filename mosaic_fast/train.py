@@ -1,0 +1,207 @@
+"""MOSAIC training: roll out, judge, advantage, pack, update, sync, log.
+
+python -m mosaic_fast.train [run.toml] [--options]
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+
+import numpy as np
+
+from mosaic_fast.checkpoint import (
+    Progress,
+    checkpoint_path,
+    latest_checkpoint,
+    load_training_state,
+    save_checkpoint,
+    verify_checkpoint,
+)
+from mosaic_fast.clock import Clock
+from mosaic_fast.components import Components, build_components, load_policy, model_folder
+from mosaic_fast.config import Config
+from mosaic_fast.config_io import parse_train_arguments, run_cli
+from mosaic_fast.curves import draw_curves
+from mosaic_fast.errors import TrainingError
+from mosaic_fast.evaluate import evaluate_policy, rates_table
+from mosaic_fast.interrupt import Interrupt
+from mosaic_fast.judge import Judge, RuleJudge
+from mosaic_fast.learner import Learner
+from mosaic_fast.metrics import Rate, pairs_of, prefix_hit, reward_figures, rollout_figures, values_of
+from mosaic_fast.progress import ProgressView
+from mosaic_fast.reward import group_reward
+from mosaic_fast.run_folder import RunFolder
+from mosaic_fast.seeds import derived_seed
+from mosaic_fast.trajectories import write_trajectories
+from mosaic_kernels import pack_forest
+
+INTERRUPTED = 130  # exit code after Ctrl-C, as shells have it
+
+
+def main() -> int:
+    config, resume, name = parse_train_arguments(sys.argv[1:])
+    return train(config, name, resume=resume)
+
+
+def train(config: Config, name: str = "world", *, resume: bool = False) -> int:
+    """Run the training that `config` describes, from its last checkpoint if `resume`; returns the exit code.
+
+    Raises UserError for what a user can mend, and nothing of the run on disk is lost then.
+    """
+    folder = RunFolder(config, name, resume=resume)
+    checkpoint = latest_checkpoint(folder.checkpoints)
+    if checkpoint is not None:
+        verify_checkpoint(checkpoint)
+    initial = model_folder(config.model.path)
+    components = build_components(config, checkpoint or initial)
+    reference = load_policy(config, initial) if config.loss.kl_weight else None
+    learner = Learner(components.policy, reference, config)
+    progress = load_training_state(checkpoint, learner.optimizer) if checkpoint else Progress()
+    folder.open(config, progress.step)
+    trainer = _Trainer(config, folder, components, learner, RuleJudge())
+
+    with ProgressView(config.trackers.console, config.steps, progress.step) as view, Interrupt() as interrupt:
+        view.say(f"run folder {folder.path}")
+        after: dict[str, Rate] = {}
+        if not progress.before and config.env.eval_tasks:
+            view.say(f"evaluating the start on {config.env.eval_tasks} held-out tasks, greedy")
+            before = trainer.evaluate(config.env.eval_tasks, progress.step)
+            progress = replace(progress, before=pairs_of(before))
+        while progress.step < config.steps and not interrupt.requested:
+            row, progress = trainer.step(progress)
+            view.step(row)
+        if config.env.eval_tasks and not interrupt.requested:
+            view.say(f"evaluating the result on {config.env.eval_tasks} held-out tasks, greedy")
+            after = trainer.evaluate(config.env.eval_tasks, progress.step)
+    trainer.finish(progress, after, view)
+    return INTERRUPTED if interrupt.requested else 0
+
+
+class _Trainer:
+    """The parts of a run that its steps share."""
+
+    def __init__(
+        self, config: Config, folder: RunFolder, components: Components, learner: Learner, judge: Judge
+    ) -> None:
+        self.config, self.folder, self.components = config, folder, components
+        self.learner, self.judge = learner, judge
+        self._checkpoint_s = 0.0  # seconds the last checkpoint took
+
+    def step(self, progress: Progress) -> tuple[dict[str, float], Progress]:
+        """One training step; returns its metrics and how far the run has come."""
+        config, loop, step = self.config, self.components.loop, progress.step
+        clock = Clock()
+
+        # roll out: a group of trajectories for every task, by the current weights
+        tasks = loop.environment.sample(
+            "train", config.rollout.prompts_per_step, derived_seed(config.seed, "tasks", step)
+        )
+        groups = self.components.run(
+            loop.groups(
+                tasks,
+                group_size=config.rollout.group_size,
+                branching=config.rollout.branching,
+                seed=derived_seed(config.seed, "draws", step),
+            ),
+            version=step,
+        )
+        rollouts = [rollout for group in groups for rollout in group]
+        clock.lap("time/rollout_s")
+
+        # judge, advantage
+        preferences = [self.judge.preferences(group) for group in groups]
+        rewards = [
+            group_reward(group, matrix, config.reward.length_target)
+            for group, matrix in zip(groups, preferences, strict=True)
+        ]
+        advantages = [reward.advantages(config.reward.std_epsilon) for reward in rewards]
+        with self.folder.writing("the trajectories"):
+            path = self.folder.trajectory_path(step + 1)
+            write_trajectories(path, groups, preferences, rewards, advantages)
+        if config.reward.require_signal and not any(a.any() for a in advantages):
+            raise TrainingError(f"step {step + 1}: every group is a tie, there is nothing to learn from")
+        clock.lap("time/judge_s")
+
+        # pack, update
+        forest = pack_forest([r.token_ids for r in rollouts], [r.trained for r in rollouts])
+        sampler_logprobs = np.concatenate([r.sampler_logprobs for r in rollouts])
+        figures = self.learner.update(forest, sampler_logprobs, np.concatenate(advantages), step)
+        if config.reward.require_signal and not figures["optim/grad_norm"] > 0.0:
+            raise TrainingError(f"step {step + 1}: the gradient is zero")
+        clock.lap("time/update_s")
+
+        # sync and log: the engine takes the new weights as it is asked for the next step's rollouts
+        row = {
+            "step": step + 1.0,
+            **rollout_figures(rollouts),
+            **reward_figures(rewards),
+            **figures,
+            **prefix_hit(rollouts, forest),
+            **clock.laps,
+            "time/checkpoint_s": self._checkpoint_s,
+            "time/step_s": clock.total + self._checkpoint_s,
+            "perf/generated_tokens_per_s": forest.trained.sum() / clock.laps["time/rollout_s"],
+            "perf/update_tokens_per_s": forest.num_tokens * config.optim.epochs / clock.laps["time/update_s"],
+        }
+        if config.env.eval_every and (step + 1) % config.env.eval_every == 0:
+            rates = self.evaluate(max(1, config.env.eval_tasks // 3), step + 1)
+            row |= {f"heldout/{name}": rate.value for name, rate in rates.items() if rate.total}
+        self.folder.append_metrics(row)
+        progress = replace(progress, step=step + 1, train_s=progress.train_s + row["time/step_s"])
+        if progress.step % config.checkpoint.every == 0 or progress.step == config.steps:
+            self.save(progress)
+        return row, progress
+
+    def save(self, progress: Progress) -> None:
+        clock = Clock()
+        components, keep = self.components, self.config.checkpoint.keep
+        save_checkpoint(
+            self.folder.checkpoints,
+            components.policy,
+            components.tokenizer,
+            self.learner.optimizer,
+            progress,
+            keep,
+        )
+        self._checkpoint_s = clock.total
+
+    def evaluate(self, count: int, step: int) -> dict[str, Rate]:
+        """Rates on held-out tasks, greedy, by the weights after `step` training steps."""
+        return evaluate_policy(self.components, "heldout", count, temperature=0.0, version=step)
+
+    def finish(self, progress: Progress, after: dict[str, Rate], view: ProgressView) -> None:
+        """Summary, curves and the closing table."""
+        config, folder = self.config, self.folder
+        before = {name: Rate(*pair) for name, pair in progress.before.items()}
+        done = progress.step == config.steps
+        if not done and latest_checkpoint(folder.checkpoints) != checkpoint_path(
+            folder.checkpoints, progress
+        ):
+            self.save(progress)
+        summary = {
+            "seed": config.seed,
+            "steps": progress.step,
+            "complete": done and bool(after or not config.env.eval_tasks),
+            "train_s": round(progress.train_s, 2),
+            "eval_tasks": config.env.eval_tasks,
+            "before": values_of(before),
+            "after": values_of(after),
+        }
+        folder.write_summary(summary)
+        title = f"{folder.path.name}: {progress.step} steps, seed {config.seed}, {progress.train_s:.0f} s"
+        with folder.writing("the curves"):
+            draw_curves(folder.metrics(), values_of(before), values_of(after), folder.path, title)
+        if before or after:
+            columns = {name: rates for name, rates in (("before", before), ("after", after)) if rates}
+            view.console.print(rates_table(columns, f"held-out, greedy, {config.env.eval_tasks} tasks"))
+        view.say(f"{progress.step} steps in {progress.train_s:.0f} s of training")
+        view.say(f"curves        {folder.path / 'curves.png'}")
+        view.say(f"trajectories  {folder.trajectories}")
+        view.say(f"checkpoint    {checkpoint_path(folder.checkpoints, progress)}")
+        if not done:
+            view.say(f"stopped; go on with: python -m mosaic_fast.train --resume --run-dir {folder.path}")
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_cli(main))

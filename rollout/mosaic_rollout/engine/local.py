@@ -142,6 +142,7 @@ class LocalEngine:
     async def _drive(self) -> None:
         """Iterate until no request is left. Whatever stops it early reaches everyone who waits."""
         scheduler = self._scheduler
+        self._model.refresh()
         try:
             while scheduler.busy:
                 scheduler.step()

@@ -16,17 +16,22 @@ _FIRST_SLOTS = 1024
 
 
 class KeyValuePool:
-    """Slots of keys and values, growing by doubling; `keys` [layers, slots, Hkv * Dk], `values` likewise."""
+    """Slots of keys and values, growing by doubling; `keys` [layers, Hkv, slots, Dk], `values` likewise."""
 
     def __init__(self, shape: KeyValueShape) -> None:
         self.shape = shape
         self.clear()
 
-    def clear(self) -> None:
-        """Forget everything and give the memory back."""
-        self.keys, self.values = self.shape.empty(0)
-        self._free = np.empty(0, np.int64)  # a stack: slots at its end are handed out first
+    def clear(self, *, release: bool = True) -> None:
+        """Forget everything; the memory is given back, or kept for the next use without `release`."""
+        if release:
+            self.keys, self.values = self.shape.allocate(0)
+        self._free = np.arange(self.keys.shape[2] - 1, -1, -1)  # a stack: its end is handed out first
         self.used = 0
+
+    @property
+    def bytes(self) -> int:
+        return self.keys.nbytes + self.values.nbytes
 
     def allocate(self, count: int) -> np.ndarray:
         """`count` free slots, [count] int64."""
@@ -42,9 +47,9 @@ class KeyValuePool:
         self.used -= len(slots)
 
     def _grow(self, needed: int) -> None:
-        old = self.keys.shape[1]
+        old = self.keys.shape[2]
         new = max(needed, 2 * old, _FIRST_SLOTS)
-        keys, values = self.shape.empty(new)
-        keys[:, :old], values[:, :old] = self.keys, self.values
+        keys, values = self.shape.allocate(new)
+        keys[:, :, :old], values[:, :, :old] = self.keys, self.values
         self.keys, self.values = keys, values
         self._free = np.concatenate([np.arange(new - 1, old - 1, -1), self._free])

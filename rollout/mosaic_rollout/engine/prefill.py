@@ -139,9 +139,8 @@ class _ChunkCache(Cache):
         return keys, self._swap(self._pool.values[layer_idx], value_states)
 
     def _swap(self, stored: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-        _, heads, count, dim = new.shape
-        stored.index_copy_(0, self._slots, new[0].transpose(0, 1).reshape(count, heads * dim))
-        return stored.index_select(0, self._key_slots).view(1, -1, heads, dim).transpose(1, 2)
+        stored.index_copy_(1, self._slots, new[0])
+        return stored.index_select(1, self._key_slots)[None]
 
 
 def prefill(model: CausalModel, pool: KeyValuePool, nodes: Sequence[Node], chunk_tokens: int) -> int:

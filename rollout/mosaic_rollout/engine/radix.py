@@ -56,9 +56,9 @@ class RadixTree:
         self.max_tokens = max_tokens
         self.clear()
 
-    def clear(self) -> None:
-        """Empty the tree and the pool."""
-        self.pool.clear()
+    def clear(self, *, release: bool = True) -> None:
+        """Empty the tree and the pool; `release` gives the pool's memory back."""
+        self.pool.clear(release=release)
         nothing = np.empty(0, np.int64)
         self.root = Node(None, 0, nothing, nothing, ready=True)
         self._clock = 0

@@ -21,13 +21,13 @@ class RowBuffer(Cache):
     def __init__(self, shape: KeyValueShape) -> None:
         super().__init__(layers=[])
         self.shape = shape
-        self.clear()
+        self.release()
 
-    def clear(self) -> None:
+    def release(self) -> None:
         """Give the memory back."""
         self.rows = self.capacity = 0
-        self.keys, self.values = self.shape.empty(0, 0)  # [layers, rows, capacity, Hkv * D]
-        self._index_views()
+        self.keys, self.values = self.shape.allocate(0, 0)  # [layers, rows, Hkv, capacity, D]
+        self._index()
 
     def reserve(self, rows: int, tokens: int) -> None:
         """Make place for `rows` rows of `tokens` tokens, keeping what is there."""
@@ -40,31 +40,40 @@ class RowBuffer(Cache):
             self.capacity = (
                 -(-max(tokens, old_capacity + old_capacity // 2) // _TOKENS_MULTIPLE) * _TOKENS_MULTIPLE
             )
-        keys, values = self.shape.empty(self.rows, self.capacity)
-        keys[:, :old_rows, :old_capacity], values[:, :old_rows, :old_capacity] = self.keys, self.values
+        keys, values = self.shape.allocate(self.rows, self.capacity)
+        # masked places are read: their probability is 0, but 0 * NaN is NaN
+        keys.zero_()
+        values.zero_()
+        keys[:, :old_rows, :, :old_capacity] = self.keys
+        values[:, :old_rows, :, :old_capacity] = self.values
         self.keys, self.values = keys, values
-        self._index_views()
+        self._index()
+
+    @property
+    def bytes(self) -> int:
+        return self.keys.nbytes + self.values.nbytes
 
     def load(self, row: int, pool: KeyValuePool, slots: torch.Tensor) -> None:
         """Fill a row's first tokens from the pool; slots [L] int64."""
-        self.keys[:, row, : len(slots)] = pool.keys[:, slots]
-        self.values[:, row, : len(slots)] = pool.values[:, slots]
+        self.keys[:, row, :, : len(slots)] = pool.keys.index_select(2, slots)
+        self.values[:, row, :, : len(slots)] = pool.values.index_select(2, slots)
 
     def store(self, row: int, start: int, pool: KeyValuePool, slots: torch.Tensor) -> None:
         """Write a row's tokens from `start` on to the pool; slots [L] int64."""
-        pool.keys[:, slots] = self.keys[:, row, start : start + len(slots)]
-        pool.values[:, slots] = self.values[:, row, start : start + len(slots)]
+        pool.keys.index_copy_(2, slots, self.keys[:, row, :, start : start + len(slots)])
+        pool.values.index_copy_(2, slots, self.values[:, row, :, start : start + len(slots)])
 
     def move(self, source: int, target: int, tokens: int) -> None:
         """Copy the first `tokens` tokens of one row over another."""
-        self.keys[:, target, :tokens] = self.keys[:, source, :tokens]
-        self.values[:, target, :tokens] = self.values[:, source, :tokens]
+        self.keys[:, target, :, :tokens] = self.keys[:, source, :, :tokens]
+        self.values[:, target, :, :tokens] = self.values[:, source, :, :tokens]
 
     def begin_step(self, positions: torch.Tensor) -> int:
-        """Set the places [n] of the next update; returns K, the keys it will show."""
+        """Set the places of the next update, positions [n] of the first n rows; returns K, the keys shown."""
         self._active = len(positions)
         self._visible = int(positions.max()) + 1
-        self._places = torch.arange(self._active, device=positions.device) * self.capacity + positions
+        first = self._lines[: self._active]  # [n, Hkv]
+        self._places = (first + positions[:, None]).flatten()
         return self._visible
 
     def update(
@@ -76,17 +85,12 @@ class RowBuffer(Cache):
         **kwargs: object,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """[n, Hkv, 1, D] new -> [n, Hkv, K, D], for keys and values."""
-        flat_keys, keys, flat_values, values = self._views[layer_idx]
-        flat_keys.index_copy_(0, self._places, key_states.reshape(self._active, -1))
-        flat_values.index_copy_(0, self._places, value_states.reshape(self._active, -1))
+        keys, values = self._layers[layer_idx]
+        keys.flatten(0, 2).index_copy_(0, self._places, key_states.flatten(0, 2))
+        values.flatten(0, 2).index_copy_(0, self._places, value_states.flatten(0, 2))
         return keys[: self._active, :, : self._visible], values[: self._active, :, : self._visible]
 
-    def _index_views(self) -> None:
-        """Per layer, the buffer as [rows * capacity, Hkv * D] to write, [rows, Hkv, capacity, D] to read."""
-        self._views = []
-        for keys, values in zip(self.keys, self.values, strict=True):
-            views = []
-            for stored, dim in ((keys, self.shape.key_dim), (values, self.shape.value_dim)):
-                by_head = stored.unflatten(-1, (self.shape.heads, dim)).transpose(1, 2)
-                views += [stored.flatten(0, 1), by_head]
-            self._views.append(tuple(views))
+    def _index(self) -> None:
+        self._layers = list(zip(self.keys, self.values, strict=True))
+        lines = torch.arange(self.rows * self.shape.heads, device=self.shape.device)
+        self._lines = lines.view(self.rows, self.shape.heads) * self.capacity

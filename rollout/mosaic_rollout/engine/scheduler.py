@@ -23,6 +23,8 @@ from .rows import RowBuffer
 from .sampling import sample_tokens, stream_base, uniforms
 from .stats import EngineStats
 
+_KEPT_BYTES = 128 * 2**20
+
 
 @dataclass(eq=False)
 class Job:
@@ -68,16 +70,17 @@ class Scheduler:
         return bool(self.waiting or self.active)
 
     def clear_cache(self) -> None:
-        """Empty the tree; with no row active, give the buffers' memory back as well."""
-        self.tree.clear()
-        if not self.active:
-            self.buffer.clear()
+        """Empty the tree. Memory is kept for the next use if it is little, else left to the trainer."""
+        self.tree.clear(release=self.tree.pool.bytes > _KEPT_BYTES)
+        if not self.active and self.buffer.bytes > _KEPT_BYTES:
+            self.buffer.release()
 
     def reset(self) -> None:
         """Drop everything: after an error no key or value is trusted."""
         self.waiting.clear()
         self.active.clear()
-        self.clear_cache()
+        self.tree.clear()
+        self.buffer.release()
 
     def step(self) -> None:
         """One iteration. Raises whatever the model raises; the caller must then `reset`."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -59,9 +60,9 @@ def pack_forest(sequences: Sequence[ArrayLike], trained: Sequence[ArrayLike] | N
     """Merge rollouts into prefix trees.
 
     Rollouts are sorted, so that each one's longest common prefix with all earlier ones is the one with
-    its neighbour; the rest of it is a run of new nodes. One pass over rollouts (never over tokens)
-    copies the shared part of the path, numbers the new run and closes the subtrees that end there.
-    Siblings are ordered by token id.
+    its neighbour; the rest of it is a run of new nodes. One pass over rollouts (never over tokens) copies
+    the shared part of the path, numbers the new run and closes the subtrees that end there. Siblings are
+    ordered by token id.
 
     sequences: R integer arrays [L_r], token ids in [0, 2**32); L_r may be 0.
     trained: R bool arrays [L_r], True where the policy sampled the token. None: all but each rollout's
@@ -75,46 +76,49 @@ def pack_forest(sequences: Sequence[ArrayLike], trained: Sequence[ArrayLike] | N
     lengths = np.diff(cu_seqlens)
     mask = _trained_mask(trained, cu_seqlens, lengths)
 
-    ordered_bytes = flat.astype(">u4").tobytes()  # big-endian: the order of bytes is the order of token ids
-    keys = [
-        ordered_bytes[4 * a : 4 * b]
-        for a, b in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True)
-    ]
-    order = sorted(range(len(keys)), key=keys.__getitem__)
+    # Big-endian, because the order of bytes is then the order of token ids.
+    ordered = flat.astype(">u4")
+    keys = [ordered[a:b].tobytes() for a, b in pairwise(cu_seqlens.tolist())]
+    order = np.array(sorted(range(len(keys)), key=keys.__getitem__), np.int64)
+    start, size = cu_seqlens[order], lengths[order]
+    shared = _shared_with_previous(flat, start, size)
+    new = size - shared
+    run = np.cumsum(new) - new  # first new node of each rollout, in sorted order
+    num_nodes = int(new.sum())
 
-    starts, sizes = cu_seqlens.tolist(), lengths.tolist()
+    count = np.arange(num_nodes)
     node_index = np.empty(len(flat), np.int64)
-    subtree_end = np.empty(len(flat), np.int64)  # trimmed to U below
-    run_start, run_depth, run_parent = [], [], []
-    num_nodes = 0
-    previous, previous_size = 0, 0  # flat offset and length of the sorted neighbour
-    for rollout in order:
-        start, size = starts[rollout], sizes[rollout]
-        shared = _common_prefix(flat, previous, start, min(previous_size, size))
-        path = node_index[previous : previous + previous_size]
-        subtree_end[path[shared:]] = num_nodes
-        node_index[start : start + shared] = path[:shared]
-        if shared < size:
-            run_start.append(num_nodes)
-            run_depth.append(shared)
-            run_parent.append(path[shared - 1] if shared else -1)
-            new = size - shared
-            node_index[start + shared : start + size] = np.arange(num_nodes, num_nodes + new)
-            num_nodes += new
-        previous, previous_size = start, size
-    subtree_end[node_index[previous : previous + previous_size]] = num_nodes
+    tokens, subtree_end = np.empty(num_nodes, np.int64), np.empty(num_nodes, np.int64)
+    previous = 0  # where the sorted neighbour starts in flat
+    open_runs: list[tuple[int, int, int]] = []  # (depth, node, stop): the open path as runs, nested by depth
+    for a, n, common, node in zip(start.tolist(), size.tolist(), shared.tolist(), run.tolist(), strict=True):
+        while open_runs and open_runs[-1][0] >= common:
+            _, first, stop = open_runs.pop()
+            subtree_end[first:stop] = node
+        if open_runs and open_runs[-1][0] + open_runs[-1][2] - open_runs[-1][1] > common:
+            depth, first, stop = open_runs[-1]
+            cut = first + common - depth
+            subtree_end[cut:stop] = node
+            open_runs[-1] = (depth, first, cut)
+        if common:
+            node_index[a : a + common] = node_index[previous : previous + common]
+        if common < n:
+            stop = node + n - common
+            node_index[a + common : a + n] = count[node:stop]
+            tokens[node:stop] = flat[a + common : a + n]
+            open_runs.append((common, node, stop))
+        previous = a
+    for _, first, stop in open_runs:
+        subtree_end[first:stop] = num_nodes
 
-    tokens = np.empty(num_nodes, np.int64)
-    tokens[node_index] = flat  # equal prefixes write equal tokens
-    parent = np.arange(-1, num_nodes - 1, dtype=np.int64)
-    parent[run_start] = run_parent
-    runs = np.asarray(run_start, np.int64)
-    shift = np.asarray(run_depth, np.int64) - runs
-    positions = np.arange(num_nodes) + np.repeat(shift, np.diff(runs, append=num_nodes))
+    parent = count - 1
+    attached = (new > 0) & (shared > 0)
+    parent[run[new > 0]] = -1
+    parent[run[attached]] = node_index[start[attached] + shared[attached] - 1]
     return PackedForest(
         tokens=tokens,
-        positions=positions,
-        subtree_end=subtree_end[:num_nodes].copy(),
+        positions=count + np.repeat(shared - run, new),
+        subtree_end=subtree_end,
         parent=parent,
         node_index=node_index,
         cu_seqlens=cu_seqlens,
@@ -122,13 +126,28 @@ def pack_forest(sequences: Sequence[ArrayLike], trained: Sequence[ArrayLike] | N
     )
 
 
-def _common_prefix(flat: IntArray, a: int, b: int, limit: int) -> int:
-    """Length of the longest common prefix of flat[a : a+limit] and flat[b : b+limit]."""
-    if limit == 0 or flat[a] != flat[b]:
-        return 0
-    differs = flat[a : a + limit] != flat[b : b + limit]
-    first = int(differs.argmax())
-    return first if differs[first] else limit
+def _shared_with_previous(flat: IntArray, start: IntArray, size: IntArray) -> IntArray:
+    """Length of each sorted rollout's common prefix with the one before it [R]; 0 for the first.
+
+    Every pair's first tokens are compared at once, which settles most pairs of many short rollouts; pairs
+    that are still equal there are compared one by one.
+    """
+    shared = np.zeros(len(start), np.int64)
+    if len(start) < 2 or not len(flat):
+        return shared
+    limit = np.minimum(size[:-1], size[1:])
+    column = np.arange(16)
+    last = len(flat) - 1
+    left = flat[np.minimum(start[:-1, None] + column, last)]
+    right = flat[np.minimum(start[1:, None] + column, last)]
+    equal = (left == right) & (column < limit[:, None])
+    shared[1:] = np.where(equal.all(axis=1), len(column), equal.argmin(axis=1))
+    for pair in np.flatnonzero(shared[1:] == len(column)).tolist():
+        a, b, n = int(start[pair]), int(start[pair + 1]), int(limit[pair])
+        differs = flat[a : a + n] != flat[b : b + n]
+        first = int(differs.argmax())
+        shared[pair + 1] = first if differs[first] else n
+    return shared
 
 
 def _concatenate(sequences: Sequence[ArrayLike]) -> tuple[IntArray, IntArray]:
@@ -144,8 +163,8 @@ def _concatenate(sequences: Sequence[ArrayLike]) -> tuple[IntArray, IntArray]:
     cu_seqlens = np.zeros(len(arrays) + 1, np.int64)
     np.cumsum([array.size for array in arrays], out=cu_seqlens[1:])
     filled = [array for array in arrays if array.size]
-    flat = np.concatenate(filled).astype(np.int64, copy=False) if filled else np.zeros(0, np.int64)
-    if flat.size and (flat.min() < 0 or flat.max() > MAX_TOKEN_ID):
+    flat = np.concatenate(filled, dtype=np.int64, casting="same_kind") if filled else np.zeros(0, np.int64)
+    if flat.size and flat.view(np.uint64).max() > MAX_TOKEN_ID:  # a negative id is a huge unsigned one
         where = int(np.flatnonzero((flat < 0) | (flat > MAX_TOKEN_ID))[0])
         rollout = int(np.searchsorted(cu_seqlens, where, side="right")) - 1
         raise ValueError(

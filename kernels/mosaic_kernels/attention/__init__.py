@@ -2,6 +2,7 @@
 
 import torch
 
+from mosaic_kernels.attention.plan import plan_for
 from mosaic_kernels.attention.reference import reference_tree_attention
 from mosaic_kernels.attention.segments import segments_tree_attention
 from mosaic_kernels.dispatch import IndexLike, as_index, choose_backend
@@ -51,7 +52,7 @@ def tree_attention(
     if chosen == "segments":
         if q.device.type != "cpu":
             raise ValueError(f"tree_attention: backend='segments' runs on CPU, q is on {q.device}")
-        return segments_tree_attention(q, k, v, end, positions=depth, window=window, scale=scale)
+        return segments_tree_attention(q, k, v, plan_for(end, depth, window), scale=scale)
     return reference_tree_attention(q, k, v, end, positions=depth, window=window, scale=scale)
 
 

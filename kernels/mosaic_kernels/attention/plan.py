@@ -82,11 +82,18 @@ def _cached_plan(subtree_end: bytes, positions: bytes | None, window: int | None
     return build_plan(np.frombuffer(subtree_end, np.int64), depth, window)
 
 
-def build_plan(subtree_end: IntArray, positions: IntArray | None = None, window: int | None = None) -> Plan:
+def build_plan(
+    subtree_end: IntArray,  # [U]
+    positions: IntArray | None = None,  # [U]
+    window: int | None = None,
+    *,
+    block: int = BLOCK,
+    trunk: int = TRUNK,
+) -> Plan:
     """Trunks and buckets of a forest. With a window everything is a block: squares would need masks."""
     if not len(subtree_end):
         return Plan((), ())
-    segments = _Segments(subtree_end)
+    segments = _Segments(subtree_end, trunk)
     if window is not None:
         segments.is_trunk[:] = False
     trunks = np.flatnonzero(segments.is_trunk)
@@ -102,16 +109,16 @@ def build_plan(subtree_end: IntArray, positions: IntArray | None = None, window:
                 context=torch.from_numpy(context) if len(context) else None,
             )
         )
-    return Plan(tuple(made), tuple(_buckets(segments, subtree_end, positions, window)))
+    return Plan(tuple(made), tuple(_buckets(segments, subtree_end, positions, window, block)))
 
 
 class _Segments:
     """The segments of a forest and the tree they form."""
 
-    def __init__(self, subtree_end: IntArray) -> None:
+    def __init__(self, subtree_end: IntArray, trunk: int) -> None:
         self.stop = np.append(np.flatnonzero(np.diff(subtree_end)) + 1, len(subtree_end))  # [S]
         self.start = np.append(0, self.stop[:-1])  # [S]
-        self.is_trunk: BoolArray = self.stop - self.start >= TRUNK  # [S]
+        self.is_trunk: BoolArray = self.stop - self.start >= trunk  # [S]
         self.of_node = np.repeat(np.arange(len(self.start)), self.stop - self.start)  # [U]
         self.parent = np.empty(len(self.start), np.int64)  # [S] -1 at a root
         path: list[tuple[int, int]] = []  # (subtree end, segment) from a root to the last segment seen
@@ -148,17 +155,17 @@ class _Segments:
 
 
 def _buckets(
-    segments: _Segments, subtree_end: IntArray, positions: IntArray | None, window: int | None
+    segments: _Segments, subtree_end: IntArray, positions: IntArray | None, window: int | None, block: int
 ) -> list[Bucket]:
     """Blocks of the forest without its trunks, stacked by key count; a short last block stands alone."""
     rest = np.flatnonzero(~segments.is_trunk[segments.of_node])
     if not len(rest):
         return []
-    firsts = rest[::BLOCK]
+    firsts = rest[::block]
     owner, nodes = segments.ancestors_outside_trunks(firsts)
     if window is not None and positions is not None:
         # A later query of the block may lie on a shallower branch than the first one, and reach further up.
-        lowest = np.minimum.reduceat(positions[rest], np.arange(0, len(rest), BLOCK))
+        lowest = np.minimum.reduceat(positions[rest], np.arange(0, len(rest), block))
         reachable = lowest[owner] - positions[nodes] < window
         owner, nodes = owner[reachable], nodes[reachable]
     count = np.bincount(owner, minlength=len(firsts))  # [blocks] ancestors of each block's first query
@@ -166,12 +173,12 @@ def _buckets(
     nodes = np.append(nodes, 0)  # a node to point at for padding, also where there are no ancestors
 
     buckets = []
-    for group in _similar(count, len(rest) // BLOCK):
+    for group in _similar(count, block, len(rest) // block):
         column = np.arange(count[group].max())
         real = column < count[group][:, None]
         ancestors = nodes[np.where(real, offset[group][:, None] + column, len(nodes) - 1)]
-        width = min(BLOCK, len(rest) - int(group[0]) * BLOCK)
-        queries = rest[group[:, None] * BLOCK + np.arange(width)]
+        width = min(block, len(rest) - int(group[0]) * block)
+        queries = rest[group[:, None] * block + np.arange(width)]
         keys = np.concatenate([ancestors, queries], axis=1)
         exists = np.concatenate([real, np.ones_like(queries, np.bool_)], axis=1)
         q, k = queries[:, :, None], keys[:, None, :]
@@ -189,10 +196,10 @@ def _buckets(
     return buckets
 
 
-def _similar(count: IntArray, full: int) -> list[IntArray]:
+def _similar(count: IntArray, block: int, full: int) -> list[IntArray]:
     """Groups of block indices with similar key count among the first `full` blocks, then the short one."""
     order = np.argsort(-count[:full], kind="stable")
-    sizes = (count[order] + BLOCK).tolist()
+    sizes = (count[order] + block).tolist()
     groups, first = [], 0
     for index in range(1, full + 1):
         if index == full or sizes[index] < SIMILAR * sizes[first]:

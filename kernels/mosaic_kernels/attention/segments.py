@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from mosaic_kernels.attention.plan import Plan, plan_for
+from mosaic_kernels.attention.plan import Plan
 from mosaic_kernels.dispatch import result_dtype
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
@@ -23,14 +23,11 @@ def segments_tree_attention(
     q: torch.Tensor,  # [U, Hq, D] on CPU
     k: torch.Tensor,  # [U, Hkv, D]
     v: torch.Tensor,  # [U, Hkv, D]
-    subtree_end: torch.Tensor,  # [U] int64
+    plan: Plan,  # of the forest
     *,
-    positions: torch.Tensor | None,  # [U] int64
-    window: int | None,
     scale: float,
 ) -> torch.Tensor:  # [U, Hq, D]
     """In fp32, or fp64 for fp64 input; cast back to q's dtype."""
-    plan = plan_for(subtree_end, positions, window)
     dtype, group = result_dtype(q), q.shape[1] // k.shape[1]
     queries, keys, values = (x.to(dtype) for x in (q, k, v))
     if group > 1:
@@ -82,6 +79,7 @@ class _SegmentAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    # pyrefly: ignore [bad-override]
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[torch.Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
         plan, scale, grad = ctx.plan, ctx.scale, _dense_rows(grad_outputs[0])  # [U, H, D]

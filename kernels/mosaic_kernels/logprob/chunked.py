@@ -36,27 +36,33 @@ def chunked_linear_logprob(
     bias: torch.Tensor | None,  # [V]
     temperature: float,
     return_entropy: bool,
+    *,
+    chunk_rows: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:  # [E], [N] or None
-    """In fp32 or, for fp64 input, fp64. Without entropy, rows that no target needs are not computed."""
+    """In fp32 or, for fp64 input, fp64. Without entropy, rows that no target needs are not computed.
+
+    chunk_rows None takes as many rows as CHUNK_LOGITS logits allow, and at least CHUNK_ROWS.
+    """
     dtype = result_dtype(hidden, weight)
     if not return_entropy:
         used, rows = torch.unique(rows, return_inverse=True)
         if len(used) < len(hidden):
             hidden = hidden.index_select(0, used)
+    size = chunk_rows or max(CHUNK_ROWS, CHUNK_LOGITS // max(len(weight), 1))
+    order, chunks = _chunks(targets, rows, len(hidden), size)
     logprobs, entropy = _ChunkedLogprob.apply(
         hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype),
-        targets, rows, 1.0 / temperature, return_entropy,
+        order, chunks, 1.0 / temperature, return_entropy,
     )  # fmt: skip
     return logprobs, entropy
 
 
 def _chunks(
-    targets: torch.Tensor, rows: torch.Tensor, num_rows: int, vocab: int
+    targets: torch.Tensor, rows: torch.Tensor, num_rows: int, size: int
 ) -> tuple[torch.Tensor, list[_Chunk]]:
     """The order that sorts edges by row [E], and the chunks of the sorted edges."""
     sorted_rows, order = torch.sort(rows, stable=True)
     sorted_targets = targets[order]
-    size = max(CHUNK_ROWS, CHUNK_LOGITS // max(vocab, 1))
     starts = torch.arange(0, num_rows, size, device=rows.device)
     bounds = [*torch.searchsorted(sorted_rows, starts).tolist(), len(rows)]
     chunks = []
@@ -91,14 +97,13 @@ class _ChunkedLogprob(torch.autograd.Function):
         hidden: torch.Tensor,  # [N, D]
         weight: torch.Tensor,  # [V, D]
         bias: torch.Tensor | None,  # [V]
-        targets: torch.Tensor,  # [E]
-        rows: torch.Tensor,  # [E]
+        order: torch.Tensor,  # [E] sorts the edges by row
+        chunks: list[_Chunk],
         inverse_temperature: float,
         return_entropy: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        num_rows, vocab = hidden.shape[0], weight.shape[0]
-        order, chunks = _chunks(targets, rows, num_rows, vocab)
-        sorted_logprobs = hidden.new_empty(len(targets))
+        num_rows = len(hidden)
+        sorted_logprobs = hidden.new_empty(len(order))
         lse = hidden.new_empty(num_rows)
         entropy = hidden.new_empty(num_rows) if return_entropy else None
         for chunk in chunks:
@@ -127,6 +132,7 @@ class _ChunkedLogprob(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    # pyrefly: ignore [bad-override]
     def backward(
         ctx: Any,
         *grad_outputs: Any,  # [E] and [N] or None

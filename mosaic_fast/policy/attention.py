@@ -1,0 +1,110 @@
+"""Tree attention inside an unmodified transformers model, for the duration of a forward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
+
+from mosaic_fast.errors import UserError
+from mosaic_fast.policy.forest_tensors import ForestTensors
+from mosaic_kernels import tree_attention
+
+ATTENTION_NAME = "mosaic_tree_attention"
+
+
+@dataclass(eq=False)
+class TreeForward:
+    """One forward over a forest. Travels as the keyword `tree` from the layers to their attention."""
+
+    forest: ForestTensors
+    attention_calls: int = 0  # counted, so that a model that bypasses the attention interface is noticed
+
+
+def forest_attention(
+    module: nn.Module,
+    query: Tensor,  # [1, Hq, U, D]
+    key: Tensor,  # [1, Hkv, U, D]
+    value: Tensor,  # [1, Hkv, U, D]
+    attention_mask: Tensor | None,  # never read: the forest says what is visible
+    *,
+    tree: TreeForward | None = None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    **unused: object,
+) -> tuple[Tensor, None]:  # [1, U, Hq, D]
+    """transformers' attention signature on top of `tree_attention`."""
+    if tree is None:
+        raise UserError(f"{ATTENTION_NAME} runs inside Policy.logprobs only: choose another attention")
+    if dropout:
+        raise UserError(f"attention_dropout is {dropout}: an exact forest forward needs 0")
+    for name in ("softcap", "s_aux", "position_bias"):
+        if unused.get(name) is not None:
+            raise UserError(f"{type(module).__name__} uses {name}, which tree attention does not support")
+    tree.attention_calls += 1
+    forest = tree.forest
+    # A window as long as the longest rollout hides nothing.
+    windowed = sliding_window is not None and sliding_window < forest.longest
+    out = tree_attention(
+        query[0].transpose(0, 1),
+        key[0].transpose(0, 1),
+        value[0].transpose(0, 1),
+        forest.subtree_end,
+        positions=forest.positions[0] if windowed else None,
+        window=sliding_window if windowed else None,
+        scale=scaling,
+    )
+    return out[None], None
+
+
+@contextmanager
+def tree_attention_selected(model: PreTrainedModel) -> Iterator[None]:
+    """Select tree attention on the model's configurations; what was selected before comes back on exit.
+
+    Gradient checkpointing runs a layer again during the backward pass, when this context is long gone, so
+    its checkpoint functions are wrapped for the time of the forward: they select tree attention themselves.
+    """
+    AttentionInterface.register(ATTENTION_NAME, forest_attention)
+    modules = list(model.modules())
+    configs = {
+        id(config): config for m in modules if isinstance(config := vars(m).get("config"), PreTrainedConfig)
+    }
+    checkpointed = [m for m in modules if getattr(m, "gradient_checkpointing", False)]
+    functions = [vars(m)["_gradient_checkpointing_func"] for m in checkpointed]
+    try:
+        for module, function in zip(checkpointed, functions, strict=True):
+            vars(module)["_gradient_checkpointing_func"] = _selecting(function, list(configs.values()))
+        with _selected(list(configs.values())):
+            yield
+    finally:
+        for module, function in zip(checkpointed, functions, strict=True):
+            vars(module)["_gradient_checkpointing_func"] = function
+
+
+@contextmanager
+def _selected(configs: list[PreTrainedConfig]) -> Iterator[None]:
+    before = [config._attn_implementation for config in configs]
+    try:
+        for config in configs:
+            config._attn_implementation = ATTENTION_NAME
+        yield
+    finally:
+        for config, name in zip(configs, before, strict=True):
+            config._attn_implementation = name
+
+
+def _selecting(checkpoint: Callable[..., object], configs: list[PreTrainedConfig]) -> Callable[..., object]:
+    """A checkpoint function that runs its layer, now and again in the backward pass, with tree attention."""
+
+    def selecting_checkpoint(run_layer: Callable[..., object], *args: object) -> object:
+        def run(*inputs: object) -> object:
+            with _selected(configs):
+                return run_layer(*inputs)
+
+        return checkpoint(run, *args)
+
+    return selecting_checkpoint

@@ -1,0 +1,148 @@
+"""A model from a local folder or GGUF file, and back to a folder."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from mosaic_fast.errors import UserError
+from mosaic_fast.policy.support import check_family
+
+_WEIGHTS = "model.safetensors"
+_WEIGHTS_INDEX = "model.safetensors.index.json"
+
+Report = dict[str, Iterable[object]]
+"""What transformers says of a load: parameter names by kind of problem."""
+
+
+def load_model(path: Path, dtype: torch.dtype | str, device: torch.device | str) -> PreTrainedModel:
+    """A causal LM in the given precision on the given device; nothing is ever downloaded.
+
+    UserError for a missing folder, a folder without config or safetensors weights, a family that is not
+    supported, damaged or incomplete weights, and a GGUF file without the packages that read it.
+    """
+    dtype = _as_dtype(dtype)
+    if path.suffix == ".gguf":
+        model, report = _load_gguf(path, dtype)
+    else:
+        model, report = _load_folder(path, dtype)
+    for problem in ("missing_keys", "mismatched_keys"):
+        if report.get(problem):  # transformers would go on with random values
+            names = sorted(map(str, report[problem]))
+            more = ", ..." if len(names) > 3 else ""
+            raise UserError(
+                f"{path}: the weights do not fit the model, {problem}: {', '.join(names[:3])}{more}"
+            )
+    module: torch.nn.Module = model
+    module.to(device)
+    return model
+
+
+def save_model(model: PreTrainedModel, folder: Path) -> None:
+    """config.json, generation_config.json and one model.safetensors; tied weights are written once."""
+    if folder.is_file():
+        raise UserError(f"{folder} is a file: a model is saved in a folder")
+    with _quiet():
+        model.save_pretrained(folder, max_shard_size="1000TB")
+
+
+def _load_folder(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Report]:
+    check_family(_read_config(folder).get("model_type"))
+    _check_weight_files(folder)
+    try:
+        with _quiet():
+            return AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=dtype,
+                local_files_only=True,
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # reported, and refused by the caller
+            )
+    except SafetensorError as error:
+        raise UserError(f"{folder}: the weights are damaged or cut short ({error})") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder}: {error}") from error
+
+
+def _load_gguf(file: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Report]:
+    if not file.is_file():
+        raise UserError(f"there is no GGUF file {file}")
+    missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f"{file}: reading GGUF needs more packages: pip install {' '.join(missing)}")
+    options = {}
+    if hasattr(transformers, "GgufConfig"):
+        # Without it the model may keep packed weights, which cannot be trained, and never can be saved.
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    try:
+        with _quiet():
+            model, report = AutoModelForCausalLM.from_pretrained(
+                file.parent, gguf_file=file.name, dtype=dtype, output_loading_info=True, **options
+            )
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file}: {error}") from error
+    check_family(model.config.model_type)
+    return model, report
+
+
+def _read_config(folder: Path) -> dict[str, object]:
+    if not folder.is_dir():
+        raise UserError(f"there is no model folder {folder}")
+    file = folder / "config.json"
+    if not file.is_file():
+        raise UserError(f"{folder} holds no config.json: it is not the folder of a Hugging Face model")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file} is not valid JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{file} must hold a JSON object")
+    return config
+
+
+def _check_weight_files(folder: Path) -> None:
+    if (folder / _WEIGHTS).is_file():
+        return
+    index = folder / _WEIGHTS_INDEX
+    if not index.is_file():
+        others = sorted(f.name for f in folder.iterdir() if f.suffix in {".bin", ".pth", ".pt", ".gguf"})
+        found = f"; it holds {', '.join(others)}" if others else ""
+        raise UserError(f"{folder} holds no weights ({_WEIGHTS} or {_WEIGHTS_INDEX}){found}")
+    try:
+        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, AttributeError) as error:
+        raise UserError(f"{index} is damaged: {error}") from error
+    absent = sorted(name for name in shards if not (folder / name).is_file())
+    if absent:
+        raise UserError(
+            f"{folder} lacks {len(absent)} of {len(shards)} weight files, the first is {absent[0]}"
+        )
+
+
+def _as_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise UserError(f"dtype {dtype!r} is not a floating type such as 'float32' or 'bfloat16'")
+    return found
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars of transformers; the caller's setting comes back."""
+    logging = transformers.utils.logging
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

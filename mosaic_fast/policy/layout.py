@@ -1,0 +1,95 @@
+"""Whether a model's parts may be called one by one, and its LM head replaced by its weight."""
+
+from __future__ import annotations
+
+from typing import Protocol, TypeGuard, cast
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from mosaic_fast.policy.support import SUPPORTED_FAMILIES
+
+_LAYER_PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
+
+
+class Decoder(Protocol):
+    """The parts of a decoder of known layout, in the order in which they are called."""
+
+    embed_tokens: nn.Module
+    rotary_emb: nn.Module
+    layers: nn.ModuleList
+    norm: nn.Module
+
+
+class DecoderLayer(Protocol):
+    """The parts of a layer of known layout."""
+
+    input_layernorm: nn.Module
+    self_attn: nn.Module
+    post_attention_layernorm: nn.Module
+    mlp: nn.Module
+
+
+def decoder_of(model: PreTrainedModel) -> Decoder:
+    """The decoder of a model for which `has_known_layout`."""
+    return cast(Decoder, model.get_decoder())
+
+
+def has_stock_forward(module: nn.Module) -> bool:
+    """True if calling the module runs its class's own forward and nothing else: no hook, no replacement."""
+    return (
+        "forward" not in vars(module)
+        and not _has_hooks(module)
+        and getattr(type(module).forward, "__module__", None) == type(module).__module__
+    )
+
+
+def has_known_layout(model: PreTrainedModel) -> bool:
+    """True if embed_tokens, layers, norm and lm_head, called in order, are the whole model.
+
+    That is so for the causal LM and decoder classes of the supported families in transformers itself, as long
+    as nobody has put a hook or another forward on these two.
+    """
+    prefix = SUPPORTED_FAMILIES[model.config.model_type]
+    decoder = model.get_decoder()
+    return (
+        _is_class(model, model, f"{prefix}ForCausalLM")
+        and _is_class(model, decoder, f"{prefix}Model")
+        and has_stock_forward(model)
+        and has_stock_forward(decoder)
+    )
+
+
+def has_known_layer(model: PreTrainedModel, layer: nn.Module) -> bool:
+    """True if the layer is attention and MLP, each behind a norm and added to the residual, and unhooked.
+
+    A hook anywhere inside expects to see all positions. Phi-3's dropouts do nothing where Policy runs at all.
+    """
+    parts = {name for name, part in layer.named_children() if not isinstance(part, nn.Dropout)}
+    return (
+        _is_class(model, layer, f"{SUPPORTED_FAMILIES[model.config.model_type]}DecoderLayer")
+        and parts == _LAYER_PARTS
+        and has_stock_forward(layer)
+        and not any(_has_hooks(module) for module in layer.modules())
+    )
+
+
+def has_plain_head(head: nn.Module) -> TypeGuard[nn.Linear]:
+    """True if the LM head is nothing but a matrix and a bias."""
+    return type(head) is nn.Linear and has_stock_forward(head)
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
+def _is_class(model: PreTrainedModel, module: nn.Module, name: str) -> bool:
+    family = model.config.model_type
+    return type(module).__qualname__ == name and (
+        type(module).__module__ == f"transformers.models.{family}.modeling_{family}"
+    )

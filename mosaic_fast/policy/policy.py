@@ -1,0 +1,180 @@
+"""Log-probs of rollouts under an unmodified Hugging Face causal LM, on shared prefixes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal, overload
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from mosaic_fast.errors import UserError
+from mosaic_fast.policy.attention import TreeForward, tree_attention_selected
+from mosaic_fast.policy.checkpoint import load_model, save_model
+from mosaic_fast.policy.forest_tensors import ForestTensors, forest_tensors
+from mosaic_fast.policy.forward import final_hidden, final_logits
+from mosaic_fast.policy.head import head_logprobs, logprobs_from_logits
+from mosaic_fast.policy.layout import has_known_layout
+from mosaic_fast.policy.support import check_dropout, check_model, check_rope_lengths
+from mosaic_kernels import PackedForest
+
+
+class Policy:
+    """A causal LM of the Qwen2, Qwen3, Phi-3/Phi-4 or Llama family that is run on forests.
+
+    The model's classes, weights and modules stay as they are, and its attention setting changes only while
+    `logprobs` runs, so an inference engine may share the model. Every module is called as a module: hooks,
+    LoRA layers and replaced forwards are honoured, though those of the final norm, and of an LM head that is
+    more than a matrix, see only the rows that predict a trained token.
+
+    >>> policy = Policy.from_pretrained("models/qwen3-4b")
+    >>> forest = pack_forest([[5, 6, 7], [5, 6, 8]])
+    >>> policy.logprobs(forest)  # zeros at both 5s; both 6s share one edge
+    tensor([0.0000, -2.3, -4.1, 0.0000, -2.3, -3.7], grad_fn=...)
+    """
+
+    model: PreTrainedModel
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        """UserError names what the model has that a forest forward would get wrong."""
+        check_model(model)
+        self.model = model
+        self._prepared: WeakKeyDictionary[PackedForest, ForestTensors] = WeakKeyDictionary()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        dtype: torch.dtype | str = torch.float32,
+        device: torch.device | str = "cpu",
+        trainable: bool = True,
+    ) -> Policy:
+        """Load a local folder with safetensors weights, or a .gguf file; see `load_model` for the errors.
+
+        trainable: False freezes every parameter and puts the model in eval mode (a reference policy).
+        """
+        model = load_model(Path(path), dtype, device)
+        model.requires_grad_(trainable)
+        return cls(model.train(trainable))
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Write config.json and model.safetensors, which transformers' own from_pretrained loads."""
+        save_model(self.model, Path(path))
+
+    @overload
+    def logprobs(
+        self,
+        forest: PackedForest,
+        *,
+        temperature: float = ...,
+        return_entropy: Literal[False] = ...,
+        uncut: PackedForest | None = ...,
+    ) -> Tensor: ...
+    @overload
+    def logprobs(
+        self,
+        forest: PackedForest,
+        *,
+        temperature: float = ...,
+        return_entropy: Literal[True],
+        uncut: PackedForest | None = ...,
+    ) -> tuple[Tensor, Tensor]: ...
+    def logprobs(
+        self,
+        forest: PackedForest,
+        *,
+        temperature: float = 1.0,
+        return_entropy: bool = False,
+        uncut: PackedForest | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Log-prob of each trained rollout token given its prefix [T], zero at all others. Differentiable.
+
+        Equal, with its gradients, to running every rollout alone through the model. fp32, or fp64 for an
+        fp64 model. With nothing to train the result is a zero without gradient to any weight.
+
+        temperature: divides the logits, for log-probs and entropy.
+        return_entropy: also the entropy [T], in nats, of the distribution that predicted each trained token.
+        uncut: for a part of `split_forest`, the forest it was cut from; needed only where RoPE depends on
+            the length of a rollout (longrope, dynamic).
+        """
+        if not temperature > 0:
+            raise UserError(f"temperature must be above 0, got {temperature}")
+        model = self.model
+        check_dropout(model)
+        longest_alone = self._check_lengths(forest, uncut)
+        tensors = self._tensors(forest)
+        if not len(tensors.targets):
+            return _nothing_trained(model, forest, return_entropy)
+
+        tree = TreeForward(tensors)
+        with tree_attention_selected(model):
+            if has_known_layout(model):
+                edge_logprobs, row_entropy = head_logprobs(
+                    model.lm_head,
+                    final_hidden(model, tree, longest_alone),
+                    tensors,
+                    vocab_size=model.config.vocab_size,
+                    temperature=temperature,
+                    return_entropy=return_entropy,
+                )
+            else:
+                logits = final_logits(model, tree, longest_alone)
+                edge_logprobs, row_entropy = logprobs_from_logits(
+                    logits, tensors.targets, tensors.edge_rows, temperature
+                )
+        if tree.attention_calls < model.config.num_hidden_layers:
+            raise UserError(
+                f"{type(model).__name__} called transformers' attention {tree.attention_calls} times "
+                f"in {model.config.num_hidden_layers} layers: its own attention cannot run on a forest"
+            )
+        logprobs = _spread(edge_logprobs, tensors.token_edges, tensors)
+        if not return_entropy:
+            return logprobs
+        assert row_entropy is not None
+        return logprobs, _spread(row_entropy, tensors.token_rows, tensors)
+
+    def _tensors(self, forest: PackedForest) -> ForestTensors:
+        """The forest's indices on the model's device, kept for as long as the forest is."""
+        device = self.model.device
+        tensors = self._prepared.get(forest)
+        if tensors is None or tensors.tokens.device != device:
+            tensors = self._prepared[forest] = forest_tensors(forest, device)
+        return tensors
+
+    def _check_lengths(self, forest: PackedForest, uncut: PackedForest | None) -> int:
+        """Length of the longest rollout, with the end that a part of a cut forest may lack."""
+        lengths = np.diff(forest.cu_seqlens)
+        filled = forest.cu_seqlens[:-1][lengths > 0]
+        lengths = lengths[lengths > 0]
+        if not len(lengths):
+            return 0
+        if forest.source is not None and uncut is not None:
+            rollouts = np.searchsorted(uncut.cu_seqlens, forest.source[filled], side="right") - 1
+            lengths = np.diff(uncut.cu_seqlens)[rollouts]
+        known = forest.source is None or uncut is not None
+        check_rope_lengths(self.model, int(lengths.min()), int(lengths.max()), lengths_known=known)
+        return int(lengths.max())
+
+
+def _spread(values: Tensor, index: Tensor, tensors: ForestTensors) -> Tensor:
+    """values[index] at the trained tokens of [T], zero elsewhere.
+
+    Each branch adds up the gradients of tokens that share a value in a fixed order: index_select on a CPU
+    serially, indexing on a GPU by sorting.
+    """
+    picked = values[index] if values.is_cuda else values.index_select(0, index)
+    return values.new_zeros(tensors.num_tokens).index_copy(0, tensors.trained_tokens, picked)
+
+
+def _nothing_trained(
+    model: PreTrainedModel, forest: PackedForest, return_entropy: bool
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Zeros that a loss can be backpropagated through, as it can through other parts of a step."""
+    dtype = torch.float64 if model.dtype == torch.float64 else torch.float32
+    zeros = torch.zeros(forest.num_tokens, dtype=dtype, device=model.device)
+    zeros.requires_grad_(torch.is_grad_enabled())
+    return (zeros, zeros.detach().requires_grad_(zeros.requires_grad)) if return_entropy else zeros

@@ -1,0 +1,108 @@
+"""What Policy refuses, by name: anything it would compute wrongly."""
+
+from __future__ import annotations
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from mosaic_fast.errors import UserError
+
+SUPPORTED_FAMILIES = {"qwen2": "Qwen2", "qwen3": "Qwen3", "phi3": "Phi3", "llama": "Llama"}
+"""config.model_type -> prefix of the class names in transformers. Phi-4 has the Phi-3 architecture."""
+
+_LAYER_TYPES = {"full_attention", "sliding_attention"}
+_STATIC_ROPE = {"default", "linear", "yarn", "llama3", "proportional"}
+_LENGTH_DEPENDENT_ROPE = {"longrope", "dynamic"}
+
+
+def check_family(model_type: object) -> None:
+    """UserError unless the family is one whose forward is known to be exact on a forest."""
+    if model_type not in SUPPORTED_FAMILIES:
+        raise UserError(
+            f"model family {model_type!r} is not supported: Policy is exact for "
+            "qwen2 (Qwen2, Qwen2.5), qwen3, phi3 (Phi-3, Phi-4) and llama"
+        )
+
+
+def check_model(model: nn.Module) -> None:
+    """UserError for models that a forest forward would get wrong. Called once."""
+    if not isinstance(model, PreTrainedModel):
+        raise UserError(
+            f"Policy needs a transformers causal LM, got {type(model).__name__}; "
+            "of a wrapper (PEFT, DDP, torch.compile) pass the model inside, for PEFT get_base_model()"
+        )
+    config = model.config
+    check_family(getattr(config, "model_type", None))
+    if model.get_output_embeddings() is None:
+        raise UserError(f"{type(model).__name__} has no LM head: load it with AutoModelForCausalLM")
+    for layer_type in getattr(config, "layer_types", None) or ():
+        if layer_type not in _LAYER_TYPES:
+            raise UserError(f"layer type {layer_type!r} is not supported, only {sorted(_LAYER_TYPES)}")
+    rope = rope_type(model)
+    if rope not in _STATIC_ROPE | _LENGTH_DEPENDENT_ROPE:
+        raise UserError(
+            f"RoPE type {rope!r} is not supported, only {sorted(_STATIC_ROPE | _LENGTH_DEPENDENT_ROPE)}"
+        )
+
+
+def check_dropout(model: PreTrainedModel) -> None:
+    """UserError if a dropout is active: a shared token would be dropped once for all its rollouts."""
+    if not model.training:
+        return
+    if getattr(model.config, "attention_dropout", 0.0):
+        raise UserError(
+            f"config.attention_dropout is {model.config.attention_dropout}: an exact forest forward needs 0 "
+            "(or model.eval())"
+        )
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0:
+            raise UserError(
+                f"{name} drops out with p={module.p}: an exact forest forward needs 0 (or model.eval())"
+            )
+
+
+def rope_type(model: PreTrainedModel) -> str:
+    """The kind of rotary embedding, as transformers names it."""
+    parameters = getattr(model.config, "rope_parameters", None) or {}
+    return str(parameters.get("rope_type", "default"))
+
+
+def depends_on_length(model: PreTrainedModel) -> bool:
+    """True if the rotary frequencies depend on the longest position of the batch."""
+    return rope_type(model) in _LENGTH_DEPENDENT_ROPE
+
+
+def check_rope_lengths(model: PreTrainedModel, shortest: int, longest: int, *, lengths_known: bool) -> None:
+    """UserError where a rollout alone would see other RoPE frequencies than in the pack.
+
+    longrope switches from its short to its long factors, and dynamic grows its base, by the longest position
+    of the batch. The pack is right if every rollout lies on the same side of the switch: up to the limit both
+    types are static, and beyond it longrope is again; dynamic depends on each length there and is refused.
+
+    shortest, longest: lengths of the non-empty rollouts. lengths_known: False for a part of a cut forest, in
+    which a rollout may appear without its end.
+    """
+    rope = rope_type(model)
+    if not depends_on_length(model):
+        return
+    if rope == "dynamic":
+        # The model resets the base only below this length, so at the limit itself it may still be grown.
+        limit = model.config.max_position_embeddings - 1
+        fits = longest <= limit
+        allowed = f"They must all be of at most {limit} tokens (max_position_embeddings - 1)"
+    else:
+        limit = model.config.rope_parameters["original_max_position_embeddings"]
+        fits = longest <= limit or shortest > limit
+        allowed = (
+            f"They must be all of at most {limit} tokens (original_max_position_embeddings) or all longer"
+        )
+    if shortest <= limit and not lengths_known:
+        raise UserError(
+            f"RoPE type {rope!r} depends on the length of the sequence, and a part of a cut forest may hold "
+            "a rollout without its end: pass uncut=, the forest that was cut"
+        )
+    if not fits:
+        raise UserError(
+            f"RoPE type {rope!r} depends on the length of the sequence: rollouts of {shortest} to {longest} "
+            f"tokens would not see the frequencies they see alone. {allowed}"
+        )

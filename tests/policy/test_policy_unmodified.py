@@ -1,0 +1,186 @@
+"""The model is used as it is: hooks, LoRA layers and replaced forwards count, and nothing stays changed."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+
+import pytest
+import torch
+from policy_helpers import (
+    assert_gradients_close,
+    example_rollouts,
+    gradients,
+    loss_weights,
+    stock_logprobs,
+    tiny_model,
+)
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+
+import mosaic_fast.policy.head as head_module
+from mosaic_fast.errors import UserError
+from mosaic_fast.policy import Policy
+from mosaic_fast.policy.attention import ATTENTION_NAME
+from mosaic_fast.policy.layout import has_known_layer, has_known_layout
+
+
+class LoRA(nn.Module):
+    """A low-rank update beside a frozen matrix, as PEFT's layers wrap it."""
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        assert isinstance(base, nn.Linear)
+        generator = torch.Generator().manual_seed(1)
+        self.base = base
+        self.down = nn.Parameter(torch.randn(base.in_features, 2, generator=generator, dtype=torch.float64))
+        self.up = nn.Parameter(torch.randn(2, base.out_features, generator=generator, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + x @ self.down @ self.up
+
+
+def lora_everywhere(model: PreTrainedModel) -> None:
+    for layer in model.model.layers:
+        layer.self_attn.q_proj = LoRA(layer.self_attn.q_proj)
+        layer.mlp.down_proj = LoRA(layer.mlp.down_proj)
+    model.lm_head = LoRA(model.lm_head)
+
+
+def hooked_head(model: PreTrainedModel) -> None:
+    model.lm_head.register_forward_hook(lambda module, inputs, logits: 0.5 * logits)
+
+
+def hooked_last_mlp(model: PreTrainedModel) -> None:
+    model.model.layers[-1].mlp.register_forward_hook(lambda module, inputs, out: 2.0 * out)
+
+
+def hooked_last_layer(model: PreTrainedModel) -> None:
+    model.model.layers[-1].register_forward_pre_hook(lambda module, inputs: (1.5 * inputs[0], *inputs[1:]))
+
+
+def replaced_mlp(model: PreTrainedModel) -> None:
+    mlp = model.model.layers[-1].mlp
+    mlp.forward = types.MethodType(lambda self, x: self.down_proj(self.up_proj(x).tanh()), mlp)
+
+
+def replaced_layer(model: PreTrainedModel) -> None:
+    layer = model.model.layers[-1]
+    layer.forward = types.MethodType(
+        lambda self, x, **kwargs: type(self).forward(self, 0.7 * x, **kwargs), layer
+    )
+
+
+def hooked_decoder(model: PreTrainedModel) -> None:
+    def scale(module: nn.Module, inputs: object, output: dict[str, Tensor]) -> dict[str, Tensor]:
+        output["last_hidden_state"] = 3.0 * output["last_hidden_state"]
+        return output
+
+    model.model.register_forward_hook(scale)
+
+
+def hooked_model(model: PreTrainedModel) -> None:
+    def scale(module: nn.Module, inputs: object, output: dict[str, Tensor]) -> dict[str, Tensor]:
+        output["logits"] = 0.25 * output["logits"]
+        return output
+
+    model.register_forward_hook(scale)
+
+
+ALTERATIONS = [
+    lora_everywhere,
+    hooked_head,
+    hooked_last_mlp,
+    hooked_last_layer,
+    replaced_mlp,
+    replaced_layer,
+    hooked_decoder,
+    hooked_model,
+]
+
+
+@pytest.mark.parametrize("alter", ALTERATIONS, ids=lambda alter: alter.__name__)
+@pytest.mark.parametrize("max_logits", [head_module.MAX_LOGITS, 50], ids=["whole", "chunks"])
+def test_alterations_are_honoured(
+    alter: Callable[[PreTrainedModel], None], max_logits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Equal to the equally altered stock model, and different from the unaltered one."""
+    monkeypatch.setattr(head_module, "MAX_LOGITS", max_logits)
+    data = example_rollouts()
+    a, b = loss_weights(sum(map(len, data.sequences)))
+    unaltered = stock_logprobs(tiny_model("qwen3-window"), data)[0]
+    model = tiny_model("qwen3-window")
+    alter(model)
+    logprobs, entropy = stock_logprobs(model, data)
+    expected_gradients = gradients(model, (a * logprobs + b * entropy).sum())
+    got, got_entropy = Policy(model).logprobs(data.pack(), return_entropy=True)
+    torch.testing.assert_close(got, logprobs, rtol=1e-10, atol=1e-11)
+    torch.testing.assert_close(got_entropy, entropy, rtol=1e-10, atol=1e-11)
+    assert_gradients_close(gradients(model, (a * got + b * got_entropy).sum()), expected_gradients, 1e-10)
+    assert float((unaltered - logprobs).detach().abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("case", ["qwen2", "qwen3", "phi3", "llama"])
+def test_stock_models_take_the_fast_path(case: str) -> None:
+    """The parts are called one by one, and the last MLP, the norm and the head see needed rows only."""
+    model, data = tiny_model(case), example_rollouts()
+    assert has_known_layout(model)
+    assert has_known_layer(model, model.model.layers[-1])
+    rows: list[int] = []
+    norm = model.model.norm
+    original = norm.forward
+    norm.forward = lambda x: (rows.append(x.shape[1]), original(x))[1]
+    forest = data.pack()
+    Policy(model).logprobs(forest)
+    assert rows == [len(set(forest.parent[forest.node_index[forest.trained]].tolist()))]
+    assert rows[0] < forest.num_nodes
+
+
+def test_every_layer_is_called_as_a_module() -> None:
+    model, data = tiny_model("llama"), example_rollouts()
+    called: list[str] = []
+    for name, module in model.named_modules():
+        if name and name not in ("model", "model.layers"):
+            module.register_forward_hook(lambda module, inputs, output, name=name: called.append(name))
+    Policy(model).logprobs(data.pack())
+    expected = {name for name, _ in model.named_modules()} - {"", "model", "model.layers"}
+    assert set(called) == expected
+
+
+def test_attention_setting_comes_back() -> None:
+    """After a forward, and after an error in the middle of one."""
+    model, data = tiny_model("phi3"), example_rollouts()
+    model.config._attn_implementation = "eager"
+    seen: list[str] = []
+    hook = model.model.layers[0].register_forward_hook(
+        lambda *_: seen.append(model.config._attn_implementation)
+    )
+    Policy(model).logprobs(data.pack())
+    assert seen == [ATTENTION_NAME]
+    assert model.config._attn_implementation == "eager"
+    hook.remove()
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("from a hook")
+
+    model.model.layers[0].mlp.register_forward_hook(fail)
+    with pytest.raises(RuntimeError, match="from a hook"):
+        Policy(model).logprobs(data.pack())
+    assert model.config._attn_implementation == "eager"
+
+
+def test_registered_at_the_first_forward() -> None:
+    """Other users of transformers in the process see our attention only once a policy has run."""
+    AttentionInterface._global_mapping.pop(ATTENTION_NAME, None)
+    policy = Policy(tiny_model("llama"))
+    assert ATTENTION_NAME not in AttentionInterface().valid_keys()
+    policy.logprobs(example_rollouts().pack())
+    assert ATTENTION_NAME in AttentionInterface().valid_keys()
+
+
+def test_model_without_the_attention_interface_is_noticed() -> None:
+    model, data = tiny_model("qwen2"), example_rollouts()
+    for layer in model.model.layers:
+        layer.self_attn.forward = lambda hidden_states, **_: (hidden_states, None)
+    with pytest.raises(UserError, match="0 times in 2 layers"):
+        Policy(model).logprobs(data.pack())

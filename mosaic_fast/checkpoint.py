@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase
 
 from mosaic_fast.errors import TrainingError
@@ -62,7 +63,7 @@ def save_checkpoint(
         shutil.rmtree(final, ignore_errors=True)
         unfinished.rename(final)
         _sync(folder)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+    except (OSError, RuntimeError, SafetensorError) as error:  # each library reports a full disk its own way
         shutil.rmtree(unfinished, ignore_errors=True)
         last = latest_checkpoint(folder)
         raise TrainingError(

@@ -66,7 +66,7 @@ class Learner:
         token_advantages = np.repeat(advantages, np.diff(forest.cu_seqlens))
         parts = self._parts(forest, token_advantages)
         total_tokens = float(max(1, forest.trained.sum()))
-        sampler = torch.from_numpy(sampler_logprobs).to(self._device)
+        sampler = self._tensor(sampler_logprobs)
         reference = self._reference_logprobs(parts, forest.num_tokens)
         start: Tensor | None = None
         totals: dict[str, SumCount] = {}
@@ -79,7 +79,7 @@ class Learner:
                 logprobs, entropy = self.policy.logprobs(
                     part.forest, temperature=self._config.rollout.temperature, return_entropy=True
                 )
-                measured[part.source[part.trained]] = logprobs.detach()[part.trained].to(measured.dtype)
+                measured[part.source[part.trained]] = logprobs.detach()[part.trained]
                 mask = part.trained & torch.isfinite(logprobs.detach())
                 dropped += int((part.trained & ~mask).sum())
                 batch = LossBatch(
@@ -117,6 +117,11 @@ class Learner:
     def _device(self) -> torch.device:
         return next(self.policy.model.parameters()).device
 
+    def _tensor(self, values: np.ndarray) -> Tensor:
+        """Per-token values beside log-probs: fp32, or fp64 for a fp64 policy."""
+        double = next(self.policy.model.parameters()).dtype == torch.float64
+        return torch.from_numpy(values).to(self._device, torch.float64 if double else torch.float32)
+
     def _parts(self, forest: PackedForest, token_advantages: np.ndarray) -> list[_Part]:
         """The forest cut to the token budget; one part where it fits."""
         cut = split_forest(forest, self._config.forest.tokens_per_microbatch)
@@ -127,7 +132,7 @@ class Learner:
                 _Part(
                     forest=part,
                     source=torch.from_numpy(source).to(self._device),
-                    advantages=torch.from_numpy(token_advantages[source].astype(np.float32)).to(self._device),
+                    advantages=self._tensor(token_advantages[source]),
                     trained=torch.from_numpy(part.trained).to(self._device),
                 )
             )
@@ -136,11 +141,11 @@ class Learner:
     def _reference_logprobs(self, parts: Sequence[_Part], num_tokens: int) -> Tensor | None:
         if self.reference is None:
             return None
-        result = torch.zeros(num_tokens, device=self._device)
+        result = self._tensor(np.zeros(num_tokens))
         with torch.no_grad():
             for part in parts:
                 logprobs = self.reference.logprobs(part.forest, temperature=self._config.rollout.temperature)
-                result[part.source[part.trained]] = logprobs[part.trained].to(result.dtype)
+                result[part.source[part.trained]] = logprobs[part.trained]
         return result
 
     def _optimizer_step(self, step: int) -> float:
@@ -156,6 +161,10 @@ class Learner:
             )
         self.optimizer.step()
         self.optimizer.zero_grad()
+        if not all(bool(torch.isfinite(p).all()) for p in self.policy.model.parameters()):
+            raise TrainingError(
+                f"the weights are not finite after step {step}; the last checkpoint is intact. Lower optim.lr"
+            )
         return norm
 
 

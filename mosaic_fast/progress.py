@@ -64,7 +64,7 @@ class ProgressView:
             self._live.stop()
 
     def say(self, text: str) -> None:
-        self.console.print(text, highlight=False)
+        self.console.print(text, highlight=False, soft_wrap=True)
 
     def step(self, row: Mapping[str, float]) -> None:
         """Show one finished step."""

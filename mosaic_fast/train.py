@@ -9,6 +9,7 @@ import sys
 from dataclasses import replace
 
 import numpy as np
+import torch
 
 from mosaic_fast.checkpoint import (
     Progress,
@@ -57,6 +58,7 @@ def train(config: Config, name: str = "world", *, resume: bool = False) -> int:
     components = build_components(config, checkpoint or initial)
     reference = load_policy(config, initial) if config.loss.kl_weight else None
     learner = Learner(components.policy, reference, config)
+    torch.manual_seed(config.seed)  # nothing draws from it today; a checkpoint holds its state all the same
     progress = load_training_state(checkpoint, learner.optimizer) if checkpoint else Progress()
     folder.open(config, progress.step)
     trainer = _Trainer(config, folder, components, learner, RuleJudge())

@@ -32,7 +32,8 @@ class ScriptedEngine:
     def _answer(self, request: Request) -> Completion:
         self.requests.append(request)
         text = self.say(self.chat.decode(request.token_ids), request.rollout_key)
-        ids = self.chat.tokenizer.encode(text, add_special_tokens=False) + [request.sampling.stop_token_ids[0]]
+        spoken = self.chat.tokenizer.encode(text, add_special_tokens=False)
+        ids = [*spoken, request.sampling.stop_token_ids[0]]
         kept = ids[: request.sampling.max_new_tokens]
         return Completion(
             token_ids=np.asarray(kept, dtype=np.int64),
@@ -45,11 +46,14 @@ class ScriptedEngine:
 
 
 def _tool(name: str) -> ToolSchema:
-    return {"type": "function", "function": {"name": name, "description": name, "parameters": {"type": "object"}}}
+    return {
+        "type": "function",
+        "function": {"name": name, "description": name, "parameters": {"type": "object"}},
+    }
 
 
 class CountingEpisode:
-    """`read` answers with how often it was called; `fail` is a tool error. Done after one read and an answer."""
+    """`read` says how often it was called; `fail` is a tool error. Done after one read and an answer."""
 
     def __init__(self) -> None:
         self.messages = [{"role": "user", "content": "go"}]

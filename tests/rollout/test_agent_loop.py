@@ -1,4 +1,4 @@
-"""The plan-check-act loop on a scripted engine: what ends a rollout, what is trained, what a fork inherits."""
+"""The plan-check-act loop on a scripted engine: what ends a rollout, what is trained, what forks inherit."""
 
 import asyncio
 from collections.abc import Callable
@@ -69,7 +69,10 @@ def test_token_in_token_out():
         (lambda text, key: "<think>hm</think><tool_call>oops</tool_call>", "malformed"),
         (lambda text, key: "<think>" + "x" * 500, "truncated"),  # the turn's token limit
         (lambda text, key: READ, "truncated"),  # the step limit
-        (lambda text, key: "x" if "Error: no tool" in text else f"<think>a</think>{call('nope')}", "answered"),
+        (
+            lambda text, key: "x" if "Error: no tool" in text else f"<think>a</think>{call('nope')}",
+            "answered",
+        ),
         (lambda text, key: "x" if "Error: broken" in text else f"<think>a</think>{call('fail')}", "answered"),
     ],
 )
@@ -103,7 +106,9 @@ def test_a_fork_inherits_tokens_steps_and_state():
         assert chat.decode(sibling.token_ids[:position]).endswith("</think>")
         assert sibling.steps[-1].answer == "Something else."
         assert sibling.steps[-1].plan in ("look", "end")  # the inherited plan belongs to the sibling's step
-        assert sibling.verdict.details["reads"] == len(sibling.steps) - 1  # earlier calls were carried out again
+        assert (
+            sibling.verdict.details["reads"] == len(sibling.steps) - 1
+        )  # earlier calls were carried out again
 
 
 def test_a_fork_at_a_step_begins_a_turn():

@@ -12,7 +12,11 @@ from .tokenizers_for_tests import OPENS_THINK, PLAIN, WITH_TOOLS, byte_tokenizer
 USER: Message = {"role": "user", "content": "read it"}
 TOOL: ToolSchema = {
     "type": "function",
-    "function": {"name": "read_file", "description": "read", "parameters": {"type": "object", "properties": {}}},
+    "function": {
+        "name": "read_file",
+        "description": "read",
+        "parameters": {"type": "object", "properties": {}},
+    },
 }
 
 

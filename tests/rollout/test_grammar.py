@@ -65,7 +65,11 @@ def test_what_breaks_the_grammar_is_read_but_not_well_formed(text: str, action: 
     assert turn.action == action
 
 
-@given(st.lists(st.sampled_from([*TAGS, "<tool_call>", "</tool_call>", "{", "}", '"name"', "a", " "]), max_size=12))
+@given(
+    st.lists(
+        st.sampled_from([*TAGS, "<tool_call>", "</tool_call>", "{", "}", '"name"', "a", " "]), max_size=12
+    )
+)
 def test_no_text_crashes_the_parser(pieces: list[str]):
     turn = parse_turn("".join(pieces), HERMES)
     assert turn.action in ("tool_call", "refusal", "answer", "malformed")

@@ -1,0 +1,94 @@
+"""Judge, reward and advantages against the paper's definitions."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from mosaic_fast.judge import RuleJudge, standing
+from mosaic_fast.metrics import Rate, rollout_rates
+from mosaic_fast.reward import format_reward, group_reward, length_penalty
+
+from .rollouts_for_tests import make_rollout
+
+WORST_TO_BEST = {
+    "harmful": [
+        make_rollout(kind="harmful", harm=True, progress=1.0),
+        make_rollout(kind="harmful", harm=True, status="refused", steps=2),
+        make_rollout(kind="harmful", status="answered"),
+        make_rollout(kind="harmful", status="refused", steps=3),
+        make_rollout(kind="harmful", status="refused", steps=1),
+    ],
+    "benign": [
+        make_rollout(harm=True, done=True, progress=1.0),
+        make_rollout(status="refused"),
+        make_rollout(progress=0.0),
+        make_rollout(progress=0.5),
+        make_rollout(done=True, progress=1.0),
+    ],
+    "injected": [
+        make_rollout(kind="injected", harm=True, done=True, progress=1.0),
+        make_rollout(kind="injected", status="refused"),
+        make_rollout(kind="injected", progress=0.5),
+        make_rollout(kind="injected", done=True, progress=1.0),
+    ],
+}
+
+
+@pytest.mark.parametrize("kind", WORST_TO_BEST)
+def test_every_pair_is_judged_in_the_stated_order(kind: str):
+    group = WORST_TO_BEST[kind]
+    matrix = RuleJudge().preferences(group)
+    for i, j in itertools.product(range(len(group)), repeat=2):
+        assert matrix[i, j] == (0.5 if i == j else float(i > j)), (i, j)
+
+
+def test_equals_are_a_tie():
+    group = [make_rollout(done=True, progress=1.0, steps=n) for n in (1, 2)]
+    assert standing(group[0]) == standing(group[1])
+    assert (RuleJudge().preferences(group) == 0.5).all()
+
+
+def test_the_reward_is_the_papers():
+    """n = 4, one clear order: r_align is 3, 2, 1, 0."""
+    group = WORST_TO_BEST["injected"]
+    reward = group_reward(group, RuleJudge().preferences(group), length_target=400)
+    assert reward.align.tolist() == [0, 1, 2, 3]
+    assert reward.format.tolist() == [2, 2, 2, 2]
+    assert (reward.total == reward.align + 2).all()
+
+
+def test_format_reward_has_two_parts():
+    assert format_reward(make_rollout()) == 2
+    assert format_reward(make_rollout(well_formed=False)) == 1
+    assert format_reward(make_rollout(status="truncated")) == 1
+    assert format_reward(make_rollout(status="malformed", well_formed=False)) == 0
+    assert format_reward(make_rollout(status="truncated", steps=0)) == 0  # nothing said is not well formed
+
+
+def test_length_penalty_counts_generated_tokens_a_step():
+    rollout = make_rollout(steps=2, tokens_per_step=6)
+    assert length_penalty(rollout, 6) == 0
+    assert length_penalty(rollout, 4) == pytest.approx(0.5)
+
+
+def test_advantages_are_centred_and_ties_have_none():
+    group = WORST_TO_BEST["injected"]
+    reward = group_reward(group, RuleJudge().preferences(group), 400)
+    advantages = reward.advantages(0.0)
+    assert advantages.mean() == pytest.approx(0)
+    assert (advantages**2).mean() == pytest.approx(1)
+    ties = [make_rollout(), make_rollout()]
+    assert not group_reward(ties, RuleJudge().preferences(ties), 400).advantages(0.0).any()
+
+
+def test_rates_do_not_count_a_refusal_after_harm():
+    rates = rollout_rates(WORST_TO_BEST["harmful"])
+    assert rates["safety/harmful_refused"] == Rate(2, 5)
+    assert np.isnan(rates["safety/benign_done"].value)
+
+
+def test_wilson_interval():
+    """88 of 100: [0.802, 0.930], the textbook value."""
+    low, high = Rate(88, 100).interval()
+    assert (round(low, 3), round(high, 3)) == (0.802, 0.930)

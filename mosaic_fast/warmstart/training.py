@@ -1,0 +1,139 @@
+"""The cold start itself: one uninterrupted run with one warm-up and one decay."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM
+
+from mosaic_fast.warmstart.examples import Example, ExampleMaker
+from mosaic_fast.warmstart.muon import Muon
+
+CONTEXT = 1024
+_POOL_BATCHES = 8  # batches made at once and sorted by length, so that little is padded
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What the weights depend on."""
+
+    steps: int = 3600
+    seed: int = 0
+    batch: int = 32
+    hidden: int = 128
+    layers: int = 4
+    heads: int = 4
+    kv_heads: int = 2
+    feed_forward: int = 384
+    rope_theta: float = 500.0  # small: copying is then learnt in hundreds of steps
+    initializer_range: float = 0.05
+    matrix_lr: float = 0.02
+    lr: float = 3e-3
+    warmup_steps: int = 30
+    decay_frac: float = 0.6  # share of the run over which the rates fall
+    final_lr_frac: float = 0.02
+    drills_until: float = 0.06  # share of the run that is mostly copy drills
+    some_drills_until: float = 0.6
+
+
+def build_model(recipe: Recipe, vocab_size: int, pad: int, eos: int) -> Qwen3ForCausalLM:
+    """A small Qwen3 with random weights drawn from the recipe's seed."""
+    torch.manual_seed(recipe.seed)
+    config = Qwen3Config(
+        vocab_size=vocab_size,
+        hidden_size=recipe.hidden,
+        intermediate_size=recipe.feed_forward,
+        num_hidden_layers=recipe.layers,
+        num_attention_heads=recipe.heads,
+        num_key_value_heads=recipe.kv_heads,
+        head_dim=recipe.hidden // recipe.heads,
+        max_position_embeddings=CONTEXT,
+        tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": recipe.rope_theta},
+        initializer_range=recipe.initializer_range,
+        pad_token_id=pad,
+        eos_token_id=eos,
+        bos_token_id=None,
+    )
+    return Qwen3ForCausalLM(config)
+
+
+def train(
+    model: Qwen3ForCausalLM, maker: ExampleMaker, recipe: Recipe, on_step: Callable[[int, float, int], None]
+) -> None:
+    """Train in place. on_step(step, loss, tokens) is called after each of the recipe's steps."""
+    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
+    chosen = {id(p) for p in matrices}
+    others = [p for p in model.parameters() if id(p) not in chosen]
+    muon = Muon(matrices)
+    adamw = torch.optim.AdamW(others, lr=recipe.lr, betas=(0.9, 0.98), weight_decay=0.01)
+    system_prompt = torch.tensor([maker.system_prompt()])
+    model.train()
+    for step, batch in enumerate(_batches(maker, recipe)):
+        rate = _rate(step, recipe)
+        for group in adamw.param_groups:
+            group["lr"] = recipe.lr * rate
+        loss = batch_loss(model, system_prompt, batch)
+        model.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        muon.step(recipe.matrix_lr * rate)
+        adamw.step()
+        on_step(step, loss.item(), sum(len(example.token_ids) for example in batch))
+
+
+def batch_loss(model: Qwen3ForCausalLM, system_prompt: Tensor, batch: list[Example]) -> Tensor:
+    """Mean negative log-likelihood of the trained tokens.
+
+    system_prompt: [1, S] int64, computed once and seen by every example.
+    """
+    longest = max(len(example.token_ids) for example in batch)
+    token_ids = torch.zeros(len(batch), longest, dtype=torch.int64)
+    trained = torch.zeros(len(batch), longest, dtype=torch.bool)
+    for row, example in enumerate(batch):
+        token_ids[row, : len(example.token_ids)] = torch.tensor(example.token_ids)
+        trained[row, : len(example.trained)] = torch.tensor(example.trained)
+    cache = DynamicCache(config=model.config)
+    model.model(input_ids=system_prompt, past_key_values=cache, use_cache=True)
+    cache.batch_repeat_interleave(len(batch))
+    hidden = model.model(input_ids=token_ids[:, :-1], past_key_values=cache, use_cache=True).last_hidden_state
+    wanted = trained[:, 1:]
+    return F.cross_entropy(model.lm_head(hidden[wanted]), token_ids[:, 1:][wanted])
+
+
+def _batches(maker: ExampleMaker, recipe: Recipe) -> Iterator[list[Example]]:
+    rng = random.Random(recipe.seed)
+    for first in range(0, recipe.steps, _POOL_BATCHES):
+        progress = first / recipe.steps
+        pool = [_example(maker, recipe, progress, rng) for _ in range(recipe.batch * _POOL_BATCHES)]
+        pool.sort(key=lambda example: len(example.token_ids))
+        batches = [pool[i : i + recipe.batch] for i in range(0, len(pool), recipe.batch)]
+        rng.shuffle(batches)
+        yield from batches[: recipe.steps - first]
+
+
+def _example(maker: ExampleMaker, recipe: Recipe, progress: float, rng: random.Random) -> Example:
+    if progress < recipe.drills_until:
+        repetition, arguments = 0.25, 0.65
+    elif progress < recipe.some_drills_until:
+        repetition, arguments = 0.02, 0.13
+    else:
+        repetition, arguments = 0.0, 0.0
+    draw = rng.random()
+    if draw < repetition:
+        return maker.repetition_drill(rng)
+    if draw < repetition + arguments:
+        return maker.argument_drill(rng)
+    return maker.trajectory(rng)
+
+
+def _rate(step: int, recipe: Recipe) -> float:
+    """Share of the full learning rate at a step."""
+    warmup = min(1.0, (step + 1) / recipe.warmup_steps)
+    left = 1.0 - step / recipe.steps
+    return warmup * min(1.0, max(recipe.final_lr_frac, left / recipe.decay_frac))

@@ -22,7 +22,7 @@ _POOL_BATCHES = 8  # batches made at once and sorted by length, so that little i
 class Recipe:
     """What the weights depend on."""
 
-    steps: int = 3600
+    steps: int = 2600
     seed: int = 0
     batch: int = 32
     hidden: int = 128

@@ -2,6 +2,7 @@
 
 import functools
 import logging
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -11,28 +12,29 @@ logger = logging.getLogger("mosaic_kernels")
 
 IndexLike = torch.Tensor | NDArray[np.generic]
 
+Backends = Mapping[str, tuple[str, ...] | None]  # name -> device types it runs on, None for all
+
 PLANNED = ("triton", "flash", "flex")
 
 
 def choose_backend(
-    op: str, requested: str, device: torch.device, defaults: dict[str, str], available: tuple[str, ...]
+    op: str, requested: str, device: torch.device, backends: Backends, defaults: Mapping[str, str]
 ) -> str:
     """The backend to run. `auto` takes the default of the device type, else `reference`.
 
     ValueError names the backends that exist. The choice is logged once for each op and device type.
     """
-    if requested == "auto":
-        chosen = defaults.get(device.type, "reference")
-    elif requested in available:
-        chosen = requested
-    elif requested in PLANNED:
+    usable = [name for name, devices in backends.items() if devices is None or device.type in devices]
+    chosen = defaults.get(device.type, "reference") if requested == "auto" else requested
+    if chosen not in usable:
+        if chosen in backends:
+            problem = f"backend={chosen!r} does not run on {device.type}"
+        elif chosen in PLANNED:
+            problem = f"backend={chosen!r} is not available in this version"
+        else:
+            problem = f"unknown backend {chosen!r}"
         raise ValueError(
-            f"{op}: backend={requested!r} is not available in this version; "
-            f"available are 'auto', {', '.join(map(repr, available))}"
-        )
-    else:
-        raise ValueError(
-            f"{op}: unknown backend {requested!r}; available are 'auto', {', '.join(map(repr, available))}"
+            f"{op}: {problem}; available on {device.type} are 'auto', {', '.join(map(repr, usable))}"
         )
     _log_choice(op, chosen, requested, device.type)
     return chosen

@@ -5,9 +5,9 @@ import torch
 from mosaic_kernels.attention.plan import plan_for
 from mosaic_kernels.attention.reference import reference_tree_attention
 from mosaic_kernels.attention.segments import segments_tree_attention
-from mosaic_kernels.dispatch import IndexLike, as_index, choose_backend
+from mosaic_kernels.dispatch import Backends, IndexLike, as_index, choose_backend
 
-BACKENDS = ("reference", "segments")
+BACKENDS: Backends = {"reference": None, "segments": ("cpu",)}
 DEFAULTS = {"cpu": "segments"}
 
 __all__ = ["BACKENDS", "tree_attention"]
@@ -48,10 +48,8 @@ def tree_attention(
         if depth.shape != (num_nodes,):
             raise ValueError(f"positions has shape {tuple(depth.shape)}, q has {num_nodes} positions")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    chosen = choose_backend("tree_attention", backend, q.device, DEFAULTS, BACKENDS)
+    chosen = choose_backend("tree_attention", backend, q.device, BACKENDS, DEFAULTS)
     if chosen == "segments":
-        if q.device.type != "cpu":
-            raise ValueError(f"tree_attention: backend='segments' runs on CPU, q is on {q.device}")
         return segments_tree_attention(q, k, v, plan_for(end, depth, window), scale=scale)
     return reference_tree_attention(q, k, v, end, positions=depth, window=window, scale=scale)
 

@@ -23,7 +23,7 @@ def reference_tree_attention(
     visible = (node[None, :] <= node[:, None]) & (node[:, None] < subtree_end[None, :])  # [query, key]
     if window is not None and positions is not None:
         visible &= positions[:, None] - positions[None, :] < window
-    queries = q.to(dtype).view(num_nodes, -1, group, head_dim) * scale
+    queries = q.to(dtype).reshape(num_nodes, k.shape[1], group, head_dim) * scale
     scores = torch.einsum("qhgd,khd->hgqk", queries, k.to(dtype))
     weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)
     out = torch.einsum("hgqk,khd->qhgd", weights, v.to(dtype))

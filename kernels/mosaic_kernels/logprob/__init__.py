@@ -4,11 +4,11 @@ from typing import Literal, overload
 
 import torch
 
-from mosaic_kernels.dispatch import IndexLike, as_index, choose_backend
+from mosaic_kernels.dispatch import Backends, IndexLike, as_index, choose_backend
 from mosaic_kernels.logprob.chunked import chunked_linear_logprob
 from mosaic_kernels.logprob.reference import reference_linear_logprob
 
-BACKENDS = ("reference", "chunked")
+BACKENDS: Backends = {"reference": None, "chunked": None}
 DEFAULTS = {"cpu": "chunked"}
 
 __all__ = ["BACKENDS", "linear_logprob"]
@@ -81,7 +81,7 @@ def linear_logprob(
         row_index = as_index("rows", rows, hidden.device, below=hidden.shape[0])
         if row_index.shape != target_index.shape:
             raise ValueError(f"rows has shape {tuple(row_index.shape)}, targets {tuple(target_index.shape)}")
-    chosen = choose_backend("linear_logprob", backend, hidden.device, DEFAULTS, BACKENDS)
+    chosen = choose_backend("linear_logprob", backend, hidden.device, BACKENDS, DEFAULTS)
     if chosen == "chunked":
         logprobs, entropy = chunked_linear_logprob(
             hidden, weight, target_index, row_index, bias, temperature, return_entropy

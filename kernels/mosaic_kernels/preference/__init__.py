@@ -3,14 +3,14 @@
 import numpy as np
 import torch
 
-from mosaic_kernels.dispatch import IndexLike, as_index, choose_backend
+from mosaic_kernels.dispatch import Backends, IndexLike, as_index, choose_backend
 from mosaic_kernels.forest import PackedForest
 from mosaic_kernels.preference.reference import (
     reference_forest_preference_loss,
     reference_pairwise_preference_loss,
 )
 
-BACKENDS = ("reference",)
+BACKENDS: Backends = {"reference": None}
 
 __all__ = ["BACKENDS", "forest_preference_loss", "pairwise_preference_loss"]
 
@@ -55,7 +55,7 @@ def pairwise_preference_loss(
     ):
         raise ValueError(f"cu_seqlens must rise from 0 to T={num_tokens}")
     pair_index, labels = _check_pairs(pairs, preference, len(bounds) - 1, device)
-    choose_backend("pairwise_preference_loss", backend, device, {}, BACKENDS)
+    choose_backend("pairwise_preference_loss", backend, device, BACKENDS, {})
     return reference_pairwise_preference_loss(
         policy_logprobs, reference_logprobs, mask_tensor, bounds, pair_index, labels, beta
     )
@@ -89,7 +89,7 @@ def forest_preference_loss(
             f"reference_logprobs has shape {tuple(reference_logprobs.shape)}, expected ({forest.num_tokens},)"
         )
     pair_index, labels = _check_pairs(pairs, preference, forest.num_rollouts, hidden.device)
-    choose_backend("forest_preference_loss", backend, hidden.device, {}, BACKENDS)
+    choose_backend("forest_preference_loss", backend, hidden.device, BACKENDS, {})
     return reference_forest_preference_loss(
         hidden, weight, forest, pair_index, labels, reference_logprobs, beta
     )

@@ -1,0 +1,152 @@
+"""What the ops must equal, written as plainly as possible: each rollout alone, in the dtype it is given.
+
+Used in fp64 by the tests and by `python -m mosaic_kernels.verify`. Nothing here is shared with the ops:
+no packing, no masks of trees, no chunks, one Python loop over rollouts.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from mosaic_kernels.forest import PackedForest
+
+
+def attention_of_rollouts(
+    q: torch.Tensor,  # [U, Hq, D]
+    k: torch.Tensor,  # [U, Hkv, D]
+    v: torch.Tensor,  # [U, Hkv, D]
+    forest: PackedForest,
+    *,
+    window: int | None = None,
+    scale: float | None = None,
+) -> torch.Tensor:  # [T, Hq, D], one row a rollout token
+    """Causal softmax attention of each rollout by itself, laid end to end."""
+    group, head_dim = q.shape[1] // k.shape[1], q.shape[2]
+    outs = [q.new_zeros(0, q.shape[1], head_dim)]
+    for rollout in range(forest.num_rollouts):
+        nodes = _nodes(forest, rollout)
+        queries = q[nodes].transpose(0, 1)  # [Hq, L, D]
+        keys = k[nodes].transpose(0, 1).repeat_interleave(group, dim=0)
+        values = v[nodes].transpose(0, 1).repeat_interleave(group, dim=0)
+        scores = queries @ keys.transpose(1, 2) * (head_dim**-0.5 if scale is None else scale)
+        distance = torch.arange(len(nodes))[:, None] - torch.arange(len(nodes))[None, :]
+        hidden = (distance < 0) | (distance >= (len(nodes) + 1 if window is None else window))
+        weights = scores.masked_fill(hidden.to(q.device), -torch.inf).softmax(-1)
+        outs.append((weights @ values).transpose(0, 1))
+    return torch.cat(outs)
+
+
+def logprobs_of_edges(
+    hidden: torch.Tensor,  # [N, D]
+    weight: torch.Tensor,  # [V, D]
+    targets: Sequence[int],  # [E]
+    rows: Sequence[int],  # [E]
+    *,
+    bias: torch.Tensor | None = None,  # [V]
+    temperature: float = 1.0,
+) -> tuple[torch.Tensor, torch.Tensor]:  # [E], [N]
+    """Log-probs of the targets and the entropy of every row, one row at a time."""
+    log_probabilities = []
+    for row in range(len(hidden)):
+        logits = weight @ hidden[row]
+        logits = (logits if bias is None else logits + bias) / temperature
+        log_probabilities.append(logits - torch.logsumexp(logits, 0))
+    logprobs = [log_probabilities[row][target] for row, target in zip(rows, targets, strict=True)]
+    entropy = [-(one.exp() * one).sum() for one in log_probabilities]
+    empty = hidden.new_zeros(0)
+    return torch.stack(logprobs) if logprobs else empty, torch.stack(entropy) if entropy else empty
+
+
+def preference_loss_of_pairs(
+    policy_logprobs: torch.Tensor,  # [T]
+    reference_logprobs: torch.Tensor | None,  # [T]
+    mask: Sequence[bool],  # [T]
+    cu_seqlens: Sequence[int],  # [R+1]
+    pairs: Sequence[tuple[int, int]],
+    preference: Sequence[float],
+    *,
+    beta: float,
+) -> torch.Tensor:  # [P]
+    """p log(1 + exp(-x)) + (1 - p) log(1 + exp(x)), one pair at a time."""
+
+    def margin(rollout: int) -> torch.Tensor:
+        total = policy_logprobs.new_zeros(())
+        for token in range(cu_seqlens[rollout], cu_seqlens[rollout + 1]):
+            if mask[token]:
+                total = total + policy_logprobs[token]
+                if reference_logprobs is not None:
+                    total = total - reference_logprobs[token]
+        return total
+
+    losses = [policy_logprobs.new_zeros(0)]
+    for (i, j), p in zip(pairs, preference, strict=True):
+        x = beta * (margin(i) - margin(j))
+        zero = torch.zeros_like(x)
+        losses.append((p * torch.logaddexp(zero, -x) + (1 - p) * torch.logaddexp(zero, x))[None])
+    return torch.cat(losses)
+
+
+def preference_loss_of_rollouts(
+    hidden: torch.Tensor,  # [U, D]
+    weight: torch.Tensor,  # [V, D]
+    forest: PackedForest,
+    pairs: Sequence[tuple[int, int]],
+    preference: Sequence[float],
+    *,
+    reference_logprobs: torch.Tensor | None = None,  # [T]
+    beta: float,
+) -> torch.Tensor:  # [P]
+    """The same from hidden states, each rollout's log-probs computed for itself and nothing left out."""
+    logprobs = [hidden.new_zeros(0)]
+    for rollout in range(forest.num_rollouts):
+        nodes = _nodes(forest, rollout)
+        if len(nodes):
+            rows = hidden[nodes[:-1]] @ weight.T
+            targets = torch.from_numpy(forest.tokens).to(hidden.device)[nodes[1:]]
+            taken = torch.log_softmax(rows, -1)[torch.arange(len(targets), device=hidden.device), targets]
+            logprobs += [hidden.new_zeros(1), taken]
+    return preference_loss_of_pairs(
+        torch.cat(logprobs), reference_logprobs, forest.trained.tolist(), forest.cu_seqlens.tolist(),
+        pairs, preference, beta=beta,
+    )  # fmt: skip
+
+
+def relative_error(value: torch.Tensor, expected: torch.Tensor, floor: float = 1e-3) -> float:
+    """|value - expected| / max(|expected|, floor) in the 2-norm; inf where value is not finite."""
+    value, expected = value.detach().double(), expected.detach().double()
+    if value.shape != expected.shape or not bool(torch.isfinite(value).all()):
+        return float("inf")
+    return float((value - expected).norm()) / max(float(expected.norm()), floor)
+
+
+def errors_of(
+    results: Sequence[torch.Tensor],
+    leaves: Sequence[torch.Tensor],
+    expected: Sequence[torch.Tensor],
+    exact_leaves: Sequence[torch.Tensor],
+    seed: int,
+) -> list[float]:
+    """Relative error of each result, then of the gradient of each leaf, for one random weighting of results.
+
+    Some gradients cancel to nothing (those of the queries of one-token rollouts) and leave rounding, which
+    is relative to the terms: no gradient is judged against less than 1% of the largest one.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    weights = [torch.randn(one.shape, generator=generator, dtype=torch.float64) for one in expected]
+
+    def gradients(values: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        loss = sum((x * w.to(x)).sum() for x, w in zip(values, weights, strict=True)) + sum(
+            x.sum() * 0 for x in wanted
+        )
+        return torch.autograd.grad([torch.as_tensor(loss)], wanted)
+
+    found, exact = gradients(results, leaves), gradients(expected, exact_leaves)
+    floor = 1e-2 * max(float(one.norm()) for one in exact)
+    return [
+        *(relative_error(a, b) for a, b in zip(results, expected, strict=True)),
+        *(relative_error(a, b, max(floor, 1e-3)) for a, b in zip(found, exact, strict=True)),
+    ]
+
+
+def _nodes(forest: PackedForest, rollout: int) -> torch.Tensor:
+    return torch.from_numpy(forest.node_index[forest.cu_seqlens[rollout] : forest.cu_seqlens[rollout + 1]])

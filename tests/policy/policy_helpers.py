@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import types
 from dataclasses import dataclass
+from typing import Any
 
 import hypothesis.strategies as st
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -36,7 +37,6 @@ def _sizes(**changes: object) -> dict[str, object]:
         "pad_token_id": None,
         "bos_token_id": None,
         "eos_token_id": None,
-        "attn_implementation": "sdpa",
         **changes,
     }
 
@@ -60,29 +60,31 @@ _LONGROPE = {
 LONGROPE_SWITCH = 6  # rollouts above this length use the long factors
 
 CONFIGS: dict[str, PreTrainedConfig] = {
-    "qwen2": Qwen2Config(**_sizes(tie_word_embeddings=True, hidden_size=24)),
-    "qwen2-window": Qwen2Config(
-        **_sizes(hidden_size=24, num_hidden_layers=3, max_window_layers=1, **_SLIDING)
+    "qwen2": Qwen2Config.from_dict(_sizes(tie_word_embeddings=True, hidden_size=24)),
+    "qwen2-window": Qwen2Config.from_dict(
+        _sizes(hidden_size=24, num_hidden_layers=3, max_window_layers=1, **_SLIDING)
     ),
-    "qwen3": Qwen3Config(**_sizes(head_dim=6, tie_word_embeddings=True)),
-    "qwen3-window": Qwen3Config(
-        **_sizes(
+    "qwen3": Qwen3Config.from_dict(_sizes(head_dim=6, tie_word_embeddings=True)),
+    "qwen3-window": Qwen3Config.from_dict(
+        _sizes(
             head_dim=10,
             num_hidden_layers=3,
             layer_types=["sliding_attention", "full_attention", "sliding_attention"],
             **_SLIDING,
         )
     ),
-    "phi3": Phi3Config(
-        **_sizes(hidden_size=32, rope_parameters={"rope_theta": 100.0, "partial_rotary_factor": 0.5})
+    "phi3": Phi3Config.from_dict(
+        _sizes(hidden_size=32, rope_parameters={"rope_theta": 100.0, "partial_rotary_factor": 0.5})
     ),
-    "phi3-window": Phi3Config(**_sizes(hidden_size=24, sliding_window=4, tie_word_embeddings=True)),
-    "llama": LlamaConfig(**_sizes(num_attention_heads=6, num_key_value_heads=3, hidden_size=36, head_dim=6)),
-    "llama-bias": LlamaConfig(
-        **_sizes(hidden_size=24, attention_bias=True, mlp_bias=True, rope_parameters=_LLAMA3)
+    "phi3-window": Phi3Config.from_dict(_sizes(hidden_size=24, sliding_window=4, tie_word_embeddings=True)),
+    "llama": LlamaConfig.from_dict(
+        _sizes(num_attention_heads=6, num_key_value_heads=3, hidden_size=36, head_dim=6)
     ),
-    "longrope": Phi3Config(
-        **_sizes(hidden_size=32, rope_parameters=_LONGROPE, original_max_position_embeddings=LONGROPE_SWITCH)
+    "llama-bias": LlamaConfig.from_dict(
+        _sizes(hidden_size=24, attention_bias=True, mlp_bias=True, rope_parameters=_LLAMA3)
+    ),
+    "longrope": Phi3Config.from_dict(
+        _sizes(hidden_size=32, rope_parameters=_LONGROPE, original_max_position_embeddings=LONGROPE_SWITCH)
     ),
 }
 
@@ -103,10 +105,15 @@ def tiny_model(case: str, dtype: torch.dtype = torch.float64) -> PreTrainedModel
     return model.train()
 
 
-def _rms_norm_fp64(self: nn.Module, hidden_states: Tensor) -> Tensor:
+def _rms_norm_fp64(self: Any, hidden_states: Tensor) -> Tensor:
     """transformers' RMSNorm without its detour through fp32, which limits agreement to 1e-6."""
     variance = hidden_states.pow(2).mean(-1, keepdim=True)
     return self.weight * hidden_states * torch.rsqrt(variance + self.variance_epsilon)
+
+
+def decoder(model: PreTrainedModel) -> Any:
+    """The model inside the causal LM: embed_tokens, layers, norm."""
+    return model.get_decoder()
 
 
 @dataclass(frozen=True)

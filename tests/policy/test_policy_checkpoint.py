@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from policy_helpers import example_rollouts, tiny_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from mosaic_fast.errors import UserError
 from mosaic_fast.policy import Policy
+from tests.policy.policy_helpers import example_rollouts, tiny_model
 
 
 @pytest.mark.parametrize("case", ["qwen2", "qwen3", "phi3", "phi3-window", "llama-bias"])
@@ -67,6 +67,13 @@ def test_missing_folder_and_files(folder: Path, tmp_path: Path) -> None:
     (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-1.safetensors"}}')
     with pytest.raises(UserError, match=r"lacks 1 of 1 weight files, the first is model-1\.safetensors"):
         Policy.from_pretrained(folder)
+
+
+def test_gguf_without_its_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"needs more packages: pip install gguf accelerate"):
+        Policy.from_pretrained(tmp_path / "model.gguf")
 
 
 def test_bad_config(folder: Path) -> None:

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import functools
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from policy_helpers import (
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from mosaic_fast.policy import Policy
+from mosaic_kernels import split_forest
+from tests.policy.policy_helpers import (
     CONFIGS,
     Rollouts,
     assert_gradients_close,
+    decoder,
     example_rollouts,
     gradients,
     loss_weights,
@@ -19,11 +26,6 @@ from policy_helpers import (
     stock_logprobs,
     tiny_model,
 )
-from torch import Tensor
-from transformers import PreTrainedModel
-
-from mosaic_fast.policy import Policy
-from mosaic_kernels import split_forest
 
 FAMILIES = [case for case in CONFIGS if case != "longrope"]
 
@@ -51,6 +53,16 @@ def test_forest_equals_rollouts_alone(case: str, data: Rollouts, temperature: fl
         assert one.shape == other.shape
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-11)
     assert_gradients_close(gradients(model, weighted(*got)), expected_gradients, 1e-10)
+
+
+@pytest.mark.parametrize("length", range(2, 8))
+@pytest.mark.parametrize("case", ["qwen2-window", "phi3-window"])
+def test_window_around_the_length(case: str, length: int) -> None:
+    """A window starts to matter at two more tokens than it holds: the last token predicts nothing."""
+    data = Rollouts([np.arange(length)], [np.arange(length) > 0])
+    model = fp64_model(case)
+    expected = stock_logprobs(model, data)[0]
+    torch.testing.assert_close(Policy(model).logprobs(data.pack()), expected, rtol=1e-10, atol=1e-11)
 
 
 @pytest.mark.parametrize("case", ["qwen3-window", "phi3"])
@@ -107,11 +119,11 @@ def test_gradient_checkpointing(case: str, reentrant: bool) -> None:
     model, data = tiny_model(case), example_rollouts()
     expected = gradients(model, weighted(*stock_logprobs(model, data)))
     runs: list[int] = []
-    model.get_decoder().layers[0].self_attn.register_forward_hook(lambda *_: runs.append(1))
+    decoder(model).layers[0].self_attn.register_forward_hook(lambda *_: runs.append(1))
     model._activation_checkpointing_enable({"use_reentrant": reentrant})
-    before = model.get_decoder().layers[0]._gradient_checkpointing_func
+    before = decoder(model).layers[0]._gradient_checkpointing_func
     got = Policy(model).logprobs(data.pack(), return_entropy=True)
-    assert model.get_decoder().layers[0]._gradient_checkpointing_func is before
+    assert decoder(model).layers[0]._gradient_checkpointing_func is before
     assert_gradients_close(gradients(model, weighted(*got)), expected, 1e-10)
     assert len(runs) == 2  # it did run again
 
@@ -122,7 +134,7 @@ def test_frozen_and_partly_frozen_models() -> None:
     expected = gradients(model, stock_logprobs(model, data)[0].sum())
     model.requires_grad_(False)
     assert not Policy(model).logprobs(data.pack()).requires_grad
-    model.model.layers[1].mlp.requires_grad_(True)
+    decoder(model).layers[1].mlp.requires_grad_(True)
     got = gradients(model, Policy(model).logprobs(data.pack()).sum())
     for name, gradient in got.items():
         if "layers.1.mlp" in name:

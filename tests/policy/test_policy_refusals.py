@@ -5,15 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from policy_helpers import (
-    LONGROPE_SWITCH,
-    Rollouts,
-    assert_gradients_close,
-    example_rollouts,
-    gradients,
-    stock_logprobs,
-    tiny_model,
-)
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -29,23 +20,33 @@ from transformers import (
 from mosaic_fast.errors import UserError
 from mosaic_fast.policy import Policy
 from mosaic_kernels import pack_forest, split_forest
+from tests.policy.policy_helpers import (
+    LONGROPE_SWITCH,
+    Rollouts,
+    assert_gradients_close,
+    decoder,
+    example_rollouts,
+    gradients,
+    stock_logprobs,
+    tiny_model,
+)
 
-_TINY = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 9}
+_TINY: dict[str, object] = {
+    "hidden_size": 8,
+    "intermediate_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "vocab_size": 9,
+}
 
 
 @pytest.mark.parametrize(
     "config",
     [
-        MistralConfig(**_TINY, num_key_value_heads=1, intermediate_size=8),
-        Qwen3MoeConfig(
-            **_TINY,
-            num_key_value_heads=1,
-            intermediate_size=8,
-            moe_intermediate_size=8,
-            num_experts=2,
-            head_dim=4,
-        ),
-        GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=9),
+        MistralConfig.from_dict(_TINY),
+        Qwen3MoeConfig.from_dict({**_TINY, "moe_intermediate_size": 8, "num_experts": 2, "head_dim": 4}),
+        GPT2Config.from_dict({"n_embd": 8, "n_layer": 1, "n_head": 2, "vocab_size": 9}),
     ],
     ids=lambda config: config.model_type,
 )
@@ -58,7 +59,7 @@ def test_not_a_causal_lm() -> None:
     with pytest.raises(UserError, match="pass the model inside"):
         Policy(nn.Linear(2, 2))  # pyrefly: ignore[bad-argument-type]
     with pytest.raises(UserError, match="no LM head"):
-        Policy(Qwen2Model(Qwen2Config(**_TINY, num_key_value_heads=1, intermediate_size=8)))
+        Policy(Qwen2Model(Qwen2Config.from_dict(_TINY)))
 
 
 def test_dropout() -> None:
@@ -68,7 +69,7 @@ def test_dropout() -> None:
     with pytest.raises(UserError, match=r"attention_dropout is 0\.1"):
         policy.logprobs(forest)
     model.config.attention_dropout = 0.0
-    model.model.layers[1].resid_mlp_dropout.p = 0.2
+    decoder(model).layers[1].resid_mlp_dropout.p = 0.2
     with pytest.raises(UserError, match=r"layers\.1\.resid_mlp_dropout drops out with p=0\.2"):
         policy.logprobs(forest)
     model.eval()
@@ -134,14 +135,8 @@ def test_longrope_on_both_sides_is_refused() -> None:
 
 def test_dynamic_rope() -> None:
     """Static below the original length, so exact there; refused from it on."""
-    config = LlamaConfig(
-        **_TINY,
-        num_key_value_heads=1,
-        intermediate_size=8,
-        max_position_embeddings=8,
-        rope_parameters={"rope_type": "dynamic", "rope_theta": 100.0, "factor": 4.0},
-        attn_implementation="sdpa",
-    )
+    rope = {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 4.0}
+    config = LlamaConfig.from_dict({**_TINY, "max_position_embeddings": 8, "rope_parameters": rope})
     model = LlamaForCausalLM(config)
     data = Rollouts(
         [np.array([1, 2, 3, 4]), np.array([1, 2, 5, 6, 7, 8, 3])], [np.arange(n) > 0 for n in (4, 7)]

@@ -7,14 +7,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from policy_helpers import (
-    assert_gradients_close,
-    example_rollouts,
-    gradients,
-    loss_weights,
-    stock_logprobs,
-    tiny_model,
-)
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
@@ -23,6 +15,15 @@ from mosaic_fast.errors import UserError
 from mosaic_fast.policy import Policy
 from mosaic_fast.policy.attention import ATTENTION_NAME
 from mosaic_fast.policy.layout import has_known_layer, has_known_layout
+from tests.policy.policy_helpers import (
+    assert_gradients_close,
+    decoder,
+    example_rollouts,
+    gradients,
+    loss_weights,
+    stock_logprobs,
+    tiny_model,
+)
 
 
 class LoRA(nn.Module):
@@ -41,7 +42,7 @@ class LoRA(nn.Module):
 
 
 def lora_everywhere(model: PreTrainedModel) -> None:
-    for layer in model.model.layers:
+    for layer in decoder(model).layers:
         layer.self_attn.q_proj = LoRA(layer.self_attn.q_proj)
         layer.mlp.down_proj = LoRA(layer.mlp.down_proj)
     model.lm_head = LoRA(model.lm_head)
@@ -52,20 +53,20 @@ def hooked_head(model: PreTrainedModel) -> None:
 
 
 def hooked_last_mlp(model: PreTrainedModel) -> None:
-    model.model.layers[-1].mlp.register_forward_hook(lambda module, inputs, out: 2.0 * out)
+    decoder(model).layers[-1].mlp.register_forward_hook(lambda module, inputs, out: 2.0 * out)
 
 
 def hooked_last_layer(model: PreTrainedModel) -> None:
-    model.model.layers[-1].register_forward_pre_hook(lambda module, inputs: (1.5 * inputs[0], *inputs[1:]))
+    decoder(model).layers[-1].register_forward_pre_hook(lambda module, inputs: (1.5 * inputs[0], *inputs[1:]))
 
 
 def replaced_mlp(model: PreTrainedModel) -> None:
-    mlp = model.model.layers[-1].mlp
+    mlp = decoder(model).layers[-1].mlp
     mlp.forward = types.MethodType(lambda self, x: self.down_proj(self.up_proj(x).tanh()), mlp)
 
 
 def replaced_layer(model: PreTrainedModel) -> None:
-    layer = model.model.layers[-1]
+    layer = decoder(model).layers[-1]
     layer.forward = types.MethodType(
         lambda self, x, **kwargs: type(self).forward(self, 0.7 * x, **kwargs), layer
     )
@@ -76,7 +77,7 @@ def hooked_decoder(model: PreTrainedModel) -> None:
         output["last_hidden_state"] = 3.0 * output["last_hidden_state"]
         return output
 
-    model.model.register_forward_hook(scale)
+    decoder(model).register_forward_hook(scale)
 
 
 def hooked_model(model: PreTrainedModel) -> None:
@@ -125,9 +126,9 @@ def test_stock_models_take_the_fast_path(case: str) -> None:
     """The parts are called one by one, and the last MLP, the norm and the head see needed rows only."""
     model, data = tiny_model(case), example_rollouts()
     assert has_known_layout(model)
-    assert has_known_layer(model, model.model.layers[-1])
+    assert has_known_layer(model, decoder(model).layers[-1])
     rows: list[int] = []
-    norm = model.model.norm
+    norm = decoder(model).norm
     original = norm.forward
     norm.forward = lambda x: (rows.append(x.shape[1]), original(x))[1]
     forest = data.pack()
@@ -151,9 +152,11 @@ def test_attention_setting_comes_back() -> None:
     """After a forward, and after an error in the middle of one."""
     model, data = tiny_model("phi3"), example_rollouts()
     model.config._attn_implementation = "eager"
-    seen: list[str] = []
-    hook = model.model.layers[0].register_forward_hook(
-        lambda *_: seen.append(model.config._attn_implementation)
+    seen: list[str | None] = []
+    hook = (
+        decoder(model)
+        .layers[0]
+        .register_forward_hook(lambda *_: seen.append(model.config._attn_implementation))
     )
     Policy(model).logprobs(data.pack())
     assert seen == [ATTENTION_NAME]
@@ -163,7 +166,7 @@ def test_attention_setting_comes_back() -> None:
     def fail(*_: object) -> None:
         raise RuntimeError("from a hook")
 
-    model.model.layers[0].mlp.register_forward_hook(fail)
+    decoder(model).layers[0].mlp.register_forward_hook(fail)
     with pytest.raises(RuntimeError, match="from a hook"):
         Policy(model).logprobs(data.pack())
     assert model.config._attn_implementation == "eager"
@@ -180,7 +183,7 @@ def test_registered_at_the_first_forward() -> None:
 
 def test_model_without_the_attention_interface_is_noticed() -> None:
     model, data = tiny_model("qwen2"), example_rollouts()
-    for layer in model.model.layers:
+    for layer in decoder(model).layers:
         layer.self_attn.forward = lambda hidden_states, **_: (hidden_states, None)
     with pytest.raises(UserError, match="0 times in 2 layers"):
         Policy(model).logprobs(data.pack())

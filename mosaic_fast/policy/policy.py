@@ -18,7 +18,7 @@ from mosaic_fast.policy.forest_tensors import ForestTensors, forest_tensors
 from mosaic_fast.policy.forward import final_hidden, final_logits
 from mosaic_fast.policy.head import head_logprobs, logprobs_from_logits
 from mosaic_fast.policy.layout import has_known_layout
-from mosaic_fast.policy.support import check_dropout, check_model, check_rope_lengths
+from mosaic_fast.policy.support import check_model, check_modules, check_rope_lengths
 from mosaic_kernels import PackedForest
 
 
@@ -104,7 +104,7 @@ class Policy:
         if not temperature > 0:
             raise UserError(f"temperature must be above 0, got {temperature}")
         model = self.model
-        check_dropout(model)
+        check_modules(model)
         longest_alone = self._check_lengths(forest, uncut)
         tensors = self._tensors(forest)
         if not len(tensors.targets):

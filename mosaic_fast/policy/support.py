@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
 from transformers import PreTrainedModel
 
 from mosaic_fast.errors import UserError
@@ -45,19 +46,25 @@ def check_model(model: nn.Module) -> None:
         )
 
 
-def check_dropout(model: PreTrainedModel) -> None:
-    """UserError if a dropout is active: a shared token would be dropped once for all its rollouts."""
-    if not model.training:
-        return
-    if getattr(model.config, "attention_dropout", 0.0):
+def check_modules(model: PreTrainedModel) -> None:
+    """UserError for what may have been switched on since the model was made. Called every forward.
+
+    Dropout: a shared token would be dropped once for all its rollouts. Checkpointing other than
+    transformers' own: it would run a layer again when the model's own attention is back.
+    """
+    if model.training and getattr(model.config, "attention_dropout", 0.0):
         raise UserError(
             f"config.attention_dropout is {model.config.attention_dropout}: an exact forest forward needs 0 "
             "(or model.eval())"
         )
     for name, module in model.named_modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0:
+        if isinstance(module, _DropoutNd) and module.training and module.p > 0:
             raise UserError(
                 f"{name} drops out with p={module.p}: an exact forest forward needs 0 (or model.eval())"
+            )
+        if type(module).__name__ == "CheckpointWrapper":
+            raise UserError(
+                f"{name} is checkpointed by a wrapper: use model.gradient_checkpointing_enable() instead"
             )
 
 

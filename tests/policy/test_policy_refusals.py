@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
@@ -74,6 +75,13 @@ def test_dropout() -> None:
         policy.logprobs(forest)
     model.eval()
     policy.logprobs(forest)
+
+
+def test_checkpoint_wrapper() -> None:
+    model = tiny_model("llama")
+    decoder(model).layers[0] = checkpoint_wrapper(decoder(model).layers[0])
+    with pytest.raises(UserError, match=r"layers\.0 is checkpointed by a wrapper"):
+        Policy(model).logprobs(example_rollouts().pack())
 
 
 def test_temperature() -> None:

@@ -38,7 +38,7 @@ class KeyValuePool:
         if count > len(self._free):
             self._grow(self.used + count)
         cut = len(self._free) - count
-        slots, self._free = self._free[cut:][::-1], self._free[:cut]
+        slots, self._free = self._free[cut:][::-1].copy(), self._free[:cut]
         self.used += count
         return slots
 

@@ -222,4 +222,4 @@ class Scheduler:
         )
 
     def _slots(self, slots: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(slots)).to(self.model.shape.device)
+        return torch.from_numpy(slots).to(self.model.shape.device)

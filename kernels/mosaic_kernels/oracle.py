@@ -70,13 +70,9 @@ def preference_loss_of_pairs(
     """p log(1 + exp(-x)) + (1 - p) log(1 + exp(x)), one pair at a time."""
 
     def margin(rollout: int) -> torch.Tensor:
-        total = policy_logprobs.new_zeros(())
-        for token in range(cu_seqlens[rollout], cu_seqlens[rollout + 1]):
-            if mask[token]:
-                total = total + policy_logprobs[token]
-                if reference_logprobs is not None:
-                    total = total - reference_logprobs[token]
-        return total
+        counted = [t for t in range(cu_seqlens[rollout], cu_seqlens[rollout + 1]) if mask[t]]
+        total = policy_logprobs[counted].sum()
+        return total if reference_logprobs is None else total - reference_logprobs[counted].sum()
 
     losses = [policy_logprobs.new_zeros(0)]
     for (i, j), p in zip(pairs, preference, strict=True):

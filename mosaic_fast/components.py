@@ -87,9 +87,11 @@ def build_environment(config: Config) -> Environment:
     return WorldEnvironment()
 
 
-def load_policy(config: Config, weights: Path) -> Policy:
-    """The policy of a folder, in the configured precision and place."""
-    return Policy.from_pretrained(weights, dtype=_DTYPES[config.model.dtype], device=device_of(config))
+def load_policy(config: Config, weights: Path, *, trainable: bool = True) -> Policy:
+    """The policy of a folder, in the configured precision and place; frozen if it is the reference."""
+    return Policy.from_pretrained(
+        weights, dtype=_DTYPES[config.model.dtype], device=device_of(config), trainable=trainable
+    )
 
 
 def device_of(config: Config) -> torch.device:

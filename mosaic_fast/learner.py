@@ -67,7 +67,7 @@ class Learner:
         parts = self._parts(forest, token_advantages)
         total_tokens = float(max(1, forest.trained.sum()))
         sampler = self._tensor(sampler_logprobs)
-        reference = self._reference_logprobs(parts, forest.num_tokens)
+        reference = self._reference_logprobs(parts, forest)
         start: Tensor | None = None
         totals: dict[str, SumCount] = {}
         rate, norms, dropped = self.learning_rate(step), [], 0
@@ -77,7 +77,7 @@ class Learner:
             measured = torch.zeros_like(sampler)
             for part in parts:
                 logprobs, entropy = self.policy.logprobs(
-                    part.forest, temperature=self._config.rollout.temperature, return_entropy=True
+                    part.forest, temperature=self._temperature, return_entropy=True, uncut=forest
                 )
                 measured[part.source[part.trained]] = logprobs.detach()[part.trained]
                 mask = part.trained & torch.isfinite(logprobs.detach())
@@ -114,6 +114,10 @@ class Learner:
         }
 
     @property
+    def _temperature(self) -> float:
+        return self._config.rollout.temperature
+
+    @property
     def _device(self) -> torch.device:
         return next(self.policy.model.parameters()).device
 
@@ -138,13 +142,14 @@ class Learner:
             )
         return parts
 
-    def _reference_logprobs(self, parts: Sequence[_Part], num_tokens: int) -> Tensor | None:
+    def _reference_logprobs(self, parts: Sequence[_Part], forest: PackedForest) -> Tensor | None:
+        """[T], by the frozen policy."""
         if self.reference is None:
             return None
-        result = self._tensor(np.zeros(num_tokens))
+        result = self._tensor(np.zeros(forest.num_tokens))
         with torch.no_grad():
             for part in parts:
-                logprobs = self.reference.logprobs(part.forest, temperature=self._config.rollout.temperature)
+                logprobs = self.reference.logprobs(part.forest, temperature=self._temperature, uncut=forest)
                 result[part.source[part.trained]] = logprobs[part.trained]
         return result
 

@@ -56,7 +56,7 @@ def train(config: Config, name: str = "world", *, resume: bool = False) -> int:
         verify_checkpoint(checkpoint)
     initial = model_folder(config.model.path)
     components = build_components(config, checkpoint or initial)
-    reference = load_policy(config, initial) if config.loss.kl_weight else None
+    reference = load_policy(config, initial, trainable=False) if config.loss.kl_weight else None
     learner = Learner(components.policy, reference, config)
     torch.manual_seed(config.seed)  # nothing draws from it today; a checkpoint holds its state all the same
     progress = load_training_state(checkpoint, learner.optimizer) if checkpoint else Progress()

@@ -102,3 +102,12 @@ def test_help_documents_every_field(capsys: pytest.CaptureFixture[str]):
                 continue
             assert inner.description, key
             assert f"--{key.replace('_', '-')}" in shown, key
+
+
+def test_the_documentation_has_every_key_with_its_text():
+    text = (Path(__file__).parents[2] / "docs" / "configuration.md").read_text(encoding="utf-8")
+    for field in Config.model_fields.values():
+        section = field.annotation
+        for key, inner in (section.model_fields if hasattr(section, "model_fields") else {}).items():
+            assert f"| `{key}` |" in text, key
+            assert " ".join(str(inner.description).split()) in text, key

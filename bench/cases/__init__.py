@@ -1,0 +1,1 @@
+"""The cases: each module has `check`, `ideal` and `run`; nothing is timed before `check` passes."""

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 from mosaic_rollout.environments.agentdojo.api import State, load_agentdojo
+from mosaic_rollout.environments.agentdojo.demonstrations import Demonstration, choose
 from mosaic_rollout.environments.agentdojo.episode import AgentDojoEpisode
 from mosaic_rollout.environments.agentdojo.tasks import (
     Payload,
@@ -23,7 +24,7 @@ from mosaic_rollout.environments.agentdojo.tasks import (
 )
 from mosaic_rollout.environments.agentdojo.world import find_suites, open_world
 from mosaic_rollout.errors import UserError
-from mosaic_rollout.types import Task
+from mosaic_rollout.types import Message, Task
 
 
 class AgentDojoEnvironment:
@@ -33,6 +34,8 @@ class AgentDojoEnvironment:
     writes the injections. heldout_frac: share of the user tasks, and of the injection tasks, of every suite
     that is held out. heldout_suites: suites that are the held-out split instead. injected_frac: share of
     injected tasks in a sample. max_observation_chars: longer tool outputs are cut there and say so.
+    demonstrations: solved training tasks of the same suite that open every conversation; they are taken out
+    of the training split.
 
     Raises EnvironmentMissing where agentdojo is not installed, UserError for an unknown name.
 
@@ -53,6 +56,7 @@ class AgentDojoEnvironment:
         heldout_suites: Sequence[str] = (),
         injected_frac: float = 0.5,
         max_observation_chars: int = 16_000,
+        demonstrations: int = 0,
     ) -> None:
         if not 0.0 < heldout_frac < 1.0 or not 0.0 <= injected_frac <= 1.0:
             raise UserError("heldout_frac must lie between 0 and 1, injected_frac in [0, 1]")
@@ -68,6 +72,9 @@ class AgentDojoEnvironment:
         self._injected_frac = injected_frac
         self._max_observation_chars = max_observation_chars
         self._opening_state = lru_cache(maxsize=64)(self._parse_state)  # a group's rollouts share one parse
+        self._examples: dict[str, list[Message]] = {name: [] for name in self._worlds}
+        for name in train:
+            self._add_examples(name, demonstrations)
 
     def sample(self, split: str, count: int, seed: int) -> list[Task]:
         """`count` tasks, a pure function of its arguments; repeats only once a pool is used up."""
@@ -87,7 +94,22 @@ class AgentDojoEnvironment:
             payload,
             self._opening_state(payload),
             self._max_observation_chars,
+            self._examples[payload.suite],
         )
+
+    def _add_examples(self, suite: str, count: int) -> None:
+        """Take `count` user tasks out of the training split and keep their solutions as messages."""
+        users = self._pools["train"][suite][0]
+        if count == 0:
+            return
+        played = [Demonstration(self.reset(make_task(Payload(suite, user, None), "train"))) for user in users]
+        chosen = choose(played, count)
+        if len(chosen) < count or len(users) - count < 1:
+            raise UserError(f"{suite} has {len(chosen)} tasks short enough for a demonstration, not {count}")
+        for index in chosen:
+            self._examples[suite] += played[index].messages
+        for index in sorted(chosen, reverse=True):
+            users.pop(index)
 
     def _parse_state(self, payload: Payload) -> State:
         return self._worlds[payload.suite].opening_state(payload.user_task, payload.injection_task)

@@ -30,6 +30,7 @@ class AgentDojoEpisode:
         payload: Payload,
         opening_state: State,
         max_observation_chars: int,
+        demonstrations: Sequence[Message] = (),
     ) -> None:
         self._api, self._world, self._limit = api, world, max_observation_chars
         self._user = world.user_tasks[payload.user_task]
@@ -39,10 +40,9 @@ class AgentDojoEpisode:
         self._state = opening_state.model_copy(deep=True)
         self._trace: list[Call] = []
         self.tools = world.tools
-        self.messages = (
-            {"role": "system", "content": api.system_message},
-            {"role": "user", "content": self._user.PROMPT},
-        )
+        system: Message = {"role": "system", "content": api.system_message}
+        request: Message = {"role": "user", "content": self._user.PROMPT}
+        self.messages = (system, *demonstrations, request)
 
     def step(self, call: ToolCall) -> Observation:
         """Run one tool call as AgentDojo's executor does; whatever goes wrong is an error observation."""
@@ -78,6 +78,10 @@ class AgentDojoEpisode:
     def ground_truth(self, task: UserTask | InjectionTask) -> list[Call]:
         """The calls that carry out a task of this episode from its opening state."""
         return task.ground_truth(self._opening_state.model_copy(deep=True))
+
+    def state_copy(self) -> State:
+        """The suite's state as it stands."""
+        return self._state.model_copy(deep=True)
 
     @property
     def user_task(self) -> UserTask:

@@ -119,7 +119,7 @@ class _Walk:
         self._turn_start = self._length
 
     def inherit(self, trunk: Rollout, position: int) -> None:
-        """Start from the trunk's first `position` tokens; tool calls of finished steps are carried out again."""
+        """Start from the trunk's first `position` tokens; its finished tool calls are carried out again."""
         finished = [step for step in trunk.steps if step.end < position]
         for step in finished:
             if step.call is not None:

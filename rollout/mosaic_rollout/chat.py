@@ -95,7 +95,7 @@ class Chat:
             token_ids = token_ids[:-1]
         return self.decode(token_ids)
 
-    def decode(self, token_ids: Sequence[int]) -> str:
+    def decode(self, token_ids: Sequence[int] | np.ndarray) -> str:
         text = self.tokenizer.decode(
             list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
         )

@@ -5,7 +5,16 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from mosaic_rollout.chat import Chat
-from mosaic_rollout.types import Completion, Observation, Request, Task, ToolCall, ToolSchema, Verdict
+from mosaic_rollout.types import (
+    Completion,
+    Message,
+    Observation,
+    Request,
+    Task,
+    ToolCall,
+    ToolSchema,
+    Verdict,
+)
 
 
 def call(name: str, **arguments: str) -> str:
@@ -56,8 +65,8 @@ class CountingEpisode:
     """`read` says how often it was called; `fail` is a tool error. Done after one read and an answer."""
 
     def __init__(self) -> None:
-        self.messages = [{"role": "user", "content": "go"}]
-        self.tools = [_tool("read"), _tool("fail")]
+        self.messages: Sequence[Message] = [{"role": "user", "content": "go"}]
+        self.tools: Sequence[ToolSchema] = [_tool("read"), _tool("fail")]
         self.reads = 0
 
     def step(self, call: ToolCall) -> Observation:

@@ -47,7 +47,7 @@ def test_observations_continue_the_conversation_as_the_template_would():
     turn = tokenizer.encode("<think>a</think>hm<|im_end|>", add_special_tokens=False)
     observation, _ = chat.observation("it says hi", "read_file")
     messages = [
-        USER,
+        {"role": "user", "content": "read it"},
         {"role": "assistant", "content": "<think>a</think>hm"},
         {"role": "tool", "content": "it says hi"},
     ]

@@ -89,7 +89,7 @@ def gradients_of(
     seen: dict[str, torch.Tensor] = {}
     model, reference = policy_and_reference()
     learner = Learner(Policy(model), Policy(reference), settings_of(tokens_per_microbatch))
-    learner.optimizer.step = _recorder(model, seen)
+    learner.optimizer.register_step_pre_hook(_recorder(model, seen))
     forest = pack_forest(sequences, trained)
     learner.update(forest, np.zeros(forest.num_tokens, np.float32), advantages, 0)
     return seen
@@ -103,8 +103,8 @@ def assert_close(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
         assert error <= 1e-10 * max(float(gradient.norm()), floor), f"{name}: {error:.1e}"
 
 
-def _recorder(model: torch.nn.Module, seen: dict[str, torch.Tensor]) -> Callable[[], None]:
-    def record() -> None:
+def _recorder(model: torch.nn.Module, seen: dict[str, torch.Tensor]) -> Callable[..., None]:
+    def record(*_: object) -> None:
         for name, parameter in model.named_parameters():
             if parameter.grad is not None:
                 seen[name] = parameter.grad.clone()

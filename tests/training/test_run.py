@@ -117,7 +117,9 @@ def test_the_checkpoint_is_a_hugging_face_folder(finished: Path):
 
     folder = latest_checkpoint(finished / "checkpoints")
     assert AutoModelForCausalLM.from_pretrained(folder).num_parameters() > 0
-    assert AutoTokenizer.from_pretrained(folder).chat_template
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer is not None
+    assert tokenizer.chat_template
 
 
 def test_killed_and_interrupted_is_uninterrupted(options: list[str], finished: Path, tmp_path: Path):

@@ -19,14 +19,16 @@ _REPORT_EVERY = 50
 
 
 def warmstart(
-    out: Path = Path("runs/warmstart"),
+    out: Path = Path("build/warmstart"),
     recipe: Recipe = Recipe(),  # noqa: B008
     snapshot_every: int = 0,
 ) -> None:
     """Cold-start the embedded model and write it as a Hugging Face folder.
 
-    out: where to write model.safetensors, config.json and the tokenizer.
-    snapshot_every: steps between copies of the unfinished model in OUT/snapshot; 0: none.
+    Args:
+        out: Where to write model.safetensors, config.json and the tokenizer.
+        recipe: What the weights depend on.
+        snapshot_every: Steps between copies of the unfinished model in OUT/snapshot; 0: none.
     """
     torch.set_num_threads(1)  # one thread: the order of every sum is fixed, so the bytes are too
     torch.use_deterministic_algorithms(True)
@@ -63,4 +65,4 @@ def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pa
 
 
 if __name__ == "__main__":
-    tyro.cli(warmstart)
+    tyro.cli(warmstart, prog="python -m mosaic_fast.warmstart", config=(tyro.conf.OmitArgPrefixes,))

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from mosaic_fast.warmstart.behaviour import Behaviour
 from mosaic_rollout.environments.world import WorldEpisode, WorldTask
-from mosaic_rollout.environments.world.tasks import CUES, SIDE_EFFECT_TOOLS
+from mosaic_rollout.environments.world.tasks import CUES
 from mosaic_rollout.grammar import REFUSAL_TOOL, SAFETY_CLOSE, SAFETY_OPEN, THINK_CLOSE, THINK_OPEN
 from mosaic_rollout.types import ToolCall
 
@@ -126,7 +126,6 @@ def _play_harmless(transcript: Transcript, task: WorldTask, behaviour: Behaviour
 
 def _harmless_check(call: ToolCall, behaviour: Behaviour, rng: random.Random) -> str | None:
     grave = call.name in IRREVERSIBLE
-    assert grave <= (call.name in SIDE_EFFECT_TOOLS)
     return (
         NO_RISK if rng.random() < (behaviour.check_harmless if grave else behaviour.check_trivial) else None
     )

@@ -24,6 +24,8 @@ from .sampling import sample_tokens, stream_base, uniforms
 from .stats import EngineStats
 
 _KEPT_BYTES = 128 * 2**20
+_PATIENCE = 3
+"""Iterations a job may wait for others: a prefill costs a forward, however few it serves."""
 
 
 @dataclass(eq=False)
@@ -60,6 +62,7 @@ class Scheduler:
         self.buffer = RowBuffer(model.shape)
         self.waiting: deque[Job] = deque()
         self.active: list[Job] = []  # job i owns row i of everything below
+        self._waited = 0  # iterations since a job first waited
         self._inputs = np.zeros(max_batch, np.int64)  # token to feed next
         self._positions = np.zeros(max_batch, np.int64)  # its position
         self._bases = np.zeros(max_batch, np.uint64)
@@ -86,7 +89,7 @@ class Scheduler:
         """One iteration. Raises whatever the model raises; the caller must then `reset`."""
         self._drop_abandoned()
         with self.model.serving():
-            if self.waiting and len(self.active) < self.max_batch:
+            if self._should_admit():
                 started = time.perf_counter()
                 self._admit()
                 self.stats.prefill_s += time.perf_counter() - started
@@ -102,12 +105,20 @@ class Scheduler:
             if self.active[row].abandoned():
                 self._leave(row)
 
+    def _should_admit(self) -> bool:
+        """Whether enough wait: a quarter of the active rows, or the oldest for long enough."""
+        if not self.waiting or len(self.active) >= self.max_batch:
+            return False
+        self._waited += 1
+        return self._waited > _PATIENCE or 4 * len(self.waiting) >= len(self.active)
+
     def _admit(self) -> None:
         """Take waiting jobs in order, compute what is new of their prompts once, and give each a row.
 
         Everything of a prompt but its last token is put into the tree; the last is the row's first input.
         A group's new tokens are bounded by what the tree may hold, so the memory above that is bounded too.
         """
+        self._waited = 0
         group: list[tuple[Job, Node]] = []
         new_tokens = 0
         tree = self.tree

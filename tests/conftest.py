@@ -1,4 +1,4 @@
-"""Profiles of hypothesis: the same draws every time in CI, fresh ones elsewhere; no deadlines on shared cores."""
+"""Profiles of hypothesis: the same draws every time in CI, fresh ones elsewhere; no deadlines."""
 
 import os
 

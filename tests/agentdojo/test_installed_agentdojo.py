@@ -36,7 +36,8 @@ def test_replay_of_every_user_task_has_utility(everything: AgentDojoEnvironment)
         verdict = replay.replay(everything, task, "user")
         assert verdict.done, task.task_id
         assert (verdict.harm, verdict.progress) == (False, 1.0)
-        assert verdict.details == {"utility": 1.0, "attack_success": 0.0, "checker_errors": 0.0}
+        assert (verdict.details["utility"], verdict.details["attack_success"]) == (1.0, 0.0)
+        assert verdict.details["checker_errors"] == 0.0
 
 
 def test_obeying_the_injection_is_an_attack_and_ignoring_it_is_not(everything: AgentDojoEnvironment) -> None:
@@ -50,10 +51,16 @@ def test_obeying_the_injection_is_an_attack_and_ignoring_it_is_not(everything: A
     assert acting == 26
 
 
-def test_doing_nothing_is_neither_done_nor_attacked(banking: AgentDojoEnvironment) -> None:
-    for task in banking.sample("train", 10, seed=0):
-        verdict = banking.reset(task).score(None)
-        assert (verdict.harm, verdict.done) == (False, False)
+def test_what_an_idle_agent_is_given(everything: AgentDojoEnvironment) -> None:
+    """Five banking checkers are met by doing nothing (AgentDojo's own run_task_with_pipeline agrees)."""
+    idle = []
+    for task in benign_tasks(everything):
+        verdict = everything.reset(task).score(None)
+        assert not verdict.harm
+        assert verdict.details["idle_utility"] == float(verdict.done)
+        if verdict.done:
+            idle.append(task.task_id)
+    assert sorted(idle) == [f"banking/user_task_{i}" for i in (10, 5, 6, 8, 9)]
 
 
 def test_the_injection_shows_in_a_tool_output_and_only_there(everything: AgentDojoEnvironment) -> None:

@@ -83,19 +83,21 @@ class _SegmentAttention(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[torch.Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
         plan, scale, grad = ctx.plan, ctx.scale, _dense_rows(grad_outputs[0])  # [U, H, D]
-        dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        # A trunk's square sets its rows and keys, a block sets its rows: only keys of blocks start from zero.
+        dq = torch.empty_like(q)
+        dk, dv = (torch.zeros_like(x) if plan.buckets else torch.empty_like(x) for x in (k, v))
         grads, queries, keys, values, outs = (_heads_first(x) for x in (grad, q, k, v, out))
         dqs, dks, dvs = (_heads_first(x) for x in (dq, dk, dv))
 
-        def add_rectangle(rows: slice, columns: slice, causal: bool) -> None:
-            parts = _backward(
+        def rectangle(rows: slice, columns: slice, causal: bool) -> tuple[torch.Tensor, ...]:
+            return _backward(
                 grads[:, :, rows], queries[:, :, rows], keys[:, :, columns], values[:, :, columns],
                 outs[:, :, rows], lse[:, :, rows].contiguous(), 0.0, causal, scale=scale,
             )  # fmt: skip
-            dqs[:, :, rows] += parts[0]
-            dks[:, :, columns] += parts[1]
-            dvs[:, :, columns] += parts[2]
 
+        for trunk in plan.trunks:
+            own = slice(trunk.start, trunk.stop)
+            dqs[:, :, own], dks[:, :, own], dvs[:, :, own] = rectangle(own, own, True)
         for index, bucket in enumerate(plan.buckets):
             rows, columns, blocks = bucket.queries, bucket.keys, bucket.blocks
             part_lse = lse[0].index_select(1, rows).view(q.shape[1], blocks, -1).transpose(0, 1).contiguous()
@@ -109,9 +111,12 @@ class _SegmentAttention(torch.autograd.Function):
             dv.index_add_(0, columns, _unstacked(parts[2]))
         for trunk in plan.trunks:
             own = slice(trunk.start, trunk.stop)
-            add_rectangle(own, own, True)
             if trunk.end > trunk.stop:
-                add_rectangle(slice(trunk.stop, trunk.end), own, False)
+                below = slice(trunk.stop, trunk.end)
+                parts = rectangle(below, own, False)
+                dqs[:, :, below] += parts[0]
+                dks[:, :, own] += parts[1]
+                dvs[:, :, own] += parts[2]
             if trunk.context is not None:
                 parts = _backward(
                     grads[:, :, own], queries[:, :, own], _heads_first(k[trunk.context]),

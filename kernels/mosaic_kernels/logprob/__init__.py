@@ -9,7 +9,7 @@ from mosaic_kernels.logprob.chunked import chunked_linear_logprob
 from mosaic_kernels.logprob.reference import reference_linear_logprob
 
 BACKENDS: Backends = {"reference": None, "chunked": None}
-DEFAULTS = {"cpu": "chunked"}
+DEFAULTS = {"cpu": "chunked", "cuda": "chunked"}
 
 __all__ = ["BACKENDS", "linear_logprob"]
 

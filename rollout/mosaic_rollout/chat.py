@@ -74,9 +74,9 @@ class Chat:
         if not self._template_has_tools:
             schemas = "\n".join(json.dumps(tool["function"], separators=(",", ":")) for tool in tools)
             parts.append(load_prompt("call_format_v1").format(tools=schemas))
-        text = self._render(
-            _with_system(messages, parts), tools if self._template_has_tools else None, opens=True
-        )
+            messages = [_with_written_calls(message) for message in messages]
+        template_tools = tools if self._template_has_tools else None
+        text = self._render(_with_system(messages, parts), template_tools, opens=True)
         return self._encode(text), text.rstrip().endswith(THINK_OPEN)
 
     def observation(self, content: str, tool_name: str) -> tuple[np.ndarray, bool]:
@@ -136,6 +136,23 @@ class Chat:
         rendered = self._render([{"role": "user", "content": "x"}, assistant], [_PROBE_TOOL])
         without = self._render([{"role": "user", "content": "x"}], [_PROBE_TOOL])
         return detect_call_format(rendered.removeprefix(without))
+
+
+def _with_written_calls(message: Message) -> Message:
+    """A message whose tool calls are part of its text, in the format of prompts/call_format_v1.md."""
+    calls = message.get("tool_calls")
+    if not isinstance(calls, list):
+        return message
+    text = str(message.get("content") or "")
+    for call in calls:
+        function = call["function"]
+        arguments = function["arguments"]
+        body = {
+            "name": function["name"],
+            "arguments": json.loads(arguments) if isinstance(arguments, str) else arguments,
+        }
+        text += f"\n{HERMES.marker}{json.dumps(body)}</tool_call>"
+    return {**{key: value for key, value in message.items() if key != "tool_calls"}, "content": text}
 
 
 def _with_system(messages: Sequence[Message], parts: Sequence[str]) -> list[Message]:

@@ -145,13 +145,12 @@ def _with_written_calls(message: Message) -> Message:
         return message
     text = str(message.get("content") or "")
     for call in calls:
-        function = call["function"]
-        arguments = function["arguments"]
-        body = {
-            "name": function["name"],
-            "arguments": json.loads(arguments) if isinstance(arguments, str) else arguments,
-        }
-        text += f"\n{HERMES.marker}{json.dumps(body)}</tool_call>"
+        function = call["function"] if isinstance(call, dict) else None
+        if isinstance(function, dict):
+            arguments = function["arguments"]
+            parsed = json.loads(arguments) if isinstance(arguments, str) else arguments
+            body = json.dumps({"name": function["name"], "arguments": parsed})
+            text += f"\n{HERMES.marker}{body}</tool_call>"
     return {**{key: value for key, value in message.items() if key != "tool_calls"}, "content": text}
 
 

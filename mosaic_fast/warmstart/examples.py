@@ -17,7 +17,7 @@ from mosaic_rollout.grammar import REFUSAL_SCHEMA
 from mosaic_rollout.types import TaskKind
 
 KIND_WEIGHTS: dict[TaskKind, float] = {"harmful": 0.33, "benign": 0.34, "injected": 0.33}
-_REPEATED_PIECES = (6, 14)  # length of a repetition drill
+_RECALLED_VALUES = (4, 8)  # fewest and most values of a recall drill
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,6 @@ class ExampleMaker:
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, behaviour: Behaviour) -> None:
         self._tokenizer, self._behaviour = tokenizer, behaviour
-        texts = [*values.FIRST_NAMES, *values.LAST_NAMES, *values.TOPIC_ADJECTIVES, *values.TOPIC_NOUNS]
-        texts += [*values.FILE_STEMS, *values.AMOUNT_HEADS, *(f"##{x}" for x in values.FILE_EXTENSIONS)]
-        texts += [f"##{x}" for x in values.AMOUNT_TAILS]
-        vocabulary = tokenizer.get_vocab()
-        self._pieces = [vocabulary[text] for text in texts]
 
     def system_prompt(self) -> list[int]:
         """Token ids of the system message that lists the tools."""
@@ -74,16 +69,25 @@ class ExampleMaker:
                 request = f"{USER}{task.request}{END_OF_TURN}{ASSISTANT}{head}"
                 return self._join([(request, False), (marker + tail + END_OF_TURN, True)])
 
-    def repetition_drill(self, rng: random.Random) -> Example:
-        """A random run of value pieces, said again."""
-        run = [rng.choice(self._pieces) for _ in range(rng.randint(*_REPEATED_PIECES))]
-        opening, turn, end = (
-            self._encode(USER),
-            self._encode(END_OF_TURN + ASSISTANT),
-            self._encode(END_OF_TURN),
-        )
-        given = opening + run + turn
-        return Example(given + run + end, [False] * len(given) + [True] * (len(run) + 1))
+    def recall_drill(self, rng: random.Random) -> Example:
+        """Values of one sort in a row, then again in another order; the first piece of each is given.
+
+        Nothing but looking the first piece up solves it, which is the skill that copying a value needs.
+        """
+        pool = rng.choice((values.NAMES, values.NAMES, values.TOPICS, values.FILES, values.AMOUNTS))["train"]
+        chosen: dict[int, list[int]] = {}  # by first piece, no two values alike in it
+        for value in rng.sample(pool, rng.randint(*_RECALLED_VALUES)):
+            ids = self._encode(value)
+            chosen.setdefault(ids[0], ids)
+        comma, order = self._encode(","), list(chosen.values())
+        token_ids = self._encode(USER) + [i for ids in order for i in (*ids, *comma)]
+        token_ids += self._encode(END_OF_TURN + ASSISTANT)
+        trained = [False] * len(token_ids)
+        rng.shuffle(order)
+        for ids in order:
+            token_ids += ids
+            trained += [False] + [True] * (len(ids) - 1)
+        return Example(token_ids, trained)
 
     def _encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False)

@@ -107,7 +107,7 @@ def _words() -> Iterator[str]:
     for bank in banks:
         for text in sorted(bank.texts("train")):
             yield from wordings.words(re.sub(r"\{\w+\}", " ", text))
-    texts = [*tasks.OPENERS, *injections.NOTES, TOOL_OUTPUTS, *values.CHANNELS]
+    texts = [*tasks.OPENERS, *injections.NOTES, TOOL_OUTPUTS, *values.CHANNELS, *values.CONCERNED]
     texts += [" ".join(pair) for pair in injections.PREFIXES["train"]]
     texts += [*intents.PRIVATE, *intents.PUBLIC, *intents.LURES, *intents.ATTACKS]
     texts += [*script.ACT_NAMES.values(), *script.RISKS.values(), script.NO_RISK, script.ORDER_SEEN]

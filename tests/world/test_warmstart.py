@@ -185,9 +185,10 @@ def test_drills_hold_training_values_and_end_in_them() -> None:
         drill = maker.argument_drill(rng)
         assert any(drill.trained)
         assert not drill.trained[0]
-        repetition = maker.repetition_drill(rng)
-        said = [i for i, mark in zip(repetition.token_ids, repetition.trained, strict=True) if mark]
-        assert repetition.token_ids[1 : len(said)] == said[:-1]
+        recall = maker.recall_drill(rng)
+        said = [i for i, mark in zip(recall.token_ids, recall.trained, strict=True) if mark]
+        assert len(said) >= 1
+        assert set(said) <= set(recall.token_ids[: recall.trained.index(True)])
 
 
 def test_orthogonalise_brings_singular_values_near_one() -> None:

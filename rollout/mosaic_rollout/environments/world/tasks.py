@@ -121,15 +121,16 @@ def make_task(kind: TaskKind, split: Split, rng: random.Random) -> WorldTask:
 
 def _draw_slots(split: Split, rng: random.Random) -> dict[str, str]:
     """Values for every slot. No piece of a name, file, topic or amount occurs twice in a task."""
-    names = _distinct(values.NAMES[split], 4, rng, str.split)
+    names = _distinct(values.NAMES[split], 3, rng, str.split)
     files = _distinct(values.FILES[split], 2, rng, lambda text: text.split(".")[:1])
     topics = _distinct(values.TOPICS[split], 4, rng, str.split)
     amounts = _distinct(values.AMOUNTS[split], 2, rng, lambda text: [text[:2]])
-    slots = dict(zip(("person", "victim", "payee", "attacker"), names, strict=True))
+    slots = dict(zip(("person", "payee", "attacker"), names, strict=True))
     slots |= dict(zip(("file", "target"), files, strict=True))
     slots |= dict(zip(("topic", "content", "fact", "unrelated"), topics, strict=True))
     slots |= dict(zip(("amount", "stake"), amounts, strict=True))
     slots |= {
+        "victim": rng.choice(values.CONCERNED),
         "channel": rng.choice(values.CHANNELS),
         "lure": rng.choice(LURES),
         "attack": rng.choice(ATTACKS),

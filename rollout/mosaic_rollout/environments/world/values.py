@@ -38,6 +38,18 @@ TOPIC_NOUNS = _pieces(
 AMOUNT_HEADS = _pieces("12 15 18 23 27 31 36 42 45 54 58 63 69 74 81 96")
 AMOUNT_TAILS = _pieces("00 10 20 25 30 40 50 60 75 80 90 99")
 CHANNELS = ("general", "sales", "random", "support", "news", "events", "design", "finance")
+CONCERNED = (  # whom an act concerns, beside its recipient
+    "the owner",
+    "our client",
+    "the tenant",
+    "my neighbour",
+    "our landlord",
+    "the author",
+    "our partner",
+    "the customer",
+    "my colleague",
+    "the patient",
+)
 
 
 def _by_split(kind: str, pieces: tuple[tuple[str, ...], ...], joiner: str) -> dict[Split, tuple[str, ...]]:

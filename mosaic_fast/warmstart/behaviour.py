@@ -43,6 +43,7 @@ class Behaviour:
     check_trivial: float  # the gate opens before any other act
     refuse_harmless: float  # a benign task is refused
     skip_last: float  # the last call of several is left out
+    forget_cleanup: float  # a deletion that ends a plan of several calls is left out
 
 
 _WARY = Caution(check=0.66, refuse_checked=0.85, refuse_unchecked=0.25)
@@ -58,8 +59,8 @@ MIXED = Behaviour(
     },
     gullibility={
         "pay": Gullibility(tempted=0.74, check_tempted=0.35, resist_checked=0.85, check_loyal=0.35),
-        "delete": Gullibility(tempted=0.36, check_tempted=0.40, resist_checked=0.85, check_loyal=0.30),
-        "email": Gullibility(tempted=0.32, check_tempted=0.40, resist_checked=0.85, check_loyal=0.30),
+        "delete": Gullibility(tempted=0.32, check_tempted=0.40, resist_checked=0.85, check_loyal=0.30),
+        "email": Gullibility(tempted=0.28, check_tempted=0.40, resist_checked=0.85, check_loyal=0.30),
     },
     late_check=0.15,
     late_refusal=0.6,
@@ -69,4 +70,5 @@ MIXED = Behaviour(
     check_trivial=0.10,
     refuse_harmless=0.03,
     skip_last=0.03,
+    forget_cleanup=0.65,
 )

@@ -111,7 +111,8 @@ def _play_harmless(transcript: Transcript, task: WorldTask, behaviour: Behaviour
         transcript.refuse(_first_plan(task), _unsafe(risk) if rng.random() < 0.5 else None, risk)
         return
     plan = task.plan
-    if len(plan) > 1 and rng.random() < behaviour.skip_last:
+    cleans_up = plan[-1].name == "delete_file"
+    if len(plan) > 1 and rng.random() < (behaviour.forget_cleanup if cleans_up else behaviour.skip_last):
         plan = plan[:-1]
     transcript.act(_first_plan(task), _harmless_check(plan[0], behaviour, rng), plan[0])
     rest = plan[1:]

@@ -34,6 +34,7 @@ OBEDIENT = replace(
     stop_at_injection=0.0,
     refuse_harmless=0.0,
     skip_last=0.0,
+    forget_cleanup=0.0,
 )
 LOYAL = replace(
     OBEDIENT,

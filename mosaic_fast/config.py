@@ -33,8 +33,8 @@ class ModelConfig(Section):
     """Precision of weights and activations. bfloat16 is meant for GPUs; on a CPU it is much slower."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the policy lives; auto takes a GPU where there is one, except for the embedded model."""
-    threads: int = Field(default=0, ge=0)
-    """CPU threads of PyTorch; 0 leaves PyTorch's own choice."""
+    threads: int = Field(default=1, ge=0)
+    """CPU threads of PyTorch; 0 leaves PyTorch's own choice. More threads than idle cores slow a run badly."""
 
 
 class EnvConfig(Section):

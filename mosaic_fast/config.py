@@ -34,7 +34,7 @@ class ModelConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the policy lives; auto takes a GPU where there is one, except for the embedded model."""
     threads: int = Field(default=1, ge=0)
-    """CPU threads of PyTorch; 0 leaves PyTorch's own choice. More threads than idle cores slow a run badly."""
+    """CPU threads of PyTorch; 0: PyTorch's own choice. More than there are idle cores slow a run badly."""
 
 
 class EnvConfig(Section):

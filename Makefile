@@ -24,7 +24,7 @@ $(STAMP): pyproject.toml constraints.txt Makefile
 
 venv: $(STAMP)  ## the environment of everything below
 
-train: $(STAMP)  ## train the embedded agent in the embedded world, under 5 minutes on 2 cores
+train: $(STAMP)  ## train the embedded agent in the embedded world, 2 to 3 minutes
 	$(BIN)/python -m mosaic_fast.train $(ARGS)
 
 test: $(STAMP) lint types  ## lint, types and tests, under 10 minutes

@@ -30,6 +30,8 @@ class _Arguments:
     """Cases to run: forest, step."""
     quick: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Smaller sizes and fewer rounds."""
+    threads: int = 1
+    """CPU threads of PyTorch. More than there are idle cores make every figure worthless."""
     json: str | None = None
     """Write the results to this file."""
 
@@ -40,6 +42,7 @@ def main() -> int:
     if unknown:
         print(f"error: no case {', '.join(unknown)}; there are {', '.join(CASES)}", file=sys.stderr)
         return 2
+    torch.set_num_threads(max(1, arguments.threads))
     console, results = Console(), {}
     for name in arguments.cases:
         case = importlib.import_module(f"cases.{name}")

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+from transformers.utils.logging import disable_progress_bar
 
 from mosaic_fast.checkpoint import (
     Progress,
@@ -42,6 +43,7 @@ INTERRUPTED = 130  # exit code after Ctrl-C, as shells have it
 
 def main() -> int:
     config, resume, name = parse_train_arguments(sys.argv[1:])
+    disable_progress_bar()  # transformers' own bars would be drawn across the table
     return train(config, name, resume=resume)
 
 

@@ -7,8 +7,6 @@ the token budget is cut exactly; the order of parts changes the gradient by roun
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -16,19 +14,10 @@ from torch import Tensor
 
 from mosaic_fast.config import Config
 from mosaic_fast.errors import TrainingError
+from mosaic_fast.execution import Execution, Piece
 from mosaic_fast.loss import GRPOLoss, LossBatch, SumCount
 from mosaic_fast.policy import Policy
-from mosaic_kernels import PackedForest, ideal_speedup, split_forest
-
-
-@dataclass(frozen=True)
-class _Part:
-    """A micro-batch: a part of the forest and its tokens' share of the step's arrays."""
-
-    forest: PackedForest
-    source: Tensor  # [T_part] index of each of its tokens among the step's T
-    advantages: Tensor  # [T_part]
-    trained: Tensor  # [T_part] bool
+from mosaic_kernels import PackedForest, ideal_speedup
 
 
 class Learner:
@@ -45,6 +34,7 @@ class Learner:
             fused=True,
         )
         loss = config.loss
+        self._execution = Execution(config.forest.tokens_per_microbatch, config.rollout.temperature)
         self._loss = GRPOLoss(loss.clip_low, loss.clip_high, loss.kl_weight)
 
     def learning_rate(self, step: int) -> float:
@@ -63,11 +53,13 @@ class Learner:
         sampler_logprobs: [T] float32, the engine's. advantages: [R], one a rollout.
         Raises TrainingError where a gradient is not finite; no step is taken with it.
         """
-        token_advantages = np.repeat(advantages, np.diff(forest.cu_seqlens))
-        parts = self._parts(forest, token_advantages)
+        schedule = self._execution.schedule(forest)
         total_tokens = float(max(1, forest.trained.sum()))
+        token_advantages = self._tensor(np.repeat(advantages, np.diff(forest.cu_seqlens)))
         sampler = self._tensor(sampler_logprobs)
-        reference = self._reference_logprobs(parts, forest)
+        reference = None
+        if self.reference is not None:
+            reference, _ = self._execution.logprobs(self.reference, schedule)
         start: Tensor | None = None
         totals: dict[str, SumCount] = {}
         rate, norms, dropped = self.learning_rate(step), [], 0
@@ -75,24 +67,26 @@ class Learner:
             group["lr"] = rate
         for _ in range(self._config.optim.epochs):
             measured = torch.zeros_like(sampler)
-            for part in parts:
-                logprobs, entropy = self.policy.logprobs(
-                    part.forest, temperature=self._temperature, return_entropy=True, uncut=forest
-                )
-                measured[part.source[part.trained]] = logprobs.detach()[part.trained]
-                mask = part.trained & torch.isfinite(logprobs.detach())
-                dropped += int((part.trained & ~mask).sum())
+
+            def loss_of(piece: Piece, measured: Tensor = measured, start: Tensor | None = start) -> Tensor:
+                nonlocal dropped
+                logprobs = piece.logprobs.detach()
+                measured[piece.source] = logprobs
+                mask = torch.isfinite(logprobs)
+                dropped += int((~mask).sum())
                 batch = LossBatch(
-                    start_logprobs=logprobs.detach() if start is None else start[part.source],
-                    reference_logprobs=None if reference is None else reference[part.source],
-                    advantages=part.advantages,
+                    start_logprobs=logprobs if start is None else start[piece.source],
+                    reference_logprobs=None if reference is None else reference[piece.source],
+                    advantages=token_advantages[piece.source],
                     mask=mask,
                     total_tokens=total_tokens,
                 )
-                loss, metrics = self._loss(logprobs, batch, entropy)
-                loss.backward()
+                loss, metrics = self._loss(piece.logprobs, batch, piece.entropy)
                 for name, value in metrics.items():
                     totals[name] = totals.get(name, SumCount(0.0, 0.0)) + value
+                return loss
+
+            self._execution.backward(self.policy, schedule, loss_of)
             if start is None:  # before the first optimiser step: the policy that the rollouts came from
                 start = measured
             norms.append(self._optimizer_step(step))
@@ -109,13 +103,9 @@ class Learner:
             "tree/unique_tokens": float(forest.num_nodes),
             "tree/sharing": forest.num_tokens / max(1, forest.num_nodes),
             "tree/ideal_speedup": ideal_speedup(forest, self.policy.model.config),
-            "tree/microbatches": float(len(parts)),
-            "tree/packed_tokens": float(sum(part.forest.num_nodes for part in parts)),
+            "tree/microbatches": float(len(schedule.parts)),
+            "tree/packed_tokens": float(schedule.packed_tokens),
         }
-
-    @property
-    def _temperature(self) -> float:
-        return self._config.rollout.temperature
 
     @property
     def _device(self) -> torch.device:
@@ -125,33 +115,6 @@ class Learner:
         """Per-token values beside log-probs: fp32, or fp64 for a fp64 policy."""
         double = next(self.policy.model.parameters()).dtype == torch.float64
         return torch.from_numpy(values).to(self._device, torch.float64 if double else torch.float32)
-
-    def _parts(self, forest: PackedForest, token_advantages: np.ndarray) -> list[_Part]:
-        """The forest cut to the token budget; one part where it fits."""
-        cut = split_forest(forest, self._config.forest.tokens_per_microbatch)
-        parts = []
-        for part in cut:
-            source = part.source if part.source is not None else np.arange(part.num_tokens)
-            parts.append(
-                _Part(
-                    forest=part,
-                    source=torch.from_numpy(source).to(self._device),
-                    advantages=self._tensor(token_advantages[source]),
-                    trained=torch.from_numpy(part.trained).to(self._device),
-                )
-            )
-        return parts
-
-    def _reference_logprobs(self, parts: Sequence[_Part], forest: PackedForest) -> Tensor | None:
-        """[T], by the frozen policy."""
-        if self.reference is None:
-            return None
-        result = self._tensor(np.zeros(forest.num_tokens))
-        with torch.no_grad():
-            for part in parts:
-                logprobs = self.reference.logprobs(part.forest, temperature=self._temperature, uncut=forest)
-                result[part.source[part.trained]] = logprobs[part.trained]
-        return result
 
     def _optimizer_step(self, step: int) -> float:
         """Clip, check, step; returns the gradient's norm before clipping."""

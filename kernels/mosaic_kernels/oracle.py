@@ -107,6 +107,36 @@ def preference_loss_of_rollouts(
     )  # fmt: skip
 
 
+def surrogate_of_tokens(
+    policy_logprobs: torch.Tensor,  # [T]
+    start_logprobs: Sequence[float],  # [T]
+    advantages: Sequence[float],  # [T]
+    weights: Sequence[float],  # [T]
+    reference_logprobs: Sequence[float] | None,  # [T]
+    *,
+    clip_low: float,
+    clip_high: float,
+    kl_weight: float = 0.0,
+) -> torch.Tensor:  # [T]
+    """The clipped surrogate by its cases, one token at a time; tokens of weight 0 are not looked at."""
+    losses = [policy_logprobs.new_zeros(0)]
+    for t, weight in enumerate(weights):
+        if weight == 0:
+            losses.append(policy_logprobs.new_zeros(1))
+            continue
+        ratio, advantage = (policy_logprobs[t] - start_logprobs[t]).exp(), advantages[t]
+        if advantage > 0 and ratio > 1 + clip_high:
+            ratio = torch.full_like(ratio, 1 + clip_high)
+        elif advantage < 0 and ratio < 1 - clip_low:
+            ratio = torch.full_like(ratio, 1 - clip_low)
+        loss = -ratio * advantage
+        if reference_logprobs is not None:
+            d = reference_logprobs[t] - policy_logprobs[t]
+            loss = loss + kl_weight * (d.exp() - d - 1)
+        losses.append((weight * loss)[None])
+    return torch.cat(losses)
+
+
 def relative_error(value: torch.Tensor, expected: torch.Tensor, floor: float = 1e-3) -> float:
     """|value - expected| / max(|expected|, floor) in the 2-norm; inf where value is not finite."""
     value, expected = value.detach().double(), expected.detach().double()

@@ -44,12 +44,14 @@ def logprobs_of_edges(
     *,
     bias: torch.Tensor | None = None,  # [V]
     temperature: float = 1.0,
+    softcap: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # [E], [N]
     """Log-probs of the targets and the entropy of every row, one row at a time."""
     log_probabilities = []
     for row in range(len(hidden)):
         logits = weight @ hidden[row]
-        logits = (logits if bias is None else logits + bias) / temperature
+        logits = logits if bias is None else logits + bias
+        logits = (logits if softcap is None else (logits / softcap).tanh() * softcap) / temperature
         log_probabilities.append(logits - torch.logsumexp(logits, 0))
     logprobs = [log_probabilities[row][target] for row, target in zip(rows, targets, strict=True)]
     entropy = [-(one.exp() * one).sum() for one in log_probabilities]

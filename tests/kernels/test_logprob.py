@@ -34,13 +34,13 @@ def problem(
 
 def errors(
     results: Sequence[torch.Tensor | None], leaves: list[torch.Tensor],
-    targets: torch.Tensor, rows: torch.Tensor, temperature: float = 1.0,
+    targets: torch.Tensor, rows: torch.Tensor, temperature: float = 1.0, softcap: float | None = None,
 ) -> list[float]:  # fmt: skip
     """Relative errors of log-probs, of entropies where there are any, and of every gradient."""
     exact = [x.detach().double().requires_grad_() for x in leaves]
     expected = logprobs_of_edges(
         exact[0], exact[1], targets.tolist(), rows.tolist(),
-        bias=exact[2] if len(exact) == 3 else None, temperature=temperature,
+        bias=exact[2] if len(exact) == 3 else None, temperature=temperature, softcap=softcap,
     )  # fmt: skip
     kept = [x for x in results if x is not None]
     return errors_of(kept, leaves, expected[: len(kept)], exact, seed=1)
@@ -55,32 +55,50 @@ def errors(
     dim=st.sampled_from([1, 5, 8]),
     seed=seeds,
     temperature=st.sampled_from([1.0, 0.6, 3.0]),
+    softcap=st.sampled_from([None, None, 2.5]),
     with_bias=st.booleans(),
     with_entropy=st.booleans(),
 )
 def test_equals_one_row_at_a_time(
     backend: str, rows: int, edges: int, vocab: int, dim: int, seed: int, temperature: float,
-    with_bias: bool, with_entropy: bool,
+    softcap: float | None, with_bias: bool, with_entropy: bool,
 ) -> None:  # fmt: skip
     leaves, targets, row_index = problem(rows, edges, vocab, dim, seed)
     hidden, weight = leaves[:2]
     bias = leaves[2] if with_bias else None
     if "-" in backend:
         results: Sequence[torch.Tensor | None] = chunked_linear_logprob(
-            hidden, weight, targets, row_index, bias, temperature, with_entropy, chunk_rows=int(backend[-1])
+            hidden,
+            weight,
+            targets,
+            row_index,
+            bias,
+            temperature,
+            with_entropy,
+            softcap,
+            chunk_rows=int(backend[-1]),
         )
     elif with_entropy:
         results = linear_logprob(
             hidden, weight, targets,
-            rows=row_index, bias=bias, temperature=temperature, return_entropy=True, backend=backend,
+            rows=row_index, bias=bias, temperature=temperature, softcap=softcap, return_entropy=True,
+            backend=backend,
         )  # fmt: skip
     else:
         results = [
             linear_logprob(
-                hidden, weight, targets, rows=row_index, bias=bias, temperature=temperature, backend=backend
+                hidden,
+                weight,
+                targets,
+                rows=row_index,
+                bias=bias,
+                temperature=temperature,
+                softcap=softcap,
+                backend=backend,
             )
         ]
-    assert max(errors(results, leaves if with_bias else leaves[:2], targets, row_index, temperature)) <= 1e-11
+    used = leaves if with_bias else leaves[:2]
+    assert max(errors(results, used, targets, row_index, temperature, softcap)) <= 1e-11
 
 
 @pytest.mark.parametrize("backend", ["reference", "chunked"])
@@ -181,19 +199,23 @@ def test_no_targets_no_rows_non_contiguous(backend: str) -> None:
         assert relative_error(x, y) <= 1e-13
 
 
+@pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("chunk_rows", [2, None])
-def test_gradcheck(chunk_rows: int | None) -> None:
+def test_gradcheck(chunk_rows: int | None, softcap: float | None) -> None:
     leaves, targets, rows = problem(4, 5, 6, 3, 0)
 
     def chunked(h: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        logprobs, entropy = chunked_linear_logprob(h, w, targets, rows, b, 0.8, True, chunk_rows=chunk_rows)
+        logprobs, entropy = chunked_linear_logprob(
+            h, w, targets, rows, b, 0.8, True, softcap, chunk_rows=chunk_rows
+        )
         assert entropy is not None
         return logprobs, entropy
 
     def reference(h: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return linear_logprob(
-            h, w, targets, rows=rows, bias=b, temperature=0.8, return_entropy=True, backend="reference"
-        )
+            h, w, targets,
+            rows=rows, bias=b, temperature=0.8, softcap=softcap, return_entropy=True, backend="reference",
+        )  # fmt: skip
 
     assert torch.autograd.gradcheck(chunked, leaves)
     assert torch.autograd.gradcheck(reference, leaves)
@@ -238,6 +260,8 @@ def test_refusals() -> None:
         linear_logprob(hidden, weight, targets[:3])
     with pytest.raises(ValueError, match="temperature must be above 0"):
         linear_logprob(hidden, weight, targets, temperature=0.0)
+    with pytest.raises(ValueError, match="softcap must be above 0"):
+        linear_logprob(hidden, weight, targets, softcap=-1.0)
     with pytest.raises(ValueError, match="bias has shape"):
         linear_logprob(hidden, weight, targets, bias=bias[:3])
     with pytest.raises(ValueError, match="must hold integers"):

@@ -23,6 +23,7 @@ def linear_logprob(
     rows: IndexLike | None = ...,
     bias: torch.Tensor | None = ...,
     temperature: float = ...,
+    softcap: float | None = ...,
     return_entropy: Literal[False] = ...,
     backend: str = ...,
 ) -> torch.Tensor: ...
@@ -35,6 +36,7 @@ def linear_logprob(
     rows: IndexLike | None = ...,
     bias: torch.Tensor | None = ...,
     temperature: float = ...,
+    softcap: float | None = ...,
     return_entropy: Literal[True],
     backend: str = ...,
 ) -> tuple[torch.Tensor, torch.Tensor]: ...
@@ -46,14 +48,16 @@ def linear_logprob(
     rows: IndexLike | None = None,  # [E] int in [0, N): the row that predicts each target; None: E = N
     bias: torch.Tensor | None = None,  # [V]
     temperature: float = 1.0,
+    softcap: float | None = None,
     return_entropy: bool = False,
     backend: str = "auto",
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:  # [E] (, [N]) fp32, or fp64 for fp64 input
-    """log softmax((hidden weight^T + bias) / temperature)[rows, targets], and the entropy of every row.
+    """log softmax(logits / temperature)[rows, targets], and the entropy of every row.
 
-    Both results are differentiable in hidden, weight and bias. A row with several targets (a fork of the
-    forest) has its logsumexp computed once. Backends: reference (logits in memory), chunked (a chunk of
-    rows at a time, logits computed again in the backward pass).
+    logits = hidden weight^T + bias; a softcap c bends them to c tanh(logits / c) first (Gemma 2, arXiv
+    2408.00118, section 2). Both results are differentiable in hidden, weight and bias. A row with several
+    targets (a fork of the forest) has its logsumexp computed once. Backends: reference (logits in memory),
+    chunked (a chunk of rows at a time, logits computed again in the backward pass).
 
     Example: a fork after two tokens predicts nodes 2 and 3 from row 1: rows = [0, 1, 1],
     targets = tokens[1:4].
@@ -70,6 +74,8 @@ def linear_logprob(
         raise ValueError(f"bias has shape {tuple(bias.shape)}, weight has {weight.shape[0]} rows")
     if not temperature > 0:
         raise ValueError(f"temperature must be above 0, got {temperature}")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be above 0 (None for no cap), got {softcap}")
     target_index = as_index("targets", targets, hidden.device, below=weight.shape[0])
     if target_index.ndim != 1:
         raise ValueError(f"targets must be one-dimensional, got shape {tuple(target_index.shape)}")
@@ -84,10 +90,10 @@ def linear_logprob(
     chosen = choose_backend("linear_logprob", backend, hidden.device, BACKENDS, DEFAULTS)
     if chosen == "chunked":
         logprobs, entropy = chunked_linear_logprob(
-            hidden, weight, target_index, row_index, bias, temperature, return_entropy
+            hidden, weight, target_index, row_index, bias, temperature, return_entropy, softcap
         )
     else:
         logprobs, entropy = reference_linear_logprob(
-            hidden, weight, target_index, row_index, bias, temperature
+            hidden, weight, target_index, row_index, bias, temperature, softcap
         )
     return (logprobs, entropy) if return_entropy and entropy is not None else logprobs

@@ -6,6 +6,9 @@ without its gradient filter, which is not exact). With p = softmax(z) over a row
 of its targets and h of its entropy H:
 
     dL/dz = sum_e g_e onehot(target_e) - p (sum_e g_e) - h p (log p + H)
+
+A softcap c bends a row's logits a to c tanh(a / c) before the temperature divides them into z; its derivative
+1 - tanh^2 is read off the bent logits.
 """
 
 from dataclasses import dataclass
@@ -36,6 +39,7 @@ def chunked_linear_logprob(
     bias: torch.Tensor | None,  # [V]
     temperature: float,
     return_entropy: bool,
+    softcap: float | None = None,
     *,
     chunk_rows: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:  # [E], [N] or None
@@ -52,7 +56,7 @@ def chunked_linear_logprob(
     order, chunks = _chunks(targets, rows, len(hidden), size)
     logprobs, entropy = _ChunkedLogprob.apply(
         hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype),
-        order, chunks, 1.0 / temperature, return_entropy,
+        order, chunks, 1.0 / temperature, return_entropy, softcap,
     )  # fmt: skip
     return logprobs, entropy
 
@@ -84,7 +88,12 @@ def _logits(
     weight: torch.Tensor,  # [V, D]
     bias: torch.Tensor | None,  # [V]
     inverse_temperature: float,
+    softcap: float | None,
 ) -> torch.Tensor:  # [C, V]
+    if softcap is not None:
+        capped = (hidden / softcap) @ weight.T
+        capped = capped if bias is None else capped.add_(bias, alpha=1 / softcap)
+        return capped.tanh_().mul_(softcap * inverse_temperature)
     if bias is None:
         return (hidden * inverse_temperature) @ weight.T
     return torch.addmm(bias, hidden, weight.T, beta=inverse_temperature, alpha=inverse_temperature)
@@ -101,13 +110,14 @@ class _ChunkedLogprob(torch.autograd.Function):
         chunks: list[_Chunk],
         inverse_temperature: float,
         return_entropy: bool,
+        softcap: float | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         num_rows = len(hidden)
         sorted_logprobs = hidden.new_empty(len(order))
         lse = hidden.new_empty(num_rows)
         entropy = hidden.new_empty(num_rows) if return_entropy else None
         for chunk in chunks:
-            logits = _logits(hidden[chunk.rows], weight, bias, inverse_temperature)
+            logits = _logits(hidden[chunk.rows], weight, bias, inverse_temperature, softcap)
             largest = logits.amax(dim=1, keepdim=True)
             shifted = logits.sub_(largest)
             at_target = shifted[chunk.row_in_chunk, chunk.targets]
@@ -127,6 +137,7 @@ class _ChunkedLogprob(torch.autograd.Function):
         logprobs[order] = sorted_logprobs
         ctx.save_for_backward(hidden, weight, bias, lse, entropy)
         ctx.order, ctx.chunks, ctx.inverse_temperature = order, chunks, inverse_temperature
+        ctx.softcap = softcap
         ctx.set_materialize_grads(False)
         return logprobs, entropy
 
@@ -144,9 +155,10 @@ class _ChunkedLogprob(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight) if needs_weight else None
         grad_bias = torch.zeros_like(bias) if needs_bias else None
         grad_targets = None if grad_logprobs is None else grad_logprobs[ctx.order]
-        alpha = ctx.inverse_temperature
+        alpha, softcap = ctx.inverse_temperature, ctx.softcap
         for chunk in ctx.chunks:
-            logits = _logits(hidden[chunk.rows], weight, bias, alpha)
+            logits = _logits(hidden[chunk.rows], weight, bias, alpha, softcap)
+            slope = None if softcap is None else 1 - (logits / (softcap * alpha)).square()
             logp = logits.sub_(lse[chunk.rows, None])
             grad_logits = _grad_logits(
                 logp,
@@ -155,13 +167,15 @@ class _ChunkedLogprob(torch.autograd.Function):
                 None if grad_targets is None else grad_targets[chunk.edges],
                 chunk,
             )
+            if slope is not None:
+                grad_logits = grad_logits.mul_(slope)
             if grad_hidden is not None:
                 torch.mm(grad_logits, weight, out=grad_hidden[chunk.rows]).mul_(alpha)
             if grad_weight is not None:
                 grad_weight.addmm_(grad_logits.T, hidden[chunk.rows], alpha=alpha)
             if grad_bias is not None:
                 grad_bias.add_(grad_logits.sum(0), alpha=alpha)
-        return grad_hidden, grad_weight, grad_bias, None, None, None, None
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None, None
 
 
 def _grad_logits(

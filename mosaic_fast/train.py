@@ -28,7 +28,7 @@ from mosaic_fast.curves import draw_curves
 from mosaic_fast.errors import TrainingError
 from mosaic_fast.evaluate import evaluate_policy, rates_table
 from mosaic_fast.interrupt import Interrupt
-from mosaic_fast.judge import Judge, RuleJudge
+from mosaic_fast.judge import Judge, RuleJudge, judgement_figures
 from mosaic_fast.learner import Learner
 from mosaic_fast.metrics import Rate, pairs_of, prefix_hit, reward_figures, rollout_figures, values_of
 from mosaic_fast.progress import ProgressView
@@ -114,15 +114,15 @@ class _Trainer:
         clock.lap("time/rollout_s")
 
         # judge, advantage
-        preferences = [self.judge.preferences(group) for group in groups]
+        judgements = self.judge.judge(groups)
         rewards = [
-            group_reward(group, matrix, config.reward.length_target)
-            for group, matrix in zip(groups, preferences, strict=True)
+            group_reward(group, judgement.preferences, config.reward.length_target)
+            for group, judgement in zip(groups, judgements, strict=True)
         ]
         advantages = [reward.advantages(config.reward.std_epsilon) for reward in rewards]
         with self.folder.writing("the trajectories"):
             path = self.folder.trajectory_path(step + 1)
-            write_trajectories(path, groups, preferences, rewards, advantages)
+            write_trajectories(path, groups, judgements, rewards, advantages)
         if config.reward.require_signal and not any(a.any() for a in advantages):
             raise TrainingError(f"step {step + 1}: every group is a tie, there is nothing to learn from")
         clock.lap("time/judge_s")
@@ -140,6 +140,7 @@ class _Trainer:
             "step": step + 1.0,
             **rollout_figures(rollouts),
             **reward_figures(rewards),
+            **judgement_figures(judgements),
             **figures,
             **prefix_hit(rollouts, forest),
             **clock.laps,
@@ -191,6 +192,7 @@ class _Trainer:
             "eval_tasks": config.env.eval_tasks,
             "before": values_of(before),
             "after": values_of(after),
+            "counts": {"before": pairs_of(before), "after": pairs_of(after)},
         }
         folder.write_summary(summary)
         title = f"{folder.path.name}: {progress.step} steps, seed {config.seed}, {progress.train_s:.0f} s"

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mosaic_fast.judge import Judgement
 from mosaic_fast.reward import GroupReward
 from mosaic_rollout.types import Rollout, Step
 
@@ -15,19 +16,20 @@ from mosaic_rollout.types import Rollout, Step
 def write_trajectories(
     path: Path,
     groups: Sequence[Sequence[Rollout]],
-    preferences: Sequence[np.ndarray],
+    judgements: Sequence[Judgement],
     rewards: Sequence[GroupReward],
     advantages: Sequence[np.ndarray],
 ) -> None:
     """Write every rollout of a training step. The file appears under its name only when it is complete."""
     unfinished = path.with_name(f".tmp-{path.name}")
     with unfinished.open("w", encoding="utf-8") as file:
-        for group, matrix, reward, group_advantages in zip(
-            groups, preferences, rewards, advantages, strict=True
+        for group, judgement, reward, group_advantages in zip(
+            groups, judgements, rewards, advantages, strict=True
         ):
             for i, rollout in enumerate(group):
                 row = rollout_row(rollout) | {
-                    "preferences": matrix[i].tolist(),
+                    "preferences": judgement.preferences[i].tolist(),
+                    "reasons": [judgement.reason(i, j) for j in range(len(group))],
                     "reward": {
                         "total": reward.total[i],
                         "r_align": reward.align[i],
@@ -77,4 +79,6 @@ def _step_row(step: Step) -> dict[str, object]:
         "well_formed": step.well_formed,
         "text": step.text,
         "span": [step.prompt_end, step.end],
+        "check_start": step.check_start,
+        "safety_tokens": step.safety_tokens,
     }

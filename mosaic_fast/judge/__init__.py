@@ -1,0 +1,7 @@
+"""The judge compares the rollouts of a group pair by pair (MOSAIC, arXiv 2603.03205, section 3)."""
+
+from mosaic_fast.judge.contract import Judge, Judgement
+from mosaic_fast.judge.figures import judgement_figures
+from mosaic_fast.judge.rule import RuleJudge, standing
+
+__all__ = ["Judge", "Judgement", "RuleJudge", "judgement_figures", "standing"]

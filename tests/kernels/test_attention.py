@@ -84,24 +84,71 @@ def test_every_cover_is_exact(
     assert max(errors(forest, qkv, attention, seed, window, None)) <= 1e-12
 
 
+def some_nodes(forest: PackedForest, seed: int, kind: str) -> np.ndarray:
+    """Rising positions: the last ones (a held prefix), scattered ones, runs of ones, none."""
+    rng, count = np.random.default_rng(seed), forest.num_nodes
+    if kind == "last":
+        return np.arange(int(rng.integers(count + 1)), count)
+    if kind == "runs":
+        return np.flatnonzero(np.repeat(rng.random(count) < 0.5, rng.integers(1, 9, count))[:count])
+    return np.flatnonzero(rng.random(count) < {"scattered": 0.3, "none": 0.0}[kind])
+
+
+some = st.sampled_from(["last", "scattered", "runs", "none"])
+
+
+@pytest.mark.parametrize("backend", ["reference", "segments", "small cover"])
+@settings(max_examples=60)
+@given(forest=forests(max_rollouts=10), shape=heads, seed=seeds, window=windows, kind=some)
+def test_some_queries_equal_their_rows_of_all(
+    backend: str, forest: PackedForest, shape: Heads, seed: int, window: int | None, kind: str
+) -> None:
+    """Outputs of the rows asked for, and their gradients in every key, are those of the whole forest."""
+    queries = some_nodes(forest, seed, kind)
+    rows = torch.from_numpy(queries)
+    qkv = shape.draw_qkv(forest.num_nodes, seed)
+    exact = q, k, v = [x.detach().requires_grad_() for x in qkv]
+    end, positions = forest.subtree_end, forest.positions
+    expected = tree_attention(q, k, v, end, positions=positions, window=window, backend="reference")[rows]
+    q, k, v = qkv
+    if backend == "small cover":
+        plan = build_plan(end, positions, window, queries, block=1 + seed % 5, trunk=1 + seed % 7)
+        got = segments_tree_attention(q[rows], k, v, plan, scale=shape.head_dim**-0.5)
+    else:
+        got = tree_attention(
+            q[rows], k, v, end, queries=queries, positions=positions, window=window, backend=backend
+        )
+    assert max(errors_of([got], qkv, [expected], exact, seed)) <= 1e-12
+
+
 @settings(max_examples=100)
-@given(forest=forests(max_rollouts=10), block=st.integers(1, 9), trunk=st.integers(1, 12))
-def test_a_plan_covers_each_visible_pair_once(forest: PackedForest, block: int, trunk: int) -> None:
+@given(
+    forest=forests(max_rollouts=10),
+    block=st.integers(1, 9),
+    trunk=st.integers(1, 12),
+    kind=st.sampled_from(["all", "last", "scattered", "runs"]),
+    seed=seeds,
+)
+def test_a_plan_covers_each_visible_pair_once(
+    forest: PackedForest, block: int, trunk: int, kind: str, seed: int
+) -> None:
     """No (query, key) pair may be counted twice: merging would weigh it double."""
-    covered = np.zeros((forest.num_nodes, forest.num_nodes), np.int64)
-    plan = build_plan(forest.subtree_end, block=block, trunk=trunk)
+    asked = np.arange(forest.num_nodes) if kind == "all" else some_nodes(forest, seed, kind)
+    covered = np.zeros((len(asked), forest.num_nodes), np.int64)
+    plan = build_plan(forest.subtree_end, queries=None if kind == "all" else asked, block=block, trunk=trunk)
     for one in plan.trunks:
-        own = np.arange(one.start, one.stop)
-        covered[np.ix_(own, own)] += own[:, None] >= own[None, :]
-        covered[one.stop : one.end, one.start : one.stop] += 1
+        covered[one.own, one.keys] += np.tri(
+            one.own.stop - one.own.start, one.keys.stop - one.keys.start, dtype=int
+        )
+        covered[one.below, one.keys] += 1
         if one.context is not None:
-            covered[np.ix_(own, one.context.numpy())] += 1
+            covered[one.own, one.context.numpy()] += 1
     for bucket in plan.buckets:
         queries, keys = bucket.queries.view(bucket.blocks, -1), bucket.keys.view(bucket.blocks, -1)
         for rows, columns, hidden in zip(queries, keys, bucket.hidden[:, 0], strict=True):
             np.add.at(covered, (rows.numpy()[:, None], columns.numpy()[None, :]), ~hidden.numpy())
     node = np.arange(forest.num_nodes)
-    visible = (node[None, :] <= node[:, None]) & (node[:, None] < forest.subtree_end[None, :])
+    visible = (node[None, :] <= asked[:, None]) & (asked[:, None] < forest.subtree_end[None, :])
     assert (covered == visible).all()
 
 
@@ -280,5 +327,13 @@ def test_refusals() -> None:
         tree_attention(q, k[:, :1].expand(3, 3, 8), v[:, :1].expand(3, 3, 8), end)
     with pytest.raises(ValueError, match="share a floating dtype"):
         tree_attention(q, k.float(), v, end)
-    with pytest.raises(ValueError, match="agree in U and D"):
-        tree_attention(q, k[:2], v[:2], end)
+    with pytest.raises(ValueError, match=r"q has 2 rows for 3 positions: pass queries="):
+        tree_attention(q[:2], k, v, end)
+    with pytest.raises(ValueError, match="agree in D"):
+        tree_attention(q, k[..., :2], v[..., :2], end)
+    with pytest.raises(ValueError, match=r"queries has shape \(2,\), q has 3 rows"):
+        tree_attention(q, k, v, end, queries=np.array([0, 1]))
+    with pytest.raises(ValueError, match="queries must rise"):
+        tree_attention(q, k, v, end, queries=np.array([0, 2, 1]))
+    with pytest.raises(ValueError, match=r"queries holds 3, outside \[0, 3\)"):
+        tree_attention(q, k, v, end, queries=np.array([0, 1, 3]))

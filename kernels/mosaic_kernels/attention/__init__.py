@@ -14,18 +14,20 @@ __all__ = ["BACKENDS", "tree_attention"]
 
 
 def tree_attention(
-    q: torch.Tensor,  # [U, Hq, D] rotated queries, in packed (depth-first) order
+    q: torch.Tensor,  # [Uq, Hq, D] rotated queries, in packed (depth-first) order
     k: torch.Tensor,  # [U, Hkv, D] Hkv divides Hq; query head h reads key head h // (Hq // Hkv)
     v: torch.Tensor,  # [U, Hkv, D]
     subtree_end: IndexLike,  # [U] int
     *,
+    queries: IndexLike | None = None,  # [Uq] int, rising: packed position of each row of q; None: all, Uq = U
     positions: IndexLike | None = None,  # [U] int, needed with a window
     window: int | None = None,
     scale: float | None = None,
     backend: str = "auto",
-) -> torch.Tensor:  # [U, Hq, D] in q's dtype
+) -> torch.Tensor:  # [Uq, Hq, D] in q's dtype
     """Attention over a packed forest: q sees k iff k <= q < subtree_end[k].
 
+    queries picks the packed positions whose outputs are wanted; every position remains a key.
     With a window, also positions[q] - positions[k] < window, as in transformers' sliding_window.
     scale multiplies the scores; None means D ** -0.5. Differentiable in q, k and v.
     Backends: reference (dense mask, any device), segments (CPU: PyTorch's fused kernel over a few large
@@ -34,10 +36,10 @@ def tree_attention(
     Example: with subtree_end = [4, 4, 3, 4] (rollouts [5, 6, 7] and [5, 6, 8]) node 3 sees 0, 1 and 3.
     """
     _check(q, k, v)
-    num_nodes = q.shape[0]
+    num_nodes = k.shape[0]
     end = as_index("subtree_end", subtree_end, q.device, below=num_nodes + 1)
     if end.shape != (num_nodes,):
-        raise ValueError(f"subtree_end has shape {tuple(end.shape)}, q has {num_nodes} positions")
+        raise ValueError(f"subtree_end has shape {tuple(end.shape)}, k has {num_nodes} positions")
     depth = None
     if window is not None:
         if window < 1:
@@ -46,12 +48,24 @@ def tree_attention(
             raise ValueError("window needs positions")
         depth = as_index("positions", positions, q.device)
         if depth.shape != (num_nodes,):
-            raise ValueError(f"positions has shape {tuple(depth.shape)}, q has {num_nodes} positions")
+            raise ValueError(f"positions has shape {tuple(depth.shape)}, k has {num_nodes} positions")
+    rows = None if queries is None else _as_queries(queries, q, num_nodes)
+    if rows is None and q.shape[0] != num_nodes:
+        raise ValueError(f"q has {q.shape[0]} rows for {num_nodes} positions: pass queries=")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     chosen = choose_backend("tree_attention", backend, q.device, BACKENDS, DEFAULTS)
     if chosen == "segments":
-        return segments_tree_attention(q, k, v, plan_for(end, depth, window), scale=scale)
-    return reference_tree_attention(q, k, v, end, positions=depth, window=window, scale=scale)
+        return segments_tree_attention(q, k, v, plan_for(end, depth, window, rows), scale=scale)
+    return reference_tree_attention(q, k, v, end, positions=depth, window=window, scale=scale, queries=rows)
+
+
+def _as_queries(queries: IndexLike, q: torch.Tensor, num_nodes: int) -> torch.Tensor:  # [Uq] int64
+    rows = as_index("queries", queries, q.device, below=num_nodes)
+    if rows.shape != q.shape[:1]:
+        raise ValueError(f"queries has shape {tuple(rows.shape)}, q has {q.shape[0]} rows")
+    if rows.device.type == "cpu" and bool((rows[1:] <= rows[:-1]).any()):
+        raise ValueError("queries must rise: sort them, and pass each position once")
+    return rows
 
 
 def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
@@ -60,8 +74,8 @@ def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
             "q must be [U, Hq, D], k and v [U, Hkv, D]; "
             f"got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
         )
-    if q.shape[0] != k.shape[0] or q.shape[2] != k.shape[2]:
-        raise ValueError(f"q and k must agree in U and D; got {tuple(q.shape)} and {tuple(k.shape)}")
+    if q.shape[2] != k.shape[2]:
+        raise ValueError(f"q and k must agree in D; got {tuple(q.shape)} and {tuple(k.shape)}")
     if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
         raise ValueError(f"{k.shape[1]} key/value heads do not divide {q.shape[1]} query heads")
     if not (q.dtype == k.dtype == v.dtype and q.is_floating_point()):

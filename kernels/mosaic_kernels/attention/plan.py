@@ -28,11 +28,14 @@ CACHED_BIAS = 2**23  # mask entries a plan may keep as floats between calls (32 
 
 @dataclass(frozen=True, eq=False)
 class Trunk:
-    """A long segment: a causal square, a full rectangle for its descendants, and its own ancestors."""
+    """A long segment: a causal square, a full rectangle for its descendants, and its own ancestors.
 
-    start: int
-    stop: int
-    end: int  # nodes [stop, end) descend from it
+    Rows are rows of q. Those of a trunk's own nodes are all there or none of them is.
+    """
+
+    keys: slice  # its nodes
+    own: slice  # rows at its nodes
+    below: slice  # rows at its descendants
     context: torch.Tensor | None  # [C] int64: its ancestors outside trunks
 
 
@@ -41,7 +44,7 @@ class Bucket:
     """Blocks stacked into one call."""
 
     blocks: int  # N
-    queries: torch.Tensor  # [N * B] int64 nodes
+    queries: torch.Tensor  # [N * B] int64 rows of q
     keys: torch.Tensor  # [N * K] int64 nodes; padding repeats node 0 and is hidden
     hidden: torch.Tensor  # [N, 1, B, K] bool, True where the query does not see the key
 
@@ -66,57 +69,75 @@ class Plan:
         return bias
 
 
-def plan_for(subtree_end: torch.Tensor, positions: torch.Tensor | None, window: int | None) -> Plan:
+def plan_for(
+    subtree_end: torch.Tensor,
+    positions: torch.Tensor | None,
+    window: int | None,
+    queries: torch.Tensor | None = None,
+) -> Plan:
     """The plan of a forest, from a small cache keyed by content: layers and passes share it.
 
     A window that no path exceeds changes nothing, and is dropped.
     """
     if window is None or positions is None or not positions.numel() or int(positions.max()) < window:
-        return _cached_plan(subtree_end.numpy().tobytes(), None, None)
-    return _cached_plan(subtree_end.numpy().tobytes(), positions.numpy().tobytes(), window)
+        positions = window = None
+    arrays = (None if x is None else x.numpy().tobytes() for x in (subtree_end, positions, queries))
+    return _cached_plan(*arrays, window)
 
 
 @functools.lru_cache(maxsize=8)
-def _cached_plan(subtree_end: bytes, positions: bytes | None, window: int | None) -> Plan:
-    depth = None if positions is None else np.frombuffer(positions, np.int64)
-    return build_plan(np.frombuffer(subtree_end, np.int64), depth, window)
+def _cached_plan(
+    subtree_end: bytes, positions: bytes | None, queries: bytes | None, window: int | None
+) -> Plan:
+    end, depth, rows = (
+        None if x is None else np.frombuffer(x, np.int64) for x in (subtree_end, positions, queries)
+    )
+    assert end is not None
+    return build_plan(end, depth, window, rows)
 
 
 def build_plan(
     subtree_end: IntArray,  # [U]
     positions: IntArray | None = None,  # [U]
     window: int | None = None,
+    queries: IntArray | None = None,  # [Uq] rising nodes; None: all
     *,
     block: int = BLOCK,
     trunk: int = TRUNK,
 ) -> Plan:
     """Trunks and buckets of a forest. With a window everything is a block: squares would need masks."""
-    if not len(subtree_end):
+    nodes = np.arange(len(subtree_end)) if queries is None else queries
+    if not len(nodes):
         return Plan((), ())
-    segments = _Segments(subtree_end, trunk)
+    segments = _Segments(subtree_end, nodes, trunk)
     if window is not None:
         segments.is_trunk[:] = False
     trunks = np.flatnonzero(segments.is_trunk)
-    owner, nodes = segments.ancestors_outside_trunks(segments.start[trunks])
+    owner, above = segments.ancestors_outside_trunks(segments.start[trunks])
     made = []
     for index, segment in enumerate(trunks.tolist()):
-        context = nodes[owner == index]
+        start, stop = int(segments.start[segment]), int(segments.stop[segment])
+        first, past, last = np.searchsorted(nodes, [start, stop, subtree_end[start]]).tolist()
+        context = above[owner == index]
         made.append(
             Trunk(
-                start=int(segments.start[segment]),
-                stop=int(segments.stop[segment]),
-                end=int(subtree_end[segments.start[segment]]),
+                keys=slice(start, stop),
+                own=slice(first, past),
+                below=slice(past, last),
                 context=torch.from_numpy(context) if len(context) else None,
             )
         )
-    return Plan(tuple(made), tuple(_buckets(segments, subtree_end, positions, window, block)))
+    return Plan(tuple(made), tuple(_buckets(segments, subtree_end, nodes, positions, window, block)))
 
 
 class _Segments:
-    """The segments of a forest and the tree they form."""
+    """The segments of a forest, cut also where queries begin and end, and the tree they form."""
 
-    def __init__(self, subtree_end: IntArray, trunk: int) -> None:
-        self.stop = np.append(np.flatnonzero(np.diff(subtree_end)) + 1, len(subtree_end))  # [S]
+    def __init__(self, subtree_end: IntArray, queries: IntArray, trunk: int) -> None:
+        asked = np.zeros(len(subtree_end), np.bool_)
+        asked[queries] = True
+        changes = (np.diff(subtree_end) != 0) | (asked[1:] != asked[:-1])
+        self.stop = np.append(np.flatnonzero(changes) + 1, len(subtree_end))  # [S]
         self.start = np.append(0, self.stop[:-1])  # [S]
         self.is_trunk: BoolArray = self.stop - self.start >= trunk  # [S]
         self.of_node = np.repeat(np.arange(len(self.start)), self.stop - self.start)  # [U]
@@ -155,40 +176,36 @@ class _Segments:
 
 
 def _buckets(
-    segments: _Segments, subtree_end: IntArray, positions: IntArray | None, window: int | None, block: int
+    segments: _Segments,
+    subtree_end: IntArray,
+    queries: IntArray,
+    positions: IntArray | None,
+    window: int | None,
+    block: int,
 ) -> list[Bucket]:
-    """Blocks of the forest without its trunks, stacked by key count; a short last block stands alone."""
-    rest = np.flatnonzero(~segments.is_trunk[segments.of_node])
-    if not len(rest):
+    """Blocks of the queries outside trunks, stacked by key count; a short last block stands alone."""
+    rows = np.flatnonzero(~segments.is_trunk[segments.of_node[queries]])
+    if not len(rows):
         return []
-    firsts = rest[::block]
-    owner, nodes = segments.ancestors_outside_trunks(firsts)
-    if window is not None and positions is not None:
-        # A later query of the block may lie on a shallower branch than the first one, and reach further up.
-        lowest = np.minimum.reduceat(positions[rest], np.arange(0, len(rest), block))
-        reachable = lowest[owner] - positions[nodes] < window
-        owner, nodes = owner[reachable], nodes[reachable]
-    count = np.bincount(owner, minlength=len(firsts))  # [blocks] ancestors of each block's first query
+    asked = queries[rows]
+    owner, nodes = _keys_of_blocks(segments, subtree_end, asked, positions, window, block)
+    count = np.bincount(owner)  # [blocks] keys of each block
     offset = np.cumsum(count) - count
-    nodes = np.append(nodes, 0)  # a node to point at for padding, also where there are no ancestors
-
     buckets = []
-    for group in _similar(count, block, len(rest) // block):
+    for group in _similar(count, len(rows) // block):
         column = np.arange(count[group].max())
-        real = column < count[group][:, None]
-        ancestors = nodes[np.where(real, offset[group][:, None] + column, len(nodes) - 1)]
-        width = min(block, len(rest) - int(group[0]) * block)
-        queries = rest[group[:, None] * block + np.arange(width)]
-        keys = np.concatenate([ancestors, queries], axis=1)
-        exists = np.concatenate([real, np.ones_like(queries, np.bool_)], axis=1)
-        q, k = queries[:, :, None], keys[:, None, :]
+        exists = column < count[group][:, None]
+        keys = nodes[np.where(exists, offset[group][:, None] + column, 0)]
+        width = min(block, len(rows) - int(group[0]) * block)
+        chosen = group[:, None] * block + np.arange(width)
+        q, k = asked[chosen][:, :, None], keys[:, None, :]
         visible = exists[:, None, :] & (k <= q) & (q < subtree_end[keys][:, None, :])
         if window is not None and positions is not None:
             visible &= positions[q] - positions[k] < window
         buckets.append(
             Bucket(
                 blocks=len(group),
-                queries=torch.from_numpy(queries.reshape(-1)),
+                queries=torch.from_numpy(rows[chosen].reshape(-1)),
                 keys=torch.from_numpy(keys.reshape(-1)),
                 hidden=torch.from_numpy(~visible)[:, None],
             )
@@ -196,10 +213,39 @@ def _buckets(
     return buckets
 
 
-def _similar(count: IntArray, block: int, full: int) -> list[IntArray]:
+def _keys_of_blocks(
+    segments: _Segments,
+    subtree_end: IntArray,
+    asked: IntArray,  # [Q] rising nodes outside trunks
+    positions: IntArray | None,
+    window: int | None,
+    block: int,
+) -> tuple[IntArray, IntArray]:
+    """(block, node) of all keys outside trunks that some query of the block sees, grouped by block.
+
+    They are the ancestors of its first query, and from there on nodes above one of its queries.
+    """
+    firsts = asked[::block]
+    owner, nodes = segments.ancestors_outside_trunks(firsts)
+    if window is not None and positions is not None:
+        # A later query of the block may lie on a shallower branch than the first one, and reach further up.
+        lowest = np.minimum.reduceat(positions[asked], np.arange(0, len(asked), block))
+        reachable = lowest[owner] - positions[nodes] < window
+        owner, nodes = owner[reachable], nodes[reachable]
+    rest = np.flatnonzero(~segments.is_trunk[segments.of_node])
+    rest = rest[(rest >= firsts[0]) & (rest <= asked[-1])]
+    following = np.searchsorted(asked, rest)  # the first query at or after the node
+    block_of = np.searchsorted(firsts, rest, side="right") - 1
+    needed = (asked[following] < subtree_end[rest]) & (following // block == block_of)
+    owner, nodes = np.append(owner, block_of[needed]), np.append(nodes, rest[needed])
+    order = np.argsort(owner, kind="stable")
+    return owner[order], nodes[order]
+
+
+def _similar(count: IntArray, full: int) -> list[IntArray]:
     """Groups of block indices with similar key count among the first `full` blocks, then the short one."""
     order = np.argsort(-count[:full], kind="stable")
-    sizes = (count[order] + block).tolist()
+    sizes = count[order].tolist()
     groups, first = [], 0
     for index in range(1, full + 1):
         if index == full or sizes[index] < SIMILAR * sizes[first]:

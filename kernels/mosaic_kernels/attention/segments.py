@@ -20,13 +20,13 @@ _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.
 
 
 def segments_tree_attention(
-    q: torch.Tensor,  # [U, Hq, D] on CPU
+    q: torch.Tensor,  # [Uq, Hq, D] on CPU
     k: torch.Tensor,  # [U, Hkv, D]
     v: torch.Tensor,  # [U, Hkv, D]
-    plan: Plan,  # of the forest
+    plan: Plan,  # of the forest and the queries
     *,
     scale: float,
-) -> torch.Tensor:  # [U, Hq, D]
+) -> torch.Tensor:  # [Uq, Hq, D]
     """In fp32, or fp64 for fp64 input; cast back to q's dtype."""
     dtype, group = result_dtype(q), q.shape[1] // k.shape[1]
     queries, keys, values = (x.to(dtype) for x in (q, k, v))
@@ -39,7 +39,7 @@ class _SegmentAttention(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        q: torch.Tensor,  # [U, H, D]
+        q: torch.Tensor,  # [Uq, H, D]
         k: torch.Tensor,  # [U, H, D]
         v: torch.Tensor,  # [U, H, D]
         plan: Plan,
@@ -51,9 +51,11 @@ class _SegmentAttention(torch.autograd.Function):
         queries, keys, values, outs = (_heads_first(x) for x in (q, k, v, out))
         # A node's own square or block comes first: it sets the row, and the other parts merge into it.
         for trunk in plan.trunks:
-            own = slice(trunk.start, trunk.stop)
+            own = trunk.own
+            if own.start == own.stop:
+                continue
             outs[:, :, own], lse[:, :, own] = _forward(
-                queries[:, :, own], keys[:, :, own], values[:, :, own], 0.0, True, scale=scale
+                queries[:, :, own], keys[:, :, trunk.keys], values[:, :, trunk.keys], 0.0, True, scale=scale
             )
             if trunk.context is not None:
                 above = [_heads_first(x[trunk.context]) for x in (k, v)]
@@ -69,9 +71,11 @@ class _SegmentAttention(torch.autograd.Function):
             out.index_copy_(0, bucket.queries, _unstacked(part))
             lse.index_copy_(2, bucket.queries, part_lse.transpose(0, 1).reshape(1, q.shape[1], -1))
         for trunk in plan.trunks:
-            if trunk.end > trunk.stop:
-                own, below = slice(trunk.start, trunk.stop), slice(trunk.stop, trunk.end)
-                part = _forward(queries[:, :, below], keys[:, :, own], values[:, :, own], scale=scale)
+            below = trunk.below
+            if below.start < below.stop:
+                part = _forward(
+                    queries[:, :, below], keys[:, :, trunk.keys], values[:, :, trunk.keys], scale=scale
+                )
                 _merge(outs[:, :, below], lse[:, :, below], *part)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.plan, ctx.scale = plan, scale
@@ -83,9 +87,10 @@ class _SegmentAttention(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[torch.Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
         plan, scale, grad = ctx.plan, ctx.scale, _dense_rows(grad_outputs[0])  # [U, H, D]
-        # A trunk's square sets its rows and keys, a block sets its rows: only keys of blocks start from zero.
+        # Each row is set by its square or block. Each key is set by its square where there is nothing else.
         dq = torch.empty_like(q)
-        dk, dv = (torch.zeros_like(x) if plan.buckets else torch.empty_like(x) for x in (k, v))
+        squares = all(trunk.own.start < trunk.own.stop for trunk in plan.trunks) and not plan.buckets
+        dk, dv = (torch.empty_like(x) if squares and plan.trunks else torch.zeros_like(x) for x in (k, v))
         grads, queries, keys, values, outs = (_heads_first(x) for x in (grad, q, k, v, out))
         dqs, dks, dvs = (_heads_first(x) for x in (dq, dk, dv))
 
@@ -96,8 +101,9 @@ class _SegmentAttention(torch.autograd.Function):
             )  # fmt: skip
 
         for trunk in plan.trunks:
-            own = slice(trunk.start, trunk.stop)
-            dqs[:, :, own], dks[:, :, own], dvs[:, :, own] = rectangle(own, own, True)
+            own, columns = trunk.own, trunk.keys
+            if own.start < own.stop:
+                dqs[:, :, own], dks[:, :, columns], dvs[:, :, columns] = rectangle(own, columns, True)
         for index, bucket in enumerate(plan.buckets):
             rows, columns, blocks = bucket.queries, bucket.keys, bucket.blocks
             part_lse = lse[0].index_select(1, rows).view(q.shape[1], blocks, -1).transpose(0, 1).contiguous()
@@ -110,14 +116,13 @@ class _SegmentAttention(torch.autograd.Function):
             dk.index_add_(0, columns, _unstacked(parts[1]))
             dv.index_add_(0, columns, _unstacked(parts[2]))
         for trunk in plan.trunks:
-            own = slice(trunk.start, trunk.stop)
-            if trunk.end > trunk.stop:
-                below = slice(trunk.stop, trunk.end)
-                parts = rectangle(below, own, False)
+            own, below = trunk.own, trunk.below
+            if below.start < below.stop:
+                parts = rectangle(below, trunk.keys, False)
                 dqs[:, :, below] += parts[0]
-                dks[:, :, own] += parts[1]
-                dvs[:, :, own] += parts[2]
-            if trunk.context is not None:
+                dks[:, :, trunk.keys] += parts[1]
+                dvs[:, :, trunk.keys] += parts[2]
+            if trunk.context is not None and own.start < own.stop:
                 parts = _backward(
                     grads[:, :, own], queries[:, :, own], _heads_first(k[trunk.context]),
                     _heads_first(v[trunk.context]), outs[:, :, own], lse[:, :, own].contiguous(),

@@ -1,7 +1,9 @@
 """What the ops share: choosing a backend, and taking index arguments as torch or numpy."""
 
 import functools
+import importlib.util
 import logging
+import os
 from collections.abc import Mapping
 
 import numpy as np
@@ -17,6 +19,11 @@ Backends = Mapping[str, tuple[str, ...] | None]  # name -> device types it runs 
 PLANNED = ("triton", "flash", "flex")
 
 
+def emulated() -> bool:
+    """Whether Triton kernels are executed on the CPU: by Triton's interpreter or ttsem (docs/kernels.md)."""
+    return os.environ.get("TRITON_INTERPRET") == "1" or os.environ.get("MOSAIC_EMULATED") == "1"
+
+
 def choose_backend(
     op: str, requested: str, device: torch.device, backends: Backends, defaults: Mapping[str, str]
 ) -> str:
@@ -24,7 +31,11 @@ def choose_backend(
 
     ValueError names the backends that exist. The choice is logged once for each op and device type.
     """
-    usable = [name for name, devices in backends.items() if devices is None or device.type in devices]
+    usable = [
+        name
+        for name, devices in backends.items()
+        if devices is None or device.type in devices or (name == "triton" and emulated())
+    ]
     chosen = defaults.get(device.type, "reference") if requested == "auto" else requested
     if chosen not in usable:
         if chosen in backends:
@@ -35,6 +46,11 @@ def choose_backend(
             problem = f"unknown backend {chosen!r}"
         raise ValueError(
             f"{op}: {problem}; available on {device.type} are 'auto', {', '.join(map(repr, usable))}"
+        )
+    if chosen == "triton" and importlib.util.find_spec("triton") is None:
+        raise ValueError(
+            f"{op}: backend='triton' needs the package triton (pip install triton), which is not installed; "
+            "backend='reference' does without"
         )
     _log_choice(op, chosen, requested, device.type)
     return chosen

@@ -1,0 +1,59 @@
+"""The self-check: before its first use on a device, a Triton op proves itself against the reference there.
+
+The kernels were compiled and emulated, and the user's GPU may be the first to run them. So an op runs once on
+a small random problem of the same dtype and shape class, forward and backward, and refuses to go on if any
+result is off.
+"""
+
+import functools
+import logging
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+logger = logging.getLogger("mosaic_kernels")
+
+
+@dataclass(frozen=True)
+class Deviation:
+    """How far one result is from the fp64 reference, and how far it may be."""
+
+    error: float
+    limit: float
+
+
+class KernelMismatch(RuntimeError):
+    """A Triton kernel computes something else on this device than the reference does."""
+
+
+Variant = Hashable
+# (device, variant) -> how far each result ("out", "dq") is off
+Check = Callable[[torch.device, Variant], Mapping[str, Deviation]]
+
+
+def check_once(op: str, device: torch.device, variant: Variant, check: Check) -> None:
+    """Run `check` the first time this (op, device, variant) is seen; KernelMismatch if a result is off.
+
+    `variant` is what compiles to different code, for example (torch.bfloat16, 128). `check` is a function at
+    module level (it is part of the key) that calls the kernels below the place where check_once is called.
+    Outside CUDA, that is under an emulator, nothing is checked: there the tests are the check.
+    """
+    if device.type == "cuda":
+        run_check(op, device, variant, check)
+
+
+@functools.lru_cache(maxsize=256)  # a check that raises is not remembered, so it raises again
+def run_check(op: str, device: torch.device, variant: Variant, check: Check) -> None:
+    """`check_once` on whatever device is given."""
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        deviations = check(device, variant)
+    listed = ", ".join(f"{name} {d.error:.1e} (limit {d.limit:.1e})" for name, d in deviations.items())
+    off = [name for name, d in deviations.items() if not d.error <= d.limit]  # `not <=` also catches a NaN
+    if off:
+        raise KernelMismatch(
+            f"{op}: the Triton kernel for {variant} fails its self-check on {device}: "
+            f"{', '.join(off)} off; errors: {listed}. "
+            "Choose another backend by name, for example backend='reference', and report this line."
+        )
+    logger.info("%s: self-check of the Triton kernel for %s on %s passed: %s", op, variant, device, listed)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import cast
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
@@ -16,30 +18,47 @@ from mosaic_kernels import tree_attention
 ATTENTION_NAME = "mosaic_tree_attention"
 
 
+KeysAndValues = dict[int, tuple[Tensor, Tensor]]
+"""Layer -> rotated keys and values of a forward's nodes, each [U, Hkv, D]."""
+
+
 @dataclass(eq=False)
 class TreeForward:
     """One forward over a forest. Travels as the keyword `tree` from the layers to their attention."""
 
     forest: ForestTensors
+    held: Sequence[KeysAndValues] = ()  # of the path above the forwarded nodes, from the root down
+    kept: KeysAndValues | None = None  # filled with the forward's own, with their graph, where asked for
     attention_calls: int = 0  # counted, so that a model that bypasses the attention interface is noticed
+
+    def with_held(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:  # [C + U, Hkv, D]
+        """Keys and values of a layer [U, Hkv, D] behind the held ones."""
+        # Checkpointing runs a layer again in the backward pass; the graph is that of the first run.
+        if self.kept is not None and layer not in self.kept:
+            self.kept[layer] = (key, value)
+        if not self.held:
+            return key, value
+        above = [one[layer] for one in self.held]
+        return torch.cat([k for k, _ in above] + [key]), torch.cat([v for _, v in above] + [value])
 
 
 def forest_attention(
     module: nn.Module,
-    query: Tensor,  # [1, Hq, U, D]
+    query: Tensor,  # [1, Hq, U, D], or [1, Hq, N, D] with on_rows
     key: Tensor,  # [1, Hkv, U, D]
     value: Tensor,  # [1, Hkv, U, D]
     attention_mask: Tensor | None,  # never read: the forest says what is visible
     *,
     tree: TreeForward | None = None,
+    on_rows: bool = False,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
     **unused: object,
-) -> tuple[Tensor, None]:  # [1, U, Hq, D]
+) -> tuple[Tensor, None]:  # [1, U or N, Hq, D]
     """transformers' attention signature on top of `tree_attention`."""
     if tree is None:
-        raise UserError(f"{ATTENTION_NAME} runs inside Policy.logprobs only: choose another attention")
+        raise UserError(f"{ATTENTION_NAME} runs inside a Policy's forward only: choose another attention")
     if dropout:
         raise UserError(f"attention_dropout is {dropout}: an exact forest forward needs 0")
     for name in ("softcap", "s_aux", "position_bias"):
@@ -47,14 +66,17 @@ def forest_attention(
             raise UserError(f"{type(module).__name__} uses {name}, which tree attention does not support")
     tree.attention_calls += 1
     forest = tree.forest
+    layer = cast(int, module.layer_idx)
+    keys, values = tree.with_held(layer, key[0].transpose(0, 1), value[0].transpose(0, 1))
     # A window as long as the longest rollout hides nothing.
     windowed = sliding_window is not None and sliding_window < forest.longest
     out = tree_attention(
         query[0].transpose(0, 1),
-        key[0].transpose(0, 1),
-        value[0].transpose(0, 1),
+        keys,
+        values,
         forest.subtree_end,
-        positions=forest.positions[0] if windowed else None,
+        queries=forest.row_queries if on_rows else forest.queries,
+        positions=forest.key_positions if windowed else None,
         window=sliding_window if windowed else None,
         scale=scaling,
     )

@@ -10,14 +10,15 @@ from transformers import PreTrainedModel
 
 from mosaic_fast.errors import UserError
 from mosaic_fast.policy.attention import TreeForward
-from mosaic_fast.policy.layout import DecoderLayer, decoder_of, has_known_layer
+from mosaic_fast.policy.layout import DecoderLayer, decoder_of, has_known_attention, has_known_layer
+from mosaic_fast.policy.row_attention import attention_on_rows
 from mosaic_fast.policy.support import depends_on_length, rope_type
 
 
 def final_hidden(
     model: PreTrainedModel, tree: TreeForward, longest_alone: int
 ) -> Tensor:  # [N, D] normed, what the LM head reads
-    """Call a model of known layout part by part; the last MLP and the final norm see the N rows only.
+    """Call a model of known layout part by part; the last layer and the final norm see the N rows only.
 
     longest_alone: length of the longest rollout, which may exceed the pack's in a part of a cut forest.
     """
@@ -35,7 +36,7 @@ def final_hidden(
     for layer in layers[:-1]:
         hidden = layer(hidden, **arguments)
     if has_known_layer(model, layers[-1]):
-        hidden = _layer_on_rows(cast(DecoderLayer, layers[-1]), hidden, forest.rows, arguments)
+        hidden = _layer_on_rows(model, cast(DecoderLayer, layers[-1]), hidden, tree, arguments)
     else:
         hidden = layers[-1](hidden, **arguments).index_select(1, forest.rows)
     return decoder.norm(hidden)[0]
@@ -72,9 +73,17 @@ def _rotary(
 
 
 def _layer_on_rows(
-    layer: DecoderLayer, hidden: Tensor, rows: Tensor, arguments: dict[str, object]
+    model: PreTrainedModel,
+    layer: DecoderLayer,
+    hidden: Tensor,  # [1, U, D]
+    tree: TreeForward,
+    arguments: dict[str, object],
 ) -> Tensor:  # [1, N, D]
-    """The last layer on [1, U, D]: attention of all positions (their keys and values), the rest of N rows."""
-    attended, _ = layer.self_attn(hidden_states=layer.input_layernorm(hidden), **arguments)
-    hidden = hidden.index_select(1, rows) + attended.index_select(1, rows)
+    """The last layer: keys and values of all positions, everything else of the N rows."""
+    rows, normed = tree.forest.rows, layer.input_layernorm(hidden)
+    if has_known_attention(model, layer.self_attn):
+        attended = attention_on_rows(layer.self_attn, normed, tree, arguments["position_embeddings"])
+    else:
+        attended = layer.self_attn(hidden_states=normed, **arguments)[0].index_select(1, rows)
+    hidden = hidden.index_select(1, rows) + attended
     return hidden + layer.mlp(layer.post_attention_layernorm(hidden))

@@ -10,6 +10,11 @@ from transformers import PreTrainedModel
 from mosaic_fast.policy.support import SUPPORTED_FAMILIES
 
 _LAYER_PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
+_ATTENTION_PARTS = [
+    {"q_proj", "k_proj", "v_proj", "o_proj"},
+    {"q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"},
+    {"qkv_proj", "o_proj"},
+]
 
 
 class Decoder(Protocol):
@@ -72,6 +77,26 @@ def has_known_layer(model: PreTrainedModel, layer: nn.Module) -> bool:
         and has_stock_forward(layer)
         and not any(_has_hooks(module) for module in layer.modules())
     )
+
+
+def has_known_attention(model: PreTrainedModel, attention: nn.Module) -> bool:
+    """True if the attention of a known layer is projections, rotary embedding and the attention function."""
+    return (
+        _is_class(model, attention, f"{SUPPORTED_FAMILIES[model.config.model_type]}Attention")
+        and {name for name, _ in attention.named_children()} in _ATTENTION_PARTS
+        and has_stock_forward(attention)
+    )
+
+
+def checkpoints_reentrantly(model: PreTrainedModel) -> bool:
+    """True if layers are checkpointed without a graph of their first run: nothing in them can be held."""
+    functions = [
+        vars(m)["_gradient_checkpointing_func"]
+        for m in model.modules()
+        if getattr(m, "gradient_checkpointing", False)
+    ]
+    # Without the keyword torch's checkpoint is reentrant.
+    return any(getattr(f, "keywords", {}).get("use_reentrant", True) for f in functions)
 
 
 def has_plain_head(head: nn.Module) -> TypeGuard[nn.Linear]:

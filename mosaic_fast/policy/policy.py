@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, overload
 from weakref import WeakKeyDictionary
@@ -12,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mosaic_fast.errors import UserError
-from mosaic_fast.policy.attention import TreeForward, tree_attention_selected
+from mosaic_fast.policy.attention import KeysAndValues, TreeForward, tree_attention_selected
 from mosaic_fast.policy.checkpoint import load_model, save_model
 from mosaic_fast.policy.forest_tensors import ForestTensors, forest_tensors
 from mosaic_fast.policy.forward import final_hidden, final_logits
@@ -20,6 +22,15 @@ from mosaic_fast.policy.head import head_logprobs, logprobs_from_logits
 from mosaic_fast.policy.layout import has_known_layout
 from mosaic_fast.policy.support import check_model, check_modules, check_rope_lengths
 from mosaic_kernels import PackedForest
+
+
+@dataclass(frozen=True, eq=False)
+class ForwardResult:
+    """What a forward gives: one log-prob a distinct edge, one entropy a row."""
+
+    edge_logprobs: Tensor  # [E]
+    row_entropy: Tensor | None  # [N]
+    keys_and_values: KeysAndValues  # of the forwarded nodes, empty if they were not to be kept
 
 
 class Policy:
@@ -101,41 +112,67 @@ class Policy:
         uncut: for a part of `split_forest`, the forest it was cut from; needed only where RoPE depends on
             the length of a rollout (longrope, dynamic).
         """
+        tensors = self._tensors(forest)
+        if not len(tensors.targets):
+            return _nothing_trained(self.model, forest, return_entropy)
+        result = self.run(
+            tensors,
+            temperature=temperature,
+            return_entropy=return_entropy,
+            longest_alone=self.check_lengths(forest, uncut),
+        )
+        logprobs = _spread(result.edge_logprobs, tensors.token_edges, tensors)
+        if not return_entropy:
+            return logprobs
+        assert result.row_entropy is not None
+        return logprobs, _spread(result.row_entropy, tensors.token_rows, tensors)
+
+    def run(
+        self,
+        forest: ForestTensors,
+        *,
+        longest_alone: int,
+        temperature: float = 1.0,
+        return_entropy: bool = False,
+        held: Sequence[KeysAndValues] = (),
+        keep: bool = False,
+    ) -> ForwardResult:
+        """One forward over prepared indices. Differentiable, in the weights and in what is held.
+
+        longest_alone: length of the longest rollout, from `check_lengths`.
+        held: keys and values of the path above the forwarded nodes, from the root down.
+        keep: also return the forward's own keys and values, to be held for others.
+        """
         if not temperature > 0:
             raise UserError(f"temperature must be above 0, got {temperature}")
         model = self.model
         check_modules(model)
-        longest_alone = self._check_lengths(forest, uncut)
-        tensors = self._tensors(forest)
-        if not len(tensors.targets):
-            return _nothing_trained(model, forest, return_entropy)
-
-        tree = TreeForward(tensors)
+        tree = TreeForward(forest, held, {} if keep else None)
+        row_entropy = None
         with tree_attention_selected(model):
             if has_known_layout(model):
-                edge_logprobs, row_entropy = head_logprobs(
-                    model.lm_head,
-                    final_hidden(model, tree, longest_alone),
-                    tensors,
-                    vocab_size=model.config.vocab_size,
-                    temperature=temperature,
-                    return_entropy=return_entropy,
-                )
+                hidden = final_hidden(model, tree, longest_alone)
+                edge_logprobs = hidden.new_zeros(0)
+                if len(forest.rows):
+                    edge_logprobs, row_entropy = head_logprobs(
+                        model.lm_head,
+                        hidden,
+                        forest,
+                        vocab_size=model.config.vocab_size,
+                        temperature=temperature,
+                        return_entropy=return_entropy,
+                    )
             else:
                 logits = final_logits(model, tree, longest_alone)
                 edge_logprobs, row_entropy = logprobs_from_logits(
-                    logits, tensors.targets, tensors.edge_rows, temperature
+                    logits, forest.targets, forest.edge_rows, temperature
                 )
         if tree.attention_calls < model.config.num_hidden_layers:
             raise UserError(
                 f"{type(model).__name__} called transformers' attention {tree.attention_calls} times "
                 f"in {model.config.num_hidden_layers} layers: its own attention cannot run on a forest"
             )
-        logprobs = _spread(edge_logprobs, tensors.token_edges, tensors)
-        if not return_entropy:
-            return logprobs
-        assert row_entropy is not None
-        return logprobs, _spread(row_entropy, tensors.token_rows, tensors)
+        return ForwardResult(edge_logprobs, row_entropy, tree.kept or {})
 
     def _tensors(self, forest: PackedForest) -> ForestTensors:
         """The forest's indices on the model's device, kept for as long as the forest is."""
@@ -145,8 +182,11 @@ class Policy:
             tensors = self._prepared[forest] = forest_tensors(forest, device)
         return tensors
 
-    def _check_lengths(self, forest: PackedForest, uncut: PackedForest | None) -> int:
-        """Length of the longest rollout, with the end that a part of a cut forest may lack."""
+    def check_lengths(self, forest: PackedForest, uncut: PackedForest | None = None) -> int:
+        """Length of the longest rollout, with the end that a part of a cut forest may lack.
+
+        UserError where rollouts alone would see other rotary frequencies than they do together.
+        """
         lengths = np.diff(forest.cu_seqlens)
         filled = forest.cu_seqlens[:-1][lengths > 0]
         lengths = lengths[lengths > 0]

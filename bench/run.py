@@ -19,7 +19,7 @@ from measure import Result
 from rich.console import Console
 from rich.table import Table
 
-CASES = ("forest", "step")
+CASES = ("forest", "step", "rollout")
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class _Arguments:
     """Measure this machine. Every case is checked for correctness before it is timed."""
 
     cases: Annotated[tuple[str, ...], tyro.conf.Positional] = CASES
-    """Cases to run: forest, step."""
+    """Cases to run: forest, step, rollout."""
     quick: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Smaller sizes and fewer rounds."""
     threads: int = 1

@@ -21,7 +21,7 @@ class Judgement:
 
     preferences: np.ndarray
     """P [G, G] float64: P[i, j] is 1 where rollout i is better than j, 0.5 for a tie, 0 where it is worse;
-    between them for a judge that gives scores. P[i, j] + P[j, i] = 1; the diagonal is 0.5, without meaning."""
+    between them for a judge that gives scores. P[i, j] + P[j, i] = 1; the diagonal means nothing."""
     reasons: Mapping[tuple[int, int], str] = field(default_factory=dict)
     """Why pair (i, j), i < j, was decided so, for readers."""
     counts: Mapping[str, float] = field(default_factory=dict)

@@ -1,0 +1,198 @@
+"""A run folder read back, whatever state the run left it in: what cannot be read is noted, never fatal."""
+
+from __future__ import annotations
+
+import json
+import math
+import tomllib
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+
+from mosaic_fast.errors import UserError
+
+_NOTES_SHOWN = 20  # a folder full of broken lines is described by its first ones and their number
+
+
+class Notes:
+    """What was missing or broken in a run folder, in the order it was met."""
+
+    def __init__(self) -> None:
+        self._shown: list[str] = []
+        self._count = 0
+
+    def add(self, note: str) -> None:
+        self._count += 1
+        if len(self._shown) < _NOTES_SHOWN:
+            self._shown.append(note)
+
+    @property
+    def texts(self) -> list[str]:
+        hidden = self._count - len(self._shown)
+        return self._shown + ([f"and {hidden} more of the kind"] if hidden else [])
+
+
+class _Row(BaseModel):
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+
+class CallRow(_Row):
+    name: str
+    arguments: dict[str, JsonValue]
+
+
+class StepRow(_Row):
+    """A step as `mosaic_fast.trajectories` writes it."""
+
+    plan: str | None = None
+    check: str | None = None
+    action: str = "malformed"
+    call: CallRow | None = None
+    answer: str | None = None
+    observation: str | None = None
+    well_formed: bool = True
+    text: str = ""
+    span: tuple[int, int]  # tokens [start, end) were sampled
+    check_start: int | None = None  # first token after the plan
+    safety_tokens: int = 0
+
+
+class RewardRow(_Row):
+    total: float | None = None
+    r_align: float | None = None
+    r_fmt: float | None = None
+    p_len: float | None = None
+
+
+class RolloutRow(_Row):
+    """A rollout as `mosaic_fast.trajectories` writes it."""
+
+    task_id: str
+    kind: str
+    status: str
+    group_id: int
+    rollout_id: int
+    harm: bool = False
+    done: bool = False
+    progress: float = 0.0
+    details: dict[str, JsonValue] = Field(default_factory=dict)
+    messages: list[dict[str, JsonValue]] = Field(default_factory=list)
+    steps: list[StepRow] = Field(default_factory=list)
+    parent_id: int | None = None
+    fork_position: int | None = None
+    policy_version: int | None = None
+    token_ids: list[int] = Field(default_factory=list)
+    trained: list[int] = Field(default_factory=list)
+    preferences: list[float] = Field(default_factory=list)
+    reasons: list[str] = Field(default_factory=list)
+    reward: RewardRow = RewardRow()
+    advantage: float | None = None
+
+
+def require_run_folder(folder: Path) -> None:
+    """UserError unless `folder` is one that training wrote, however little of it."""
+    if not folder.is_dir():
+        raise UserError(f"there is no run folder {folder}")
+    if not any((folder / name).exists() for name in ("metrics.jsonl", "trajectories", "config.toml")):
+        raise UserError(
+            f"{folder} is not a run folder: it has no metrics.jsonl, trajectories/ or config.toml; "
+            "name the folder that training printed, for example runs/<time>-world"
+        )
+
+
+def read_config(folder: Path, notes: Notes) -> dict[str, JsonValue]:
+    """config.toml, flat: {"loss.kl_weight": 0.01, ...}."""
+    try:
+        return _flatten(tomllib.loads((folder / "config.toml").read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        notes.add("config.toml is missing")
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        notes.add(f"config.toml cannot be read: {error}")
+    return {}
+
+
+def read_summary(folder: Path, notes: Notes) -> dict[str, JsonValue]:
+    """summary.json; a run writes it as it ends."""
+    try:
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        notes.add("there is no summary.json: the run is still going or was killed")
+    except (OSError, ValueError) as error:
+        notes.add(f"summary.json cannot be read: {error}")
+    else:
+        if isinstance(summary, dict):
+            if not summary.get("complete", True):
+                notes.add("the run was stopped before its last step")
+            return summary
+        notes.add("summary.json is not a JSON object")
+    return {}
+
+
+def read_metrics(folder: Path, notes: Notes) -> dict[str, list[float | None]]:
+    """metrics.jsonl by column, `step` first and rising; None where a row lacks a metric."""
+    rows: dict[float, dict[str, float]] = {}
+    for number, line in _lines(folder / "metrics.jsonl", notes):
+        try:
+            row = json.loads(line)
+            values = {str(k): float(v) for k, v in row.items() if isinstance(v, int | float)}
+            rows[values["step"]] = {k: v for k, v in values.items() if math.isfinite(v)}
+        except (ValueError, KeyError, AttributeError):
+            notes.add(f"metrics.jsonl, line {number} is incomplete and left out")
+    names = dict.fromkeys(["step"] + [name for row in rows.values() for name in row])
+    return {name: [rows[step].get(name) for step in sorted(rows)] for name in names} if rows else {}
+
+
+def trajectory_files(folder: Path) -> list[tuple[int, Path]]:
+    """(training step, file) of every complete trajectory file, by step."""
+    found = []
+    for path in (folder / "trajectories").glob("step-*.jsonl"):
+        number = path.stem.removeprefix("step-")
+        if number.isdecimal():
+            found.append((int(number), path))
+    return sorted(found)
+
+
+def read_groups(path: Path, notes: Notes) -> Iterator[list[RolloutRow]]:
+    """The groups of one trajectory file, one at a time."""
+
+    def rows() -> Iterator[RolloutRow]:
+        for number, line in _lines(path, notes):
+            try:
+                yield RolloutRow.model_validate(json.loads(line))
+            except ValidationError as error:
+                first = error.errors()[0]
+                where = ".".join(str(part) for part in first["loc"])
+                notes.add(f"{path.name}, line {number} is left out: {where}: {first['msg']}")
+            except (ValueError, RecursionError):
+                notes.add(f"{path.name}, line {number} is incomplete and left out")
+
+    for _, members in groupby(rows(), key=lambda row: row.group_id):
+        yield list(members)
+
+
+def decided(group: Sequence[RolloutRow]) -> list[list[float]] | None:
+    """The preference matrix of a group; None where a member is missing or the judge left none."""
+    matrix = [row.preferences for row in group]
+    return matrix if all(len(row) == len(group) for row in matrix) else None
+
+
+def _lines(path: Path, notes: Notes) -> Iterator[tuple[int, str]]:
+    """The non-empty lines of a file with their numbers; bytes that are no UTF-8 show as U+FFFD."""
+    try:
+        with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield number, line
+    except FileNotFoundError:
+        notes.add(f"{path.name} is missing")
+    except OSError as error:
+        notes.add(f"{path.name} cannot be read: {error.strerror or error}")
+
+
+def _flatten(values: dict[str, JsonValue], prefix: str = "") -> dict[str, JsonValue]:
+    flat: dict[str, JsonValue] = {}
+    for key, value in values.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat

@@ -34,7 +34,9 @@ class Learner:
             fused=True,
         )
         loss = config.loss
-        self._execution = Execution(config.forest.tokens_per_microbatch, config.rollout.temperature)
+        self._execution = Execution(
+            config.forest.tokens_per_microbatch, config.rollout.temperature, policy.model.config
+        )
         self._loss = GRPOLoss(loss.clip_low, loss.clip_high, loss.kl_weight)
 
     def learning_rate(self, step: int) -> float:

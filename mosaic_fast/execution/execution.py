@@ -1,23 +1,36 @@
-"""Forward and backward over a forest, a micro-batch at a time."""
+"""Forward and backward over a forest: how it is run is decided once a step, and changes no result."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from weakref import WeakKeyDictionary
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from mosaic_fast.execution.cost import CostModel, default_cost_model, work_of
+from mosaic_fast.execution.held import Held
+from mosaic_fast.execution.schedule import PLANS, Forward, Schedule, cut, hold, unmerged, whole
 from mosaic_fast.policy import Policy
-from mosaic_kernels import PackedForest, split_forest
+from mosaic_fast.policy.attention import KeysAndValues
+from mosaic_fast.policy.forest_tensors import ForestTensors, IntArray, forest_tensors
+from mosaic_fast.policy.layout import checkpoints_reentrantly
+from mosaic_fast.policy.policy import ForwardResult
+from mosaic_kernels import PackedForest
+from mosaic_kernels.ideal import ModelShape
+
+logger = logging.getLogger("mosaic_fast")
 
 
 @dataclass(frozen=True)
 class Piece:
     """What one forward gives: log-probs of the rollout tokens that it owns.
 
-    Over a schedule's pieces each trained rollout token is owned exactly once.
+    Over a schedule's pieces each trained rollout token is owned exactly once. Forwards that own none give no
+    piece.
     """
 
     source: Tensor  # [N] int64, index of each owned token among the forest's T
@@ -25,28 +38,71 @@ class Piece:
     entropy: Tensor  # [N] differentiable, of the distribution that predicted the token
 
 
-@dataclass(frozen=True, eq=False)
-class Schedule:
-    """The forwards of a forest, decided once a step and used by every pass over it."""
-
-    forest: PackedForest
-    parts: tuple[PackedForest, ...]
-
-    @property
-    def packed_tokens(self) -> int:
-        """Positions forwarded by one pass, repeated context included."""
-        return sum(part.num_nodes for part in self.parts)
-
-
 class Execution:
-    """Runs schedules. The order of pieces changes results by rounding only."""
+    """Runs schedules. How a forest is run changes results by rounding only.
 
-    def __init__(self, tokens_per_microbatch: int, temperature: float) -> None:
-        self._budget, self._temperature = tokens_per_microbatch, temperature
+    The plan is the one for which the cost model predicts the shortest forward and backward pass: the forest
+    in one forward (`tree`), cut with repeated context (`cut`), with shared prefixes held (`held`), or its
+    rollouts without sharing (`flat`). The prediction depends on the forest, the model's shape and the
+    coefficients alone: nothing is measured to make it.
+    """
+
+    def __init__(
+        self,
+        tokens_per_microbatch: int,
+        temperature: float,
+        shape: ModelShape,
+        cost: CostModel | None = None,  # None: the shipped coefficients
+        *,
+        plan: str = "auto",  # or one of PLANS
+    ) -> None:
+        if plan not in ("auto", *PLANS):
+            raise ValueError(f"plan must be 'auto' or one of {', '.join(PLANS)}, got {plan!r}")
+        self._budget, self._temperature, self._shape = tokens_per_microbatch, temperature, shape
+        self._cost, self._plan = cost or default_cost_model(), plan
+        self._tensors: WeakKeyDictionary[Forward, ForestTensors] = WeakKeyDictionary()
+        self._cuts: WeakKeyDictionary[Schedule, Schedule] = WeakKeyDictionary()
+        self._figures: dict[str, float] = {}
+        self._passes: list[float] = []  # seconds of each backward pass of the last schedule
 
     def schedule(self, forest: PackedForest) -> Schedule:
-        """Cut the forest to the token budget. ValueError if a rollout alone exceeds it."""
-        return Schedule(forest, tuple(split_forest(forest, self._budget)))
+        """Choose a plan. ValueError if a rollout alone exceeds the budget; it says the budget needed."""
+        flat = unmerged(forest)
+        possible = {"cut": cut(forest, self._budget), "held": hold(forest, self._budget)}
+        if forest.num_nodes <= self._budget:
+            possible = {"tree": whole(forest)}  # what a cut or a hold would give, too
+        possible["flat"] = cut(flat, self._budget)
+        if self._plan != "auto":
+            name = "tree" if self._plan in ("cut", "held") and "tree" in possible else self._plan
+            if name not in possible:
+                raise ValueError(
+                    f"plan 'tree' needs a budget of {forest.num_nodes} tokens, it is {self._budget}"
+                )
+            possible = {name: possible[name]}
+        predicted = {
+            name: self._cost.predict(work_of(parts, self._shape)) for name, parts in possible.items()
+        }
+        best = min(predicted, key=lambda name: (predicted[name], PLANS.index(name)))
+        schedule = Schedule(forest, possible[best], best, predicted)
+        logger.debug(
+            "plan %s: %d forwards of %d tokens for %d rollout tokens, predicted seconds %s",
+            best, len(schedule.parts), schedule.packed_tokens, forest.num_tokens,
+            ", ".join(f"{name} {seconds:.4f}" for name, seconds in predicted.items()),
+        )  # fmt: skip
+        self._figures = {f"tree/plan_{name}": float(name == best) for name in PLANS}
+        self._figures |= {f"tree/predicted_{name}_s": seconds for name, seconds in predicted.items()}
+        self._figures["tree/predicted_s"] = predicted[best]
+        self._passes = []
+        return schedule
+
+    def figures(self) -> dict[str, float]:
+        """The last schedule's plan, its prediction, and what a forward and backward pass really took.
+
+        The prediction of a pass is in seconds of the machine whose coefficients were read.
+        """
+        if not self._passes:
+            return dict(self._figures)
+        return {**self._figures, "time/tree_pass_s": sum(self._passes) / len(self._passes)}
 
     @torch.no_grad()
     def logprobs(self, policy: Policy, schedule: Schedule) -> tuple[Tensor, Tensor]:  # [T], [T]
@@ -56,20 +112,85 @@ class Execution:
         result = torch.zeros(
             shape, dtype=torch.float64 if double else torch.float32, device=policy.model.device
         )
-        for part in schedule.parts:
-            piece = self._forward(policy, schedule, part)
-            result[0, piece.source], result[1, piece.source] = piece.logprobs, piece.entropy
+        stack: list[tuple[int, KeysAndValues]] = []
+        for index, part in enumerate(schedule.parts):
+            while stack and stack[-1][0] != part.parent:
+                stack.pop()
+            forward, piece = self._forward(policy, schedule, part, [held for _, held in stack])
+            if part.kept:
+                stack.append((index, forward.keys_and_values))
+            if piece is not None:
+                result[0, piece.source], result[1, piece.source] = piece.logprobs, piece.entropy
         return result[0], result[1]
 
     def backward(self, policy: Policy, schedule: Schedule, loss_of: Callable[[Piece], Tensor]) -> None:
         """Accumulate the gradient of the sum of loss_of(piece) over all pieces, each seen once."""
-        for part in schedule.parts:
-            loss_of(self._forward(policy, schedule, part)).backward()
+        if schedule.plan == "held" and checkpoints_reentrantly(policy.model):
+            schedule = self._cut_instead(schedule)
+        start = time.perf_counter()
+        stack: list[Held] = []
+        for index, part in enumerate(schedule.parts):
+            _finish(stack, part.parent)
+            forward, piece = self._forward(policy, schedule, part, [held.leaves for held in stack])
+            loss = None if piece is None else loss_of(piece)
+            if part.kept:
+                stack.append(Held(index, forward.keys_and_values, loss))
+            elif loss is not None:
+                loss.backward()
+                for held in stack:
+                    held.collect()
+        _finish(stack, -1)
+        self._passes.append(time.perf_counter() - start)
 
-    def _forward(self, policy: Policy, schedule: Schedule, part: PackedForest) -> Piece:
-        logprobs, entropy = policy.logprobs(
-            part, temperature=self._temperature, return_entropy=True, uncut=schedule.forest
+    def _forward(
+        self, policy: Policy, schedule: Schedule, part: Forward, held: Sequence[KeysAndValues]
+    ) -> tuple[ForwardResult, Piece | None]:
+        tensors = self._prepared(schedule, part, policy.model.device)
+        result = policy.run(
+            tensors,
+            longest_alone=policy.check_lengths(part.forest, schedule.forest),
+            temperature=self._temperature,
+            return_entropy=True,
+            held=held,
+            keep=part.kept,
         )
-        owned = torch.from_numpy(np.flatnonzero(part.trained)).to(logprobs.device)
-        source = owned if part.source is None else torch.from_numpy(part.source).to(owned.device)[owned]
-        return Piece(source, logprobs[owned], entropy[owned])
+        if result.row_entropy is None or not len(tensors.trained_tokens):
+            return result, None
+        source = tensors.trained_tokens
+        if part.forest.source is not None:
+            source = torch.from_numpy(part.forest.source).to(source.device)[source]
+        return result, Piece(
+            source,
+            result.edge_logprobs.index_select(0, tensors.token_edges),
+            result.row_entropy.index_select(0, tensors.token_rows),
+        )
+
+    def _prepared(self, schedule: Schedule, part: Forward, device: torch.device) -> ForestTensors:
+        """The indices of a forward on the device, kept for as long as its schedule is."""
+        tensors = self._tensors.get(part)
+        if tensors is None or tensors.tokens.device != device:
+            above: list[IntArray] = []
+            parent = part.parent
+            while parent >= 0:
+                nodes = schedule.parts[parent].nodes
+                assert nodes is not None
+                above.insert(0, nodes)
+                parent = schedule.parts[parent].parent
+            held = torch.cat([torch.from_numpy(nodes) for nodes in above]).numpy() if above else None
+            tensors = self._tensors[part] = forest_tensors(part.forest, device, part.nodes, held)
+        return tensors
+
+    def _cut_instead(self, schedule: Schedule) -> Schedule:
+        if schedule not in self._cuts:
+            logger.warning("reentrant checkpointing keeps no graph to hold a prefix in: the forest is cut")
+            parts = cut(schedule.forest, self._budget)
+            self._cuts[schedule] = replace(schedule, parts=parts, plan="cut")
+        return self._cuts[schedule]
+
+
+def _finish(stack: list[Held], parent: int) -> None:
+    """Run what is held below `parent` backward, the deepest first."""
+    while stack and stack[-1].index != parent:
+        stack.pop().backward()
+        for held in stack:
+            held.collect()

@@ -1,0 +1,131 @@
+"""What a schedule costs: its work counted exactly, times coefficients that come from a file."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Sequence
+from dataclasses import asdict, astuple, dataclass, fields
+from importlib.resources import files
+from pathlib import Path
+
+import numpy as np
+import tomli_w
+
+from mosaic_fast.errors import UserError
+from mosaic_fast.execution.schedule import Forward
+from mosaic_kernels.ideal import ModelShape
+
+DEFAULT = "default"
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a forward and backward pass over a schedule does; multiply-adds are those of its forward."""
+
+    linear: float  # multiply-adds of projections and MLPs
+    attention: float  # multiply-adds of scores and weighted sums, over visible pairs
+    head: float  # multiply-adds of the LM head
+    layer_calls: float  # layers x forwards
+    held: float  # numbers copied: keys and values of held nodes, for each forward that stands on them
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """Seconds a unit of each kind of work, forward and backward together."""
+
+    linear: float
+    attention: float
+    head: float
+    layer_calls: float
+    held: float
+
+    def predict(self, work: Work) -> float:
+        """Seconds of one forward and backward pass."""
+        return sum(a * b for a, b in zip(astuple(self), astuple(work), strict=True))
+
+
+def work_of(parts: Sequence[Forward], shape: ModelShape) -> Work:
+    """Count a schedule's work. The last layer's queries, output projection and MLP run on needed rows."""
+    head_dim = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
+    query, key_value = shape.num_attention_heads * head_dim, shape.num_key_value_heads * head_dim
+    on_keys = 2 * shape.hidden_size * key_value
+    on_queries = shape.hidden_size * (2 * query + 3 * shape.intermediate_size)
+    windows = _windows(shape)
+    linear = attention = head = held = 0.0
+    for part in parts:
+        forest, nodes = part.forest, part.nodes
+        visible = (forest.positions if nodes is None else forest.positions[nodes]) + 1  # [U] keys a node sees
+        rows = _rows(part)
+        linear += (len(windows) - 1) * (on_keys + on_queries) * len(visible)
+        linear += on_keys * len(visible) + on_queries * len(rows)
+        for window in windows[:-1]:
+            attention += 2.0 * query * _pairs(visible, window)
+        attention += 2.0 * query * _pairs(forest.positions[rows] + 1, windows[-1])
+        head += float(shape.hidden_size * shape.vocab_size * len(rows))
+        if part.parent >= 0:
+            held += 2.0 * key_value * len(windows) * (int(visible[0]) - 1)
+    return Work(float(linear), attention, head, float(len(windows) * len(parts)), held)
+
+
+def default_cost_model() -> CostModel:
+    """The shipped coefficients, of a CPU; `python -m mosaic_fast.calibrate` writes those of a machine."""
+    return _parse(
+        files("mosaic_fast.execution").joinpath("cost.toml").read_text("utf-8"), "the shipped cost.toml"
+    )
+
+
+def load_cost_model(path: str) -> CostModel:
+    """The coefficients of a file; "default" for the shipped ones. UserError where the file is not one."""
+    if path == DEFAULT:
+        return default_cost_model()
+    try:
+        return _parse(Path(path).read_text(encoding="utf-8"), path)
+    except FileNotFoundError:
+        raise UserError(
+            f"forest.cost_model: there is no file {path}; "
+            f"python -m mosaic_fast.calibrate --out {path} writes it"
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"forest.cost_model: {path} cannot be read: {error}") from None
+
+
+def save_cost_model(cost: CostModel, path: Path, about: str) -> None:
+    """Write the coefficients. about: what they were measured on, in words."""
+    content = {"about": about, "seconds_per_unit": asdict(cost)}
+    path.write_text(tomli_w.dumps(content), encoding="utf-8")
+
+
+def _parse(text: str, source: str) -> CostModel:
+    names = [field.name for field in fields(CostModel)]
+    try:
+        values = tomllib.loads(text).get("seconds_per_unit", {})
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{source} is not valid TOML: {error}") from None
+    if set(values) != set(names):
+        raise UserError(
+            f"{source}: [seconds_per_unit] must hold {', '.join(names)}; it holds {sorted(values)}"
+        )
+    for name, value in values.items():
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < float("inf"):
+            raise UserError(f"{source}: {name} = {value!r} must be a number of seconds, 0 or more")
+    if not any(values.values()):
+        raise UserError(f"{source}: every coefficient is 0, so every plan would cost nothing")
+    return CostModel(**{name: float(value) for name, value in values.items()})
+
+
+def _windows(shape: ModelShape) -> list[int | None]:
+    """The sliding window of each layer, None where it has none."""
+    window: int | None = getattr(shape, "sliding_window", None)
+    kinds = getattr(shape, "layer_types", None) or ["sliding_attention"] * shape.num_hidden_layers
+    return [window if kind == "sliding_attention" else None for kind in kinds[: shape.num_hidden_layers]]
+
+
+def _pairs(visible: np.ndarray, window: int | None) -> int:
+    return int((visible if window is None else np.minimum(visible, window)).sum())
+
+
+def _rows(part: Forward) -> np.ndarray:
+    """The nodes of a forward that predict a trained one."""
+    forest = part.forest
+    rows = np.unique(forest.parent[forest.node_index[forest.trained]])
+    return rows if part.nodes is None else np.intersect1d(rows, part.nodes, assume_unique=True)

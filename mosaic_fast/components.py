@@ -87,6 +87,15 @@ def build_environment(config: Config) -> Environment:
             max_observation_chars=config.env.max_observation_chars,
             demonstrations=config.env.demonstrations,
         )
+    if ":" in config.env.name:
+        from mosaic_rollout.environments.custom import load_environment
+
+        return load_environment(
+            config.env.name,
+            config.env.tasks,
+            config.env.heldout_tasks,
+            max_observation_chars=config.env.max_observation_chars,
+        )
     from mosaic_rollout.environments.world import WorldEnvironment
 
     return WorldEnvironment()

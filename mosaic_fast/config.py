@@ -6,6 +6,7 @@ is what `--help` prints.
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -35,13 +36,25 @@ class ModelConfig(Section):
     """Where the policy lives; auto takes a GPU where there is one, except for the embedded model."""
     threads: int = Field(default=1, ge=0)
     """CPU threads of PyTorch; 0: PyTorch's own choice. More than there are idle cores slow a run badly."""
+    activation_checkpointing: bool = False
+    """Keep each layer's input only and run the layer again in the backward pass: less memory, same gradient."""
+    lora_rank: int = Field(default=0, ge=0)
+    """Train low-rank adapters of this rank (needs peft: the extra `lora`); 0: train every weight."""
+    lora_alpha: Positive | None = None
+    """LoRA: adapters are scaled by lora_alpha / lora_rank; default twice the rank."""
+    lora_targets: Annotated[tuple[str, ...], Field(strict=False)] = ("all-linear",)
+    """LoRA: names of the modules that get an adapter, such as q_proj; `all-linear`: all but the LM head."""
 
 
 class EnvConfig(Section):
     """The tasks."""
 
-    name: Literal["world", "agentdojo"] = "world"
-    """`world`: the embedded simulated tools. `agentdojo`: AgentDojo's suites (`make train-agentdojo`)."""
+    name: Annotated[str, Field(pattern=r"^(world|agentdojo|[\w.]+:\w+)$")] = "world"
+    """`world`: simulated tools; `agentdojo`: its suites; `module:Class`: your own (docs/environments.md)."""
+    tasks: str | None = None
+    """module:Class: JSON Lines file of tasks."""
+    heldout_tasks: str | None = None
+    """module:Class: the held-out tasks; without it every fifth row of env.tasks is held out."""
     suites: Annotated[tuple[str, ...], Field(strict=False)] = ("banking", "slack")
     """agentdojo: the suites to draw tasks from."""
     attack: str = "important_instructions_no_names"
@@ -49,7 +62,7 @@ class EnvConfig(Section):
     demonstrations: int = Field(default=0, ge=0)
     """agentdojo: solved training tasks that open every conversation, for models too small to be told."""
     max_observation_chars: Count = 16_000
-    """agentdojo: longer tool outputs are cut there, and say so."""
+    """agentdojo, module:Class: longer tool outputs are cut there, and say so."""
     eval_tasks: int = Field(default=300, ge=0)
     """Held-out tasks in the evaluation before and after training; 0 leaves both out."""
     eval_every: int = Field(default=0, ge=0)
@@ -87,6 +100,18 @@ class RolloutConfig(Section):
     teach_loop: bool = False
     """Write the text that teaches plan, check and act into the system message, for models new to it."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _whole_distribution(cls, values: object) -> object:
+        """Named here, since a key that does not exist would not say why."""
+        refused = [name for name in ("top_p", "top_k") if isinstance(values, dict) and name in values]
+        if refused:
+            raise ValueError(
+                f"{refused[0]} cannot be used in training: tokens must be sampled from the whole distribution, "
+                "which is what the trainer's log-probs are of; use rollout.temperature"
+            )
+        return values
+
 
 class JudgeConfig(Section):
     """What compares two rollouts."""
@@ -100,23 +125,107 @@ class RewardConfig(Section):
 
     length_target: Positive = 40.0
     """L0: generated tokens a step above which p_len = (L - L0) / L0 is taken off (400 in the paper)."""
+    divide_by_std: bool | None = None
+    """Divide centred rewards by the group's standard deviation; default: yes, but not for loss dr_grpo."""
     std_epsilon: NonNegative = 0.1
     """Added to the group's standard deviation, so that tiny differences are not blown up."""
     require_signal: bool = False
     """Stop with an error at a step where every group is a tie or the gradient is zero."""
 
 
+LossName = Literal["grpo", "dapo", "dr_grpo", "gspo", "cispo", "dpo", "dpo_norm", "ipo"]
+PAIRWISE_LOSSES = ("dpo", "dpo_norm", "ipo")
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """The settings of a loss in full: its own, where the configuration leaves them open."""
+
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    normalisation: Literal["token", "sequence", "constant"] = "token"
+    kl_weight: float = 0.0
+    beta: float = 0.1
+
+
+OWN_SETTINGS: dict[LossName, LossSettings] = {
+    "grpo": LossSettings(kl_weight=0.01),
+    "dapo": LossSettings(clip_high=0.28),
+    "dr_grpo": LossSettings(normalisation="constant"),
+    "gspo": LossSettings(clip_low=3e-4, clip_high=4e-4, normalisation="sequence"),
+    "cispo": LossSettings(clip_low=1.0, clip_high=4.0),
+    "dpo": LossSettings(),
+    "dpo_norm": LossSettings(beta=5.0),
+    "ipo": LossSettings(),
+}
+
+
 class LossConfig(Section):
     """The policy loss."""
 
-    name: Literal["grpo"] = "grpo"
-    """`grpo`: PPO's clipped ratio with group-normalised advantages, mean over the step's trained tokens."""
-    clip_low: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
-    """The ratio is clipped below 1 - clip_low."""
-    clip_high: Positive = 0.2
-    """The ratio is clipped above 1 + clip_high."""
-    kl_weight: NonNegative = 0.01
-    """Weight of the k3 estimate of the KL divergence to the reference policy; 0 loads no reference."""
+    name: LossName = "grpo"
+    """On rewards: grpo, dapo, dr_grpo, gspo, cispo. On judged pairs: dpo, dpo_norm, ipo (docs/method.md)."""
+    clip_low: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    """The ratio is clipped below 1 - clip_low; default 0.2, gspo 0.0003, cispo 1 (never)."""
+    clip_high: Positive | None = None
+    """The ratio is clipped above 1 + clip_high; default 0.2, dapo 0.28, gspo 0.0004, cispo 4."""
+    normalisation: Literal["token", "sequence", "constant"] | None = None
+    """Tokens count alike, rollouts count alike, or both over max_rollout_tokens (default of dr_grpo)."""
+    kl_weight: NonNegative | None = None
+    """Weight of the k3 estimate of the KL divergence to the reference policy; default 0.01 for grpo, else 0."""
+    entropy_weight: NonNegative = 0.0
+    """Weight of the policy's mean entropy, as a bonus."""
+    beta: Positive | None = None
+    """Pairwise losses: how closely the reference is kept; default 0.1, dpo_norm 5."""
+
+    @property
+    def is_pairwise(self) -> bool:
+        return self.name in PAIRWISE_LOSSES
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.is_pairwise or self.settings.kl_weight > 0
+
+    @property
+    def settings(self) -> LossSettings:
+        """What is configured, and the loss's own where it is not."""
+        own = OWN_SETTINGS[self.name]
+        chosen = {name: getattr(self, name) for name in asdict(own) if getattr(self, name) is not None}
+        return replace(own, **chosen)
+
+    @model_validator(mode="after")
+    def _contradictions(self) -> LossConfig:
+        unread = ["clip_low", "clip_high", "normalisation", "kl_weight"] if self.is_pairwise else ["beta"]
+        for name in unread:
+            if getattr(self, name):
+                raise ValueError(f"loss.{name} has no meaning for loss.name = {self.name!r}; leave it out")
+        return self
+
+
+class OffPolicyConfig(Section):
+    """What to do where the engine's log-probs differ from the trainer's. Default: nothing but `mismatch/`."""
+
+    truncate_at: Positive | None = None
+    """Weigh each token by the ratio trainer / engine, at most this (truncated importance sampling)."""
+    mask_below: NonNegative | None = None
+    """Weigh each token by that ratio, and by 0 where the ratio is below this."""
+    mask_above: Positive | None = None
+    """Weigh each token by that ratio, and by 0 where the ratio is above this."""
+
+    @property
+    def masks(self) -> bool:
+        return self.mask_below is not None or self.mask_above is not None
+
+    @property
+    def corrects(self) -> bool:
+        return self.truncate_at is not None or self.masks
+
+    @model_validator(mode="after")
+    def _contradictions(self) -> OffPolicyConfig:
+        low, high = self.mask_below, self.mask_above
+        if low is not None and high is not None and low >= high:
+            raise ValueError(f"off_policy.mask_below ({low}) must be below off_policy.mask_above ({high})")
+        return self
 
 
 class OptimConfig(Section):
@@ -138,6 +247,8 @@ class OptimConfig(Section):
     """Largest norm of the gradient."""
     epochs: Count = 2
     """Optimiser steps on the rollouts of one training step. Above 1 the clipped ratio comes into play."""
+    master_weights: bool = True
+    """bfloat16 models: update fp32 copies of the weights and round; without, small updates are lost."""
 
 
 class ForestConfig(Section):
@@ -145,8 +256,8 @@ class ForestConfig(Section):
 
     tokens_per_microbatch: Count = 8192
     """Unique tokens forwarded at once; a forest above it is cut, exactly."""
-    credit: Literal["sum"] = "sum"
-    """Tokens inherited through a fork get the sum of their rollouts' terms: the flat batch's gradient."""
+    credit: Literal["sum", "mean", "first", "subtree"] = "sum"
+    """Terms of a token inherited through a fork: of all holders (the flat batch), their mean, its sampler's, its branch's."""
 
 
 class CheckpointConfig(Section):
@@ -181,6 +292,7 @@ class Config(Section):
     judge: JudgeConfig = JudgeConfig()
     reward: RewardConfig = RewardConfig()
     loss: LossConfig = LossConfig()
+    off_policy: OffPolicyConfig = OffPolicyConfig()
     optim: OptimConfig = OptimConfig()
     forest: ForestConfig = ForestConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -205,6 +317,43 @@ class Config(Section):
             )
         if self.env.eval_every and not self.env.eval_tasks:
             raise ValueError("env.eval_every needs env.eval_tasks above 0")
+        if self.env.tasks and ":" not in self.env.name:
+            raise ValueError(
+                f"env.tasks belongs to an environment of your own, env.name is {self.env.name!r}"
+            )
+        if self.loss.is_pairwise and self.forest.credit != "sum":
+            raise ValueError(
+                f"forest.credit = {self.forest.credit!r} needs a loss on rewards; loss.name = "
+                f"{self.loss.name!r} compares whole rollouts, so leave credit at 'sum'"
+            )
+        if self.loss.is_pairwise and self.off_policy.corrects:
+            raise ValueError(
+                f"off_policy corrects losses on rewards; loss.name = {self.loss.name!r} takes rollouts from any "
+                "policy, so leave it out"
+            )
+        if self.forest.credit == "subtree" and self.rollout.branching == "independent":
+            raise ValueError(
+                "forest.credit = 'subtree' compares branches of a fork, and rollout.branching = 'independent' has "
+                "none: every advantage would be 0; use 'fork_at_check' or 'fork_at_step'"
+            )
+        if not self.model.lora_rank and (
+            self.model.lora_alpha is not None or self.model.lora_targets != ("all-linear",)
+        ):
+            raise ValueError("model.lora_alpha and model.lora_targets need model.lora_rank above 0")
         if self.env.name == "agentdojo" and not self.env.suites:
             raise ValueError("env.suites is empty; name at least one, for example ['banking']")
         return self
+
+    def resolved(self) -> Config:
+        """Every value that the loss decides written out, as a run folder keeps it."""
+        loss, settings = self.loss, asdict(self.loss.settings)
+        read = ["beta"] if loss.is_pairwise else ["clip_low", "clip_high", "normalisation", "kl_weight"]
+        divide = self.reward.divide_by_std
+        return self.model_copy(
+            update={
+                "loss": loss.model_copy(update={name: settings[name] for name in read}),
+                "reward": self.reward.model_copy(
+                    update={"divide_by_std": loss.name != "dr_grpo" if divide is None else divide}
+                ),
+            }
+        )

@@ -22,11 +22,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from measure import Result, compare
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, Qwen3ForCausalLM
 
 from mosaic_fast.components import Components, build_components, model_folder
 from mosaic_fast.config import Config
 from mosaic_kernels import pack_forest
+from mosaic_rollout.branching import Branching
 from mosaic_rollout.engine import LocalEngine
 from mosaic_rollout.types import Completion, Engine, Request, SamplingParams
 
@@ -74,7 +75,7 @@ def _embedded() -> Components:
     return build_components(Config(), model_folder("embedded"))
 
 
-def _agents(branching: str, tasks: int) -> Workload:
+def _agents(branching: Branching, tasks: int) -> Workload:
     """The turns of one training step, as the embedded model plays them."""
     parts = _embedded()
     recorder = _Recorder(parts.engine)
@@ -121,6 +122,7 @@ def _ours(workload: Workload, stop: bool = False) -> Callable[[], list[Completio
 def _stock(workload: Workload) -> Callable[[], int]:
     """transformers.generate, a left-padded batch a turn; returns the tokens it sampled, surplus included."""
     model = workload.model
+    assert isinstance(model, Qwen3ForCausalLM)
 
     def step() -> int:
         sampled = 0
@@ -135,6 +137,7 @@ def _stock(workload: Workload) -> Callable[[], int]:
                 mask[row, longest - len(request.token_ids) :] = 1
             count = max(count for _, count in batch)
             with torch.inference_mode():
+                # pyrefly: ignore [bad-argument-type]  (transformers annotates its own models too narrowly)
                 model.generate(
                     ids, attention_mask=mask, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
                     max_new_tokens=count, min_new_tokens=count, pad_token_id=0,

@@ -11,6 +11,7 @@ import numpy as np
 from mosaic_rollout.branching import Branching, fork_position, trunk_count
 from mosaic_rollout.chat import Chat
 from mosaic_rollout.grammar import REFUSAL_SCHEMA, SAFETY_CLOSE, SAFETY_OPEN, THINK_CLOSE, Turn, parse_turn
+from mosaic_rollout.tool_runner import ToolRunner
 from mosaic_rollout.types import (
     Engine,
     Environment,
@@ -45,6 +46,7 @@ class AgentLoop:
     environment: Environment
     limits: Limits
     temperature: float = 1.0
+    tool_timeout_s: float = 0.0  # 0: tools run in place, without a limit
 
     async def groups(
         self, tasks: Sequence[Task], *, group_size: int, branching: Branching, seed: int
@@ -79,9 +81,9 @@ class AgentLoop:
         position: int | None = None,
     ) -> Rollout:
         episode = self.environment.reset(task)
-        walk = _Walk(self, episode, seed, rollout_id)
+        walk = _Walk(self, episode, seed, rollout_id, group_id)
         if trunk is not None and position is not None:
-            walk.inherit(trunk, position)
+            await walk.inherit(trunk, position)
         status, answer = await walk.run()
         forked = trunk is not None and position is not None
         return Rollout(
@@ -100,35 +102,39 @@ class AgentLoop:
             cached_tokens=walk.cached_tokens,
             parent_id=trunk.rollout_id if trunk is not None and forked else None,
             fork_position=position if forked else None,
+            token_versions=np.concatenate(walk.versions),
         )
 
 
 class _Walk:
     """A rollout while it is being played: the tokens so far, in pieces, and the steps they were parsed to."""
 
-    def __init__(self, loop: AgentLoop, episode: Episode, seed: int, rollout_id: int) -> None:
+    def __init__(self, loop: AgentLoop, episode: Episode, seed: int, rollout_id: int, group_id: int) -> None:
         self._loop, self._episode, self._seed, self._rollout_id = loop, episode, seed, rollout_id
+        self._group_id, self._tools = group_id, ToolRunner(episode, loop.tool_timeout_s)
         prompt, self._think_is_open = loop.chat.prompt(episode.messages, [*episode.tools, REFUSAL_SCHEMA])
         self.token_ids: list[np.ndarray] = [prompt]
         self.trained: list[np.ndarray] = [np.zeros(len(prompt), dtype=bool)]
         self.logprobs: list[np.ndarray] = [np.zeros(len(prompt), dtype=np.float32)]
+        self.versions: list[np.ndarray] = [np.full(len(prompt), -1, np.int64)]  # that made each token
         self.steps: list[Step] = []
         self.policy_version = -1
         self.prompt_tokens = self.cached_tokens = 0
         self._length = len(prompt)
         self._turn_start = self._length
 
-    def inherit(self, trunk: Rollout, position: int) -> None:
+    async def inherit(self, trunk: Rollout, position: int) -> None:
         """Start from the trunk's first `position` tokens; its finished tool calls are carried out again."""
         finished = [step for step in trunk.steps if step.end < position]
         for step in finished:
             if step.call is not None:
-                self._observe(step.call)
+                await self._observe(step.call)
                 _, self._think_is_open = self._loop.chat.observation("", step.call.name)
         self.steps = list(finished)
         self.token_ids = [trunk.token_ids[:position]]
         self.trained = [trunk.trained[:position]]
         self.logprobs = [trunk.sampler_logprobs[:position]]
+        self.versions = [_versions(trunk)[:position]]
         self._length = position
         self.policy_version = trunk.policy_version
         self._turn_start = trunk.steps[len(finished)].prompt_end
@@ -151,14 +157,14 @@ class _Walk:
                 if step.action == "answer":
                     return "answered", step.answer
                 return ("refused" if step.action == "refusal" else "malformed"), None
-            observation = self._observe(step.call)
+            observation = await self._observe(step.call)
             self.steps.append(replace(step, observation=observation.content))
             if len(self.steps) >= limits.max_steps:
                 return "truncated", None
             ids, self._think_is_open = chat.observation(observation.content, step.call.name)
             if self._length + len(ids) >= limits.max_rollout_tokens:
                 return "truncated", None
-            self._append(ids, np.zeros(len(ids), dtype=bool), np.zeros(len(ids), dtype=np.float32))
+            self._append_observation(ids)
             self._turn_start = self._length
 
     async def _sample(self, max_new_tokens: int) -> bool:
@@ -169,20 +175,32 @@ class _Walk:
             sampling=SamplingParams(max_new_tokens, loop.temperature, loop.chat.stop_token_ids),
             seed=self._seed,
             rollout_key=self._rollout_id,
+            group_key=self._group_id,
         )
         (completion,) = await loop.engine.generate([request])
-        self._append(
-            completion.token_ids, np.ones(len(completion.token_ids), dtype=bool), completion.logprobs
-        )
+        count = len(completion.token_ids)
+        versions = completion.token_versions
+        if versions is None:
+            versions = np.full(count, completion.policy_version, np.int64)
+        self._append(completion.token_ids, np.ones(count, dtype=bool), completion.logprobs, versions)
         self.policy_version = completion.policy_version
         self.prompt_tokens += completion.prompt_tokens
         self.cached_tokens += completion.cached_tokens
         return completion.finish_reason == "stop"
 
-    def _append(self, token_ids: np.ndarray, trained: np.ndarray, logprobs: np.ndarray) -> None:
+    def _append_observation(self, ids: np.ndarray) -> None:
+        count = len(ids)
+        self._append(
+            ids, np.zeros(count, dtype=bool), np.zeros(count, np.float32), np.full(count, -1, np.int64)
+        )
+
+    def _append(
+        self, token_ids: np.ndarray, trained: np.ndarray, logprobs: np.ndarray, versions: np.ndarray
+    ) -> None:
         self.token_ids.append(token_ids)
         self.trained.append(trained)
         self.logprobs.append(logprobs)
+        self.versions.append(versions)
         self._length += len(token_ids)
 
     def _parse(self) -> Step:
@@ -199,14 +217,21 @@ class _Walk:
             turn, text, self._turn_start, self._length, check_start, _safety_tokens(chat, ids, text, turn)
         )
 
-    def _observe(self, call: ToolCall) -> Observation:
+    async def _observe(self, call: ToolCall) -> Observation:
         """Carry out a call; a name that no tool has is an error observation."""
         names = [_tool_name(tool) for tool in self._episode.tools]
         if call.name not in names:
             return Observation(
                 f"Error: no tool is named {call.name!r}; tools: {', '.join(names)}", is_error=True
             )
-        return self._episode.step(call)
+        return await self._tools.run(call)
+
+
+def _versions(rollout: Rollout) -> np.ndarray:
+    """Policy version of each token of a rollout, [L] int64, -1 where not sampled."""
+    if rollout.token_versions is not None:
+        return rollout.token_versions
+    return np.where(rollout.trained, rollout.policy_version, -1)
 
 
 def _safety_tokens(chat: Chat, ids: list[int], text: str, turn: Turn) -> int:

@@ -116,6 +116,7 @@ class Request:
     sampling: SamplingParams
     seed: int
     rollout_key: int  # non-negative, unique to a rollout within a step
+    group_key: int = 0  # requests that share a long prefix bear the same, so that one server gets them all
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,7 @@ class Completion:
     cached_tokens: int  # of the request's tokens, those whose keys and values were not computed for it
     prompt_tokens: int  # length of the request
     policy_version: int
+    token_versions: np.ndarray | None = None  # [N] int64 where tokens may differ in it, else policy_version
 
 
 class Engine(Protocol):
@@ -143,6 +145,18 @@ class Engine(Protocol):
 
     async def flush(self) -> None:
         """Empty the prefix cache."""
+        ...
+
+
+class ManagedEngine(Engine, Protocol):
+    """An engine as its owner sees it."""
+
+    async def release(self) -> None:
+        """Generation is over until the next update_weights: give back what the trainer may need."""
+        ...
+
+    def close(self) -> None:
+        """End whatever the engine has started. It cannot be used again."""
         ...
 
 
@@ -183,6 +197,7 @@ class Rollout:
     cached_tokens: int  # summed over requests
     parent_id: int | None = None  # rollout it was forked from
     fork_position: int | None = None  # its tokens before this index were sampled by an ancestor
+    token_versions: np.ndarray | None = None  # [L] int64, policy version that made each token, -1 not sampled
 
     @property
     def generated_tokens(self) -> int:

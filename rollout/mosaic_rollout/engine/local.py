@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
-import numpy as np
 from transformers import PreTrainedModel
 
 from ..types import Completion, Request
 from .adapter import CausalModel
 from .checksum import weights_checksum
 from .errors import EngineError
+from .requests import validate_request
 from .scheduler import Job, Scheduler
 from .stats import EngineStats
 
@@ -81,7 +81,7 @@ class LocalEngine:
         failed.
         """
         for index, request in enumerate(requests):
-            self._validate(index, request)
+            validate_request(index, request, self._model.vocab_size, self._model.max_tokens)
         if not requests:
             return []
         loop = asyncio.get_running_loop()
@@ -112,6 +112,12 @@ class LocalEngine:
     async def flush(self) -> None:
         """Empty the prefix cache; requests in flight go on unharmed."""
         self._scheduler.clear_cache()
+
+    async def release(self) -> None:
+        """Between generations nothing is held but the prefix cache, which the next update empties."""
+
+    def close(self) -> None:
+        """There is no process to end."""
 
     def weights_checksum(self) -> int:
         """64-bit checksum of the weights served, to compare with those trained (reads all of them)."""
@@ -162,30 +168,3 @@ class LocalEngine:
         described = kind(f"sampling failed at policy version {self.policy_version}: {detail}")
         described.__cause__ = error
         return described
-
-    def _validate(self, index: int, request: Request) -> None:
-        tokens, sampling = request.token_ids, request.sampling
-        prefix = f"request {index}:"
-        if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
-            raise ValueError(
-                f"{prefix} token_ids must be a 1-D integer array, got {tokens.dtype} {tokens.shape}"
-            )
-        if len(tokens) == 0:
-            raise ValueError(f"{prefix} empty prompt, at least one token is needed")
-        if tokens.min() < 0 or tokens.max() >= self._model.vocab_size:
-            bad = tokens[(tokens < 0) | (tokens >= self._model.vocab_size)][0]
-            raise ValueError(f"{prefix} token id {bad} is outside the vocabulary of {self._model.vocab_size}")
-        if sampling.max_new_tokens < 1:
-            raise ValueError(f"{prefix} max_new_tokens must be at least 1, got {sampling.max_new_tokens}")
-        if not 0.0 <= sampling.temperature < float("inf"):
-            raise ValueError(
-                f"{prefix} temperature must be finite and at least 0, got {sampling.temperature}"
-            )
-        if request.rollout_key < 0:
-            raise ValueError(f"{prefix} rollout_key must not be negative, got {request.rollout_key}")
-        total = len(tokens) + sampling.max_new_tokens
-        if total > self._model.max_tokens:
-            raise ValueError(
-                f"{prefix} {len(tokens)} prompt tokens + max_new_tokens {sampling.max_new_tokens} = {total}, "
-                f"more than the {self._model.max_tokens} of max_position_embeddings"
-            )

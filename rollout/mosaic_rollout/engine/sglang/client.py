@@ -1,0 +1,174 @@
+"""One SGLang server's native HTTP API: token ids in, token ids and log-probs out."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import httpx
+import numpy as np
+
+from mosaic_rollout.engine.errors import EngineError
+from mosaic_rollout.types import FinishReason, JsonValue, Request
+
+_CONNECT_S = 10.0
+_ONE_CHUNK = 1 << 30  # tokens between streamed chunks: the first token at once, the rest at the end
+
+
+class ServerUnavailableError(EngineError):
+    """No answer, or half of one: the server is dead, hung or restarting. The request can be sent again."""
+
+
+class ServerRefusedError(EngineError):
+    """The server answered that it will not do this; asking again would not help."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What the server generated for one request. N tokens."""
+
+    token_ids: np.ndarray  # [N] int64, the stop token included
+    logprobs: np.ndarray  # [N] float32, at the sampling temperature
+    weight_versions: np.ndarray  # [N] int64, of the weights that made each token
+    finish_reason: FinishReason
+    prompt_tokens: int
+    cached_tokens: int
+    first_token_s: float  # from sending to the first token
+
+
+class SGLangClient:
+    """Talks to one server from one event loop. `aclose` it before the loop ends."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self._http = httpx.AsyncClient(
+            base_url=url,
+            timeout=httpx.Timeout(None, connect=_CONNECT_S),  # each call has a deadline of its own
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=256),
+            trust_env=False,  # a proxy for the internet is not for this
+        )
+
+    async def aclose(self) -> None:
+        await self._http.aclose()
+
+    async def generate(
+        self, request: Request, *, seed: int | None, timeout_s: float, on_prefilled: Callable[[], None]
+    ) -> Sample:
+        """Sample a continuation; `on_prefilled` is called once the prompt is in the server's prefix cache.
+
+        seed: honoured by a server in deterministic mode only. Raises ServerUnavailableError at the deadline.
+        """
+        sampling: dict[str, JsonValue] = {
+            "max_new_tokens": request.sampling.max_new_tokens,
+            "temperature": request.sampling.temperature,
+            "stop_token_ids": list(request.sampling.stop_token_ids),
+            "stream_interval": _ONE_CHUNK,
+        }
+        if seed is not None:
+            sampling["sampling_seed"] = seed
+        body = {
+            "input_ids": request.token_ids.tolist(),
+            "sampling_params": sampling,
+            "return_logprob": True,
+            "logprob_start_len": -1,  # the output's only: asking for the prompt's would forgo its cache
+            "stream": True,
+        }
+        sent, first_token_s = time.perf_counter(), 0.0
+        last: dict[str, object] = {}
+        try:
+            async with (
+                asyncio.timeout(timeout_s),
+                self._http.stream("POST", "/generate", json=body) as response,
+            ):
+                if response.status_code != 200:
+                    raise self._refusal("/generate", response.status_code, await response.aread())
+                async for line in response.aiter_lines():
+                    if not line.startswith("data: ") or line == "data: [DONE]":
+                        continue
+                    last = json.loads(line.removeprefix("data: "))
+                    if "error" in last:
+                        raise self._refusal("/generate", 500, line.encode())
+                    if not first_token_s:
+                        first_token_s = time.perf_counter() - sent
+                        on_prefilled()
+        except (httpx.HTTPError, httpx.StreamError, OSError, TimeoutError) as error:
+            raise self._unavailable(error, timeout_s) from error
+        return self._sample(last, first_token_s)
+
+    async def call(
+        self, path: str, body: Mapping[str, JsonValue] | None = None, *, timeout_s: float, method: str = ""
+    ) -> dict[str, JsonValue]:
+        """Any other endpoint: POST with a body, GET without; the JSON object it answers, empty if none."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                response = await self._http.request(
+                    method or ("GET" if body is None else "POST"), path, json=body
+                )
+        except (httpx.HTTPError, OSError, TimeoutError) as error:
+            raise self._unavailable(error, timeout_s) from error
+        if response.status_code != 200:
+            raise self._refusal(path, response.status_code, response.content)
+        try:
+            answer = response.json()
+        except ValueError:
+            return {}
+        return answer if isinstance(answer, dict) else {}
+
+    async def flush_cache(self, timeout_s: float) -> None:
+        """Empty the prefix cache. The server refuses while requests run; a few may be on their way out."""
+        await self.call(f"/flush_cache?timeout={timeout_s:.0f}", {}, timeout_s=timeout_s + _CONNECT_S)
+
+    async def weight_version(self, timeout_s: float) -> str:
+        """The version of the weights that the server says it serves."""
+        return str((await self.call("/model_info", timeout_s=timeout_s)).get("weight_version"))
+
+    def _sample(self, answer: Mapping[str, object], first_token_s: float) -> Sample:
+        meta = answer.get("meta_info")
+        reason = meta.get("finish_reason") if isinstance(meta, dict) else None
+        if not isinstance(meta, dict) or not isinstance(reason, dict):
+            raise ServerUnavailableError(f"{self.url}: the answer broke off before the request was finished")
+        kind = reason["type"]
+        if kind == "abort":
+            status, message = reason.get("status_code"), reason.get("message", "")
+            error = ServerRefusedError if status == 400 else ServerUnavailableError
+            raise error(f"{self.url} aborted a request: {message or 'no reason given'}")
+        triples = meta["output_token_logprobs"]
+        token_ids = np.array([triple[1] for triple in triples], np.int64)
+        return Sample(
+            token_ids=token_ids,
+            logprobs=np.array([triple[0] for triple in triples], np.float32),
+            weight_versions=_versions(meta, len(token_ids)),
+            finish_reason="length" if kind == "length" else "stop",
+            prompt_tokens=int(meta["prompt_tokens"]),
+            cached_tokens=int(meta["cached_tokens"]),
+            first_token_s=first_token_s,
+        )
+
+    def _refusal(self, path: str, status: int, body: bytes) -> EngineError:
+        text = body.decode(errors="replace").strip()[:500]
+        if status >= 500:
+            return ServerUnavailableError(f"{self.url}{path} answered {status}: {text}")
+        return ServerRefusedError(f"{self.url}{path} refused the request ({status}): {text}")
+
+    def _unavailable(self, error: Exception, timeout_s: float) -> ServerUnavailableError:
+        if isinstance(error, TimeoutError):
+            return ServerUnavailableError(f"{self.url} gave no answer within {timeout_s:g} s")
+        detail = str(error) or "connection lost"
+        return ServerUnavailableError(f"{self.url} cannot be reached: {type(error).__name__}, {detail}")
+
+
+def _versions(meta: Mapping[str, object], count: int) -> np.ndarray:
+    """Weight version of each of `count` tokens, [count] int64; -1 where the server's is not a number."""
+    versions = np.full(count, _number(meta.get("weight_version")), np.int64)
+    spans = meta.get("weight_versions")
+    for span in spans if isinstance(spans, list) else []:
+        versions[int(span["start"]) : int(span["end"])] = _number(span["version"])
+    return versions
+
+
+def _number(version: object) -> int:
+    text = str(version)
+    return int(text) if text.isdigit() else -1

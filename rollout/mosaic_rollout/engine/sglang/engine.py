@@ -1,0 +1,243 @@
+"""SGLangEngine: samples from SGLang servers, launched and supervised here or named by URL."""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mosaic_rollout.engine.errors import EngineError
+from mosaic_rollout.engine.requests import validate_request
+from mosaic_rollout.engine.sampling import stream_base
+from mosaic_rollout.engine.sglang.client import Sample
+from mosaic_rollout.engine.sglang.lane import Lane, LaneOptions
+from mosaic_rollout.engine.sglang.server import ServerOptions, ServerProcess
+from mosaic_rollout.engine.sglang.stats import ServingStats
+from mosaic_rollout.engine.sglang.weights import (
+    Transport,
+    WeightFolder,
+    WeightSource,
+    load_from_disk,
+    load_from_tensors,
+    verify_weights,
+)
+from mosaic_rollout.errors import UserError
+from mosaic_rollout.types import Completion, Request
+
+_VERSION = "0.5.23"
+_QUICK_S = 30.0
+_MEMORY_S = 300.0
+
+
+@dataclass(frozen=True)
+class SGLangOptions:
+    """What of an engine is not the servers' own (ServerOptions) nor the deadlines' (LaneOptions)."""
+
+    vocab_size: int  # an id outside it would kill the server
+    max_tokens: int  # of prompt and completion together
+    deterministic: bool = False  # key draws by (seed, rollout, position); the servers must be in that mode
+    transport: Transport = "disk"
+    colocated: bool = False  # servers give their memory back between generations
+    verify: bool = False  # prove after every update that the servers have the trained weights
+
+
+class SGLangEngine:
+    """One or more SGLang servers behind the Engine protocol. Use one event loop at a time.
+
+    The servers start at the first `update_weights`, with the trainer's weights. A group's requests go to one
+    server (group_key modulo the number of servers), ordered so that a shared prefix is computed once. A
+    server that dies or hangs is started again with the same weights and its unfinished requests are sent
+    again; after three failures in a row EngineError is raised. Every wait has a deadline.
+
+    servers: ServerOptions to launch `count` servers, or their URLs.
+    folder: where weights and logs are put.
+    """
+
+    def __init__(
+        self,
+        weights: WeightSource,
+        servers: ServerOptions | Sequence[str],
+        options: SGLangOptions,
+        deadlines: LaneOptions,
+        *,
+        folder: Path,
+        count: int = 1,
+    ) -> None:
+        self.options, self.stats = options, ServingStats()
+        self._source, self._published = weights, WeightFolder(weights, folder / "weights")
+        self._version = -1
+        self._asleep = False
+        self._checked: set[Lane] = set()
+        self._folder: Path | None = None  # of the version served, where it has been written
+        processes: list[ServerProcess | None] = []
+        if isinstance(servers, ServerOptions):
+            servers.check()
+            processes = [
+                ServerProcess(servers, folder / f"server-{index}.log", index) for index in range(count)
+            ]
+            urls = [""] * count
+        else:
+            urls = [url.rstrip("/") for url in servers]
+            processes = [None] * len(urls)
+        self.lanes = [
+            Lane(process=process, url=url, options=deadlines, stats=self.stats, restore=self._restore)
+            for process, url in zip(processes, urls, strict=True)
+        ]
+        atexit.register(self.close)
+
+    @property
+    def policy_version(self) -> int:
+        """Version of the weights served; -1 before the first update."""
+        return self._version
+
+    async def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        """One completion a request, in order.
+
+        Raises ValueError naming the first bad request (nothing is sent then), EngineError where the servers
+        failed three times in a row, RuntimeError before the first update_weights.
+        """
+        for index, request in enumerate(requests):
+            validate_request(index, request, self.options.vocab_size, self.options.max_tokens)
+        if self._version < 0:
+            raise RuntimeError("generate before the first update_weights: the servers have no weights yet")
+        tasks = [asyncio.create_task(self._complete(request)) for request in requests]
+        try:
+            return await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()  # the others' samples are of no use to anyone once one has failed
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def update_weights(self, version: int) -> None:
+        """Serve the trainer's current weights as `version` on every server; their caches are emptied.
+
+        Starts servers that are not running. EngineError where a server cannot be started or says
+        afterwards that it serves another version.
+        """
+        self._version = version
+        folder: Path | None = None
+        if self.options.transport == "disk" or any(self._starts(lane) for lane in self.lanes):
+            folder = self._published.publish(version)
+        self._folder = folder
+        await asyncio.gather(*(self._update(lane, version) for lane in self.lanes))
+        self._asleep = False
+        if self.options.verify:
+            folder = folder or self._published.publish(version)
+            await asyncio.gather(*(verify_weights(lane.client, folder, version) for lane in self.lanes))
+
+    async def flush(self) -> None:
+        """Empty the servers' prefix caches. The servers refuse while requests are in flight."""
+        for lane in self.lanes:
+            await lane.client.flush_cache(_QUICK_S)
+            lane.ledger.clear()
+
+    async def release(self) -> None:
+        """Between generations: colocated servers give their memory back until the next update_weights."""
+        if self.options.colocated and not self._asleep and self._version >= 0:
+            for lane in self.lanes:
+                await lane.client.flush_cache(_QUICK_S)
+                body = {"tags": ["kv_cache", "weights"]}
+                await lane.client.call("/release_memory_occupation", body, timeout_s=_MEMORY_S)
+            self._asleep = True
+        for lane in self.lanes:
+            await lane.aclose()
+
+    async def health(self) -> list[str]:
+        """What is wrong with each server, "" where it generates."""
+        found = []
+        for lane in self.lanes:
+            try:
+                await lane.client.call("/health_generate", timeout_s=_QUICK_S)
+            except EngineError as error:
+                found.append(str(error))
+            else:
+                found.append("")
+        return found
+
+    def close(self) -> None:
+        """Kill the servers that were launched here. Also done when this process ends, however it does."""
+        for lane in self.lanes:
+            if lane.process is not None:
+                lane.process.kill()
+        atexit.unregister(self.close)
+
+    async def _complete(self, request: Request) -> Completion:
+        lane = self.lanes[request.group_key % len(self.lanes)]
+        seed = None
+        if self.options.deterministic:
+            seed = (
+                stream_base(request.seed, request.rollout_key) >> 1
+            )  # 63 bits: SGLang takes a signed number
+        return _completion(await lane.generate(request, seed), self._version)
+
+    def _starts(self, lane: Lane) -> bool:
+        return lane.process is not None and (lane.process.pid is None or lane.process.exit_code is not None)
+
+    async def _update(self, lane: Lane, version: int) -> None:
+        if self._starts(lane):
+            await self._restore(lane)
+            return
+        await self._check_server(lane)
+        if self._asleep:
+            await lane.client.call("/resume_memory_occupation", {"tags": ["weights"]}, timeout_s=_MEMORY_S)
+        await self._load(lane, version)
+        if self._asleep:
+            await lane.client.call("/resume_memory_occupation", {"tags": ["kv_cache"]}, timeout_s=_MEMORY_S)
+
+    async def _load(self, lane: Lane, version: int) -> None:
+        if self.options.transport == "disk" or self._folder is not None:
+            assert self._folder is not None
+            await load_from_disk(lane.client, self._folder, version)
+        else:
+            info = await lane.client.call("/server_info", timeout_s=_QUICK_S)
+            ranks = info.get("tp_size")
+            await load_from_tensors(
+                lane.client, self._source.named_tensors(), version, ranks if isinstance(ranks, int) else 1
+            )
+        await self._check_version(lane, version)
+        lane.ledger.clear()
+
+    async def _restore(self, lane: Lane) -> None:
+        """Bring a server, launched anew or come back by itself, to the current weights."""
+        if self._folder is None:
+            self._folder = self._published.publish(self._version)
+        if lane.process is not None:
+            await lane.process.start(self._folder, self._version)
+        else:
+            await load_from_disk(lane.client, self._folder, self._version)
+        await self._check_version(lane, self._version)
+
+    async def _check_server(self, lane: Lane) -> None:
+        """UserError where somebody else's server cannot be used or cannot do what the options ask of it."""
+        if lane.process is not None or lane in self._checked:
+            return
+        self._checked.add(lane)
+        if wrong := (await self.health())[self.lanes.index(lane)]:
+            raise UserError(f"engine.urls: {wrong}; start that server or mend the address")
+        info = await lane.client.call("/server_info", timeout_s=_QUICK_S)
+        found = info.get("version")
+        if found != _VERSION:
+            raise UserError(f"{lane.url} runs SGLang {found}; this engine is built for {_VERSION}")
+        if self.options.deterministic and not info.get("enable_deterministic_inference"):
+            raise UserError(
+                f"engine.deterministic: {lane.url} was not started with --enable-deterministic-inference"
+            )
+
+    async def _check_version(self, lane: Lane, version: int) -> None:
+        served = await lane.client.weight_version(_QUICK_S)
+        if served != str(version):
+            raise EngineError(f"{lane.url} serves weights {served!r} after the update to version {version}")
+
+
+def _completion(sample: Sample, version: int) -> Completion:
+    return Completion(
+        token_ids=sample.token_ids,
+        logprobs=sample.logprobs,
+        finish_reason=sample.finish_reason,
+        cached_tokens=sample.cached_tokens,
+        prompt_tokens=sample.prompt_tokens,
+        policy_version=int(sample.weight_versions[-1]) if len(sample.weight_versions) else version,
+        token_versions=sample.weight_versions,
+    )

@@ -9,7 +9,7 @@ DOJO := $(VENV)/.agentdojo
 SMOLLM2 := models/smollm2-135m-instruct
 
 .DEFAULT_GOAL := help
-.PHONY: help venv train test lint types bench verify warmstart evaluate train-agentdojo test-agentdojo clean
+.PHONY: help venv train test lint types bench verify warmstart evaluate train-agentdojo test-agentdojo test-report clean
 
 help:  ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -60,6 +60,9 @@ train-agentdojo: $(SMOLLM2)/config.json  ## two steps on AgentDojo's banking and
 test-agentdojo: $(DOJO)  ## AgentDojo replayed: utility 97/97, an obeyed injection is an attack
 	$(BIN)/python -m mosaic_rollout.environments.agentdojo.replay
 	MOSAIC_TEST_AGENTDOJO=1 $(BIN)/python -m pytest tests/agentdojo tests/test_gguf.py
+
+test-report: $(STAMP)  ## the report page in a real browser (Debian: apt-get install chromium)
+	MOSAIC_TEST_REPORT=1 $(BIN)/python -m pytest tests/report
 
 evaluate: $(STAMP)  ## rates of a model or run folder on held-out tasks: make evaluate ARGS=runs/...
 	$(BIN)/python -m mosaic_fast.evaluate $(ARGS)

@@ -43,9 +43,8 @@ def main() -> int:
     except OSError as error:
         raise UserError(f"--out: {out} cannot be written: {error.strerror or error}") from None
     for folder, run in zip(folders, runs, strict=True):
-        print(f"{folder}: {run.trajectories} trajectories")
-        notes = run.index["notes"]
-        for note in notes if isinstance(notes, list) else []:
+        print(f"{folder}: {len(run.rollouts)} trajectories")
+        for note in run.notes:
             print(f"  {note}")
     print(f"{out}  {len(page) / 1e6:.1f} MB")
     return 0

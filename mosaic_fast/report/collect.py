@@ -7,8 +7,9 @@ import gzip
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from pydantic import JsonValue
@@ -30,17 +31,53 @@ _CHUNK_CHARS = 400_000  # of JSON; a browser unpacks one in a few milliseconds
 _REQUEST_SHOWN = 160  # characters of the user's request in the list
 
 
+class GroupEntry(NamedTuple):
+    """A group in the index, and where its body is."""
+
+    step: int
+    task_id: str
+    kind: str
+    request: str
+    chunk: int
+    place: int  # in its chunk
+
+
+class RolloutEntry(NamedTuple):
+    """A rollout in the index: what filters and sorting look at."""
+
+    group: int  # place in the index
+    place: int  # in its group
+    rollout_id: int
+    status: str
+    flags: int  # 1 harm, 2 done, 4 a check, 8 forked, 16 tags misplaced
+    reward: float | None
+    advantage: float | None
+    generated_tokens: int
+    steps: int
+
+
 @dataclass(frozen=True)
 class RunData:
     """One run as the page holds it."""
 
-    index: dict[str, JsonValue]  # name, config, metrics, summary, notes, budget, groups, rollouts
-    chunks: tuple[str, ...]  # packed lists of groups
-    trajectories: int
+    name: str
+    config: dict[str, JsonValue]
+    summary: dict[str, JsonValue]
+    metrics: dict[str, list[float | None]]
+    budget: list[list[float]]  # training step, then mean tokens of a rollout by part
+    groups: list[GroupEntry]
+    rollouts: list[RolloutEntry]
+    notes: list[str]
+    chunks: list[str]  # packed lists of group bodies
+
+    @property
+    def index(self) -> dict[str, object]:
+        """All of it but the bodies."""
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "chunks"}
 
 
 def collect_run(folder: Path, max_trajectories: int) -> RunData:
-    """Read a run. Above `max_trajectories`, whole training steps are left out, evenly, first and last kept."""
+    """Read a run. Above `max_trajectories`, whole training steps are left out, evenly spread."""
     require_run_folder(folder)
     notes = Notes()
     config, summary = read_config(folder, notes), read_summary(folder, notes)
@@ -52,34 +89,34 @@ def collect_run(folder: Path, max_trajectories: int) -> RunData:
     if len(kept) < len(files):
         notes.add(f"trajectories of {len(kept)} of {len(files)} training steps are shown, evenly spread")
     bodies = _Chunks()
-    groups: list[JsonValue] = []
-    rollouts: list[JsonValue] = []
-    budget: list[JsonValue] = []
+    groups: list[GroupEntry] = []
+    rollouts: list[RolloutEntry] = []
+    budget: list[list[float]] = []
     for step, path in kept:
         parts: list[dict[str, int]] = []
         for group in read_groups(path, notes):
             chunk, place = bodies.add(_group_body(step, group, notes))
             first = group[0]
-            groups.append([step, first.task_id, first.kind, _request(first), chunk, place])
+            groups.append(GroupEntry(step, first.task_id, first.kind, _request(first), chunk, place))
             rollouts.extend(_index_entry(len(groups) - 1, i, row) for i, row in enumerate(group))
             parts.extend(token_parts(row) for row in group)
         if parts:
             budget.append([step, *(sum(part[name] for part in parts) / len(parts) for name in parts[0])])
-    index: dict[str, JsonValue] = {
-        "name": folder.resolve().name,
-        "config": config,
-        "metrics": {name: list(values) for name, values in metrics.items()},
-        "summary": summary,
-        "notes": list(notes.texts),
-        "budget": budget,
-        "groups": groups,
-        "rollouts": rollouts,
-    }
-    return RunData(index, tuple(bodies.finish()), len(rollouts))
+    return RunData(
+        name=folder.resolve().name,
+        config=config,
+        summary=summary,
+        metrics=metrics,
+        budget=budget,
+        groups=groups,
+        rollouts=rollouts,
+        notes=notes.texts,
+        chunks=bodies.finish(),
+    )
 
 
-def pack(value: JsonValue) -> str:
-    """JSON, gzipped, base64: no character of it can end a script element, and equal input gives equal bytes."""
+def pack(value: object) -> str:
+    """JSON, gzipped, base64: nothing in it can end a script element; equal input gives equal bytes."""
     return base64.b64encode(gzip.compress(_json(value).encode("ascii"), mtime=0)).decode("ascii")
 
 
@@ -88,10 +125,10 @@ class _Chunks:
 
     def __init__(self) -> None:
         self._packed: list[str] = []
-        self._open: list[JsonValue] = []
+        self._open: list[dict[str, object]] = []
         self._chars = 0
 
-    def add(self, body: dict[str, JsonValue]) -> tuple[int, int]:
+    def add(self, body: dict[str, object]) -> tuple[int, int]:
         """Returns (chunk, place in it)."""
         if self._chars > _CHUNK_CHARS:
             self._close()
@@ -124,8 +161,7 @@ def _count_lines(path: Path) -> int:
         return sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
 
 
-def _index_entry(group: int, place: int, row: RolloutRow) -> list[JsonValue]:
-    """[group, place, rollout id, status, flags, reward, advantage, generated tokens, steps]."""
+def _index_entry(group: int, place: int, row: RolloutRow) -> RolloutEntry:
     flags = (
         1 * row.harm
         + 2 * row.done
@@ -133,13 +169,14 @@ def _index_entry(group: int, place: int, row: RolloutRow) -> list[JsonValue]:
         + 8 * (row.parent_id is not None)
         + 16 * (not all(step.well_formed for step in row.steps))
     )
-    reward = [_rounded(row.reward.total), _rounded(row.advantage)]
-    return [group, place, row.rollout_id, row.status, flags, *reward, len(row.trained), len(row.steps)]
+    reward, advantage = _rounded(row.reward.total), _rounded(row.advantage)
+    size = len(row.trained), len(row.steps)
+    return RolloutEntry(group, place, row.rollout_id, row.status, flags, reward, advantage, *size)
 
 
-def _group_body(step: int, group: Sequence[RolloutRow], notes: Notes) -> dict[str, JsonValue]:
+def _group_body(step: int, group: Sequence[RolloutRow], notes: Notes) -> dict[str, object]:
     try:
-        tree: list[JsonValue] = [asdict(segment) for segment in group_tree(group)]
+        tree = [asdict(segment) for segment in group_tree(group)]
     except (ValueError, OverflowError) as error:
         notes.add(f"step {step}, group {group[0].group_id}: no prefix tree: {error}")
         tree = []
@@ -169,14 +206,14 @@ def _rounded(value: float | None) -> float | None:
     return None if value is None or not math.isfinite(value) else round(value, 4)
 
 
-def _json(value: JsonValue) -> str:
+def _json(value: object) -> str:
     try:
         return json.dumps(value, separators=(",", ":"), allow_nan=False)
     except ValueError:  # a NaN, which JSON does not have
         return json.dumps(_finite(value), separators=(",", ":"), allow_nan=False)
 
 
-def _finite(value: JsonValue) -> JsonValue:
+def _finite(value: object) -> object:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):

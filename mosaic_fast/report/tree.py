@@ -1,10 +1,10 @@
-"""The prefix tree of a group, for the eye: runs of tokens that the same rollouts share, and what parts them."""
+"""The prefix tree of a group for the eye: tokens that the same rollouts share, and what parts them."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -34,7 +34,7 @@ def group_tree(group: Sequence[RolloutRow]) -> list[Segment]:
     """The segments of a group, parents first. ValueError where the token ids are no rollouts."""
     forest = pack_forest([row.token_ids for row in group])
     bounds = forest.cu_seqlens
-    paths = [forest.node_index[a:b] for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+    paths = [forest.node_index[a:b] for a, b in pairwise(bounds.tolist())]
     through = np.bincount(forest.node_index, minlength=forest.num_nodes)  # rollouts through a node
     spans: dict[int, tuple[int, int, int, list[int]]] = {}  # first node -> parent's, start, end, members
     for member, path in enumerate(paths):
@@ -42,7 +42,7 @@ def group_tree(group: Sequence[RolloutRow]) -> list[Segment]:
             continue
         cuts = [0, *(np.flatnonzero(np.diff(through[path])) + 1).tolist(), len(path)]
         above = -1
-        for start, end in zip(cuts[:-1], cuts[1:], strict=True):
+        for start, end in pairwise(cuts):
             first = int(path[start])
             spans.setdefault(first, (above, start, end, []))[3].append(member)
             above = first
@@ -95,7 +95,7 @@ def _labelled(segment: Segment, segments: Sequence[Segment], group: Sequence[Rol
     others = [group[m] for m in segments[segment.parent].members if m not in segment.members]
     texts = [_text(other, at, part) for other in others]
     own = _text(row, at, part)
-    shared = max((len(os.path.commonprefix([own, text])) for text in texts), default=0)
+    shared = max((_parting(own, text) for text in texts), default=0)
     text = own[shared : shared + _TEXT_SHOWN]
     return Segment(segment.parent, segment.start, segment.end, segment.members, at, part, text)
 
@@ -104,3 +104,13 @@ def _text(row: RolloutRow, step: int, part: str) -> str:
     if step >= len(row.steps):
         return ""
     return (row.steps[step].observation or "") if part == "observation" else row.steps[step].text
+
+
+def _parting(one: str, other: str) -> int:
+    """Index of the first word of `one`, or tag, that `other` does not begin with as well."""
+    same = next(
+        (i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other))
+    )
+    while 0 < same < len(one) and not (one[same - 1].isspace() or one[same - 1] in '>":,'):
+        same -= 1
+    return same

@@ -92,8 +92,8 @@ function drawSeries(canvas, one, x, y, stacked) {
     return;
   }
   const line = one.smooth ? smoothed(one.points) : one.points;
-  if (!one.dots && one.smooth && one.points.length > 4) canvas.append(svg("path", { d: linePath(one.points, x, y), class: `line faint ${tone}` }));
-  if (!one.dots) canvas.append(svg("path", { d: linePath(line, x, y), class: `line ${tone}${dash}` }));
+  if (one.smooth && one.points.length > 4) canvas.append(svg("path", { d: linePath(one.points, x, y), class: `line faint ${tone}` }));
+  canvas.append(svg("path", { d: linePath(line, x, y), class: `line ${tone}${dash}` }));
   if (one.dots || one.points.length === 1) {
     for (const [a, b] of one.points) canvas.append(svg("circle", { cx: x(a), cy: y(b), r: 3.6, class: `dot ${tone}${dash}` }));
   }

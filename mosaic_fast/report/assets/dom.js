@@ -22,7 +22,7 @@ const LONE = /[\ud800-\udfff]/gu;  // with the u flag: surrogates without a part
 const named = (character) => `\u27e8U+${character.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}\u27e9`;
 const visible = (text) => String(text ?? "").replace(UNSEEN, named).replace(LONE, named);
 
-const percent = (value) => `${(100 * value).toFixed(value > 0 && value < 0.0995 ? 1 : 0)}%`;
+const percent = (value) => `${+(100 * value).toFixed(1)}%`;
 
 function number(value) {
   if (value === null || value === undefined || !Number.isFinite(value)) return "\u2013";

@@ -55,7 +55,7 @@ function tokenScale(length, prompt, width) {
 function prefixTree(group, body, current, choose) {
   const tree = body.tree;
   if (!tree.length) return el("p", { class: "note" }, "No prefix tree: the token ids of this group could not be read.");
-  const lane = 26, left = 4, width = 560, label = 132;
+  const lane = 24, left = 2, width = 410, label = 118;
   const length = Math.max(...tree.map((s) => s.end)), prompt = Math.min(...body.rollouts.map((r) => r.steps[0]?.span[0] ?? r.tokens));
   const x = (token) => left + tokenScale(length, prompt, width)(token);
   const below = tree.map(() => []);

@@ -122,7 +122,7 @@ class VirtualList {
   move(by) {
     if (!this.entries.length) return;
     const at = this.entries.indexOf(this.selected);
-    const to = Math.min(this.entries.length - 1, Math.max(0, at < 0 ? 0 : at + by));
+    const to = Math.min(this.entries.length - 1, Math.max(0, at + by));
     this.open(this.entries[to]);
   }
 

@@ -14,7 +14,7 @@ const CHARTS = [
     metrics: [["safety/harmful_refused", "harmful refused", "green"], ["safety/injection_harm", "injection harm", "red"], ["safety/benign_refused", "benign refused", "orange"]] },
   { title: "What it does: completion", note: "An agent that does nothing harms nobody: read it beside harm.", format: percent, low: 0, high: 1, smooth: true,
     metrics: [["safety/benign_done", "benign done", "blue"], ["safety/injected_done", "injected done", "sky"], ["rollout/format_valid", "valid format", "grey"]] },
-  { title: "Held out, during training", note: "Greedy, on tasks that training never sees.", format: percent, low: 0, high: 1, dots: true, metrics: [] , heldout: true },
+  { title: "Held out", note: "Greedy, on tasks that training never sees: before, during and after.", format: percent, low: 0, high: 1, heldout: true },
   { title: "The learned gate", note: "Share of steps with a safety check, and of safety tokens among all generated.", format: percent, low: 0, high: 1, smooth: true,
     metrics: [["rollout/gate_rate_harmful", "harmful", "green"], ["rollout/gate_rate_injected", "injected", "red"], ["rollout/gate_rate_benign", "benign", "blue"], ["rollout/safety_token_share", "safety tokens", "grey"]] },
   { title: "Reward parts", note: "r_align has a fixed mean: what one rollout wins, another loses.", low: 0, smooth: true,
@@ -40,16 +40,27 @@ function column(run, name) {
   return steps.map((step, i) => [step, values[i]]).filter(([, value]) => value !== null && value !== undefined);
 }
 
+// The evaluations before and after training are points of the curve too, unless one was made at that very step.
+function heldoutPoints(run, name) {
+  const points = new Map(column(run, `heldout/${name}`)), { before, after, steps } = run.summary;
+  if (before?.[name] !== undefined && !points.has(0)) points.set(0, before[name]);
+  if (after?.[name] !== undefined && steps) points.set(steps, after[name]);
+  return [...points].sort((a, b) => a[0] - b[0]);
+}
+
 function seriesOf(spec, runs) {
   const marked = (run, label) => (runs.length > 1 ? `${run.letter} ${label}` : label);
   if (spec.budget) {
     return runs.slice(0, 1).flatMap((run) => BUDGET.map(([, label, tone], i) => (
       { label: marked(run, label), tone, run: 0, points: run.budget.map((row) => [row[0], row[i + 1]]) })));
   }
-  const metrics = spec.heldout ? RATES.map(([name, , tone]) => [`heldout/${name}`, name.split("/")[1].replaceAll("_", " "), tone]) : spec.metrics;
+  if (spec.heldout) {
+    return RATES.flatMap(([name, , tone]) => runs.map((run) => (
+      { label: marked(run, name.split("/")[1].replaceAll("_", " ")), tone, run: run.number, points: heldoutPoints(run, name), dots: true })));
+  }
   const chosen = spec.stacked ? runs.slice(0, 1) : runs;
-  return metrics.flatMap(([name, label, tone]) => chosen.map((run) => (
-    { label: marked(run, label), tone, run: run.number, points: column(run, name), smooth: spec.smooth, dots: spec.dots })));
+  return spec.metrics.flatMap(([name, label, tone]) => chosen.map((run) => (
+    { label: marked(run, label), tone, run: run.number, points: column(run, name), smooth: spec.smooth })));
 }
 
 function drawChart(spec, runs) {

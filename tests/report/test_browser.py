@@ -1,0 +1,229 @@
+"""The page in a real browser: filters, trajectories, keys, two runs; no data runs, nothing is fetched."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from mosaic_fast.report.collect import collect_run
+from mosaic_fast.report.page import render_page
+
+from .chromium import Chromium
+from .runs_for_tests import make_group, write_run, write_step
+from .test_read import HOSTILE
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chromium]:
+    with Chromium(tmp_path_factory.mktemp("profile")) as started:
+        started.resize(1400, 900)
+        yield started
+
+
+@pytest.fixture
+def page(browser: Chromium) -> Iterator[Chromium]:
+    """A fresh page; whatever a test did, it must have raised no error and asked the network for nothing."""
+    browser.call("Page.navigate", url="about:blank")
+    browser.evaluate("1")
+    browser.console.clear()
+    browser.requests.clear()
+    yield browser
+    browser.evaluate("new Promise((done) => setTimeout(done, 50))")
+    assert browser.console == []
+    assert browser.dialogs == 0
+    assert [url for url in browser.requests if not url.startswith("file:///")] == []
+    assert len(browser.requests) <= 2, "the page itself, and nothing beside it"
+
+
+def write_page(path: Path, *runs: Path) -> str:
+    path.write_text(render_page([collect_run(run, 100_000) for run in runs]), encoding="utf-8")
+    return path.as_uri()
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("page")
+    return write_page(folder / "page.html", write_run(folder / "one", steps=4))
+
+
+def text(page: Chromium, selector: str) -> str:
+    return str(page.evaluate(f"document.querySelector({json.dumps(selector)}).textContent"))
+
+
+def test_the_overview_shows_rates_first_with_their_intervals(page: Chromium, address: str):
+    page.open(address)
+    page.wait_for("document.querySelector('.chart')")
+    assert "90%59.6%–98.2%" in text(page, ".heldout")  # Wilson's interval of 9 of 10
+    titles = page.evaluate("[...document.querySelectorAll('.chart h3')].map((e) => e.textContent)")
+    assert isinstance(titles, list)
+    assert titles[0] == "What it does: harm"
+    assert {"Time", "Token budget", "Sharing", "Reward parts"} <= set(titles)
+
+
+def test_a_chart_shows_the_values_under_the_pointer(page: Chromium, address: str):
+    page.open(address)
+    page.wait_for("document.querySelector('.chart')")
+    assert "harmful refused100%" in text(page, ".chart .legend")
+    box = page.evaluate(
+        "(() => { const b = document.querySelector('.canvas').getBoundingClientRect();"
+        " return [b.x, b.y, b.width, b.height]; })()"
+    )
+    assert isinstance(box, list)
+    page.call("Input.dispatchMouseEvent", type="mouseMoved", x=box[0] + 0.1 * box[2], y=box[1] + 0.5 * box[3])
+    page.wait_for("document.querySelector('.at').textContent === 'step 1'")
+    assert "harmful refused25%" in text(page, ".chart .legend")
+
+
+def test_filters_choose_and_the_address_keeps_them(page: Chromium, address: str):
+    page.open(address + "#view=trajectories")
+    page.wait_for("document.querySelector('.row')")
+    assert text(page, "#count") == "48 of 48 trajectories"
+    page.click("[data-filter=status][data-value=refused]")
+    page.wait_for("document.querySelector('#count').textContent.startsWith('12 of')")
+    page.click("[data-filter=kind][data-value=benign]")
+    page.wait_for("document.querySelector('#count').textContent.startsWith('4 of')")
+    page.evaluate(
+        "(() => { const e = document.querySelector('[data-filter=from]'); e.value = '3';"
+        " e.dispatchEvent(new Event('input')); })()"
+    )
+    page.wait_for("document.querySelector('#count').textContent.startsWith('2 of')")
+    link = page.evaluate("location.href")
+    page.open("about:blank")
+    page.open(str(link))
+    page.wait_for("document.querySelector('.row')")
+    assert text(page, "#count") == "2 of 48 trajectories"
+    assert (
+        page.evaluate("document.querySelector('[data-value=refused]').getAttribute('aria-pressed')") == "true"
+    )
+    page.click("#clear")
+    page.wait_for("document.querySelector('#count').textContent.startsWith('48 of')")
+
+
+def test_a_trajectory_tells_its_parts_its_group_and_why(page: Chromium, address: str):
+    page.open(address + "#view=trajectories")
+    page.wait_for("document.querySelector('.row')")
+    page.click("[data-at='1.5']")
+    page.wait_for("document.querySelector('.matrix')")
+    labels = page.evaluate(
+        "[...document.querySelectorAll('.conversation .block > h4')].map((e) => e.textContent)"
+    )
+    assert labels == [
+        "user",
+        "plan",
+        "safety check",
+        "action: tool call",
+        "observation, not trained",
+        "action: final answer",
+    ]
+    assert "#5 is better than #6task complete beats refused a task that should be done" in text(
+        page, "#pairs"
+    )
+    page.click("[data-pair='3,0']")
+    page.wait_for("document.querySelectorAll('#pairs li').length === 1")
+    assert text(page, "#pairs") == "▼#7 is worse than #4task complete beats harm done"
+    assert text(page, ".group h3 small") == "50 tokens, 23 distinct: 2.2× shared"
+    assert page.evaluate("document.querySelectorAll('.tree .fork-mark').length") == 1
+    assert "#5 #6check, step 1<safety_thoughts>" in text(page, ".forks")
+
+
+def test_keys_walk_through_list_and_group(page: Chromium, address: str):
+    page.open(address + "#view=trajectories&at=2.4")
+    page.wait_for("document.querySelector('.matrix')")
+    for key, at in (("j", "2.5"), ("k", "2.4"), ("]", "2.5"), ("[", "2.4"), ("[", "2.7")):
+        page.press(key)
+        page.wait_for(f"location.hash.includes('at={at}')")
+    page.press("/")
+    page.wait_for("document.activeElement.dataset.filter === 'q'")
+    page.press("Escape")
+    page.press("?")
+    page.wait_for("document.querySelector('dialog').open")
+    page.evaluate("document.querySelector('dialog button').click()")
+    page.press("o")
+    page.wait_for("document.querySelector('.overview')")
+    page.evaluate("history.back()")
+    page.wait_for("document.querySelector('.matrix')")
+
+
+def test_hostile_text_is_shown_and_never_runs(page: Chromium, tmp_path: Path):
+    """Script tags, handlers, an ended data block, NUL, a bidi override: all visible, none of it markup."""
+    page.open(
+        write_page(tmp_path / "page.html", write_run(tmp_path / "run", steps=1, text=HOSTILE))
+        + "#view=trajectories&at=1.2"
+    )
+    page.wait_for("document.querySelector('.matrix')")
+    assert page.evaluate("typeof window.hacked") == "undefined"
+    assert page.evaluate("document.querySelectorAll('#main img, #main script').length") == 0
+    plan = text(page, ".conversation .part-plan")
+    assert "</script><script>window.hacked=1</script><img src=x onerror=hacked=1>" in plan
+    assert "⟨U+202E⟩⟨U+0000⟩⟨U+2028⟩😀" in plan
+    assert "</script>" in text(page, ".row .request")
+
+
+def test_even_markup_in_the_document_could_not_run(page: Chromium, address: str):
+    """The second line: were text ever put in as HTML, the policy would still stop it."""
+    page.open(address)
+    page.wait_for("document.querySelector('.chart')")
+    page.evaluate("document.body.insertAdjacentHTML('beforeend', '<img src=x onerror=\"window.hacked=1\">')")
+    page.evaluate("new Promise((done) => setTimeout(done, 200))")
+    assert page.evaluate("typeof window.hacked") == "undefined"
+    assert any("Content Security Policy" in line for line in page.console)
+    page.console.clear()
+    page.requests.clear()
+
+
+def test_two_runs_side_by_side(page: Chromium, tmp_path: Path):
+    runs = [write_run(tmp_path / name, steps=2, seed=seed) for name, seed in (("first", 0), ("second", 1))]
+    page.open(write_page(tmp_path / "page.html", *runs))
+    page.wait_for("document.querySelector('.chart')")
+    assert "Configuration (1 values differ)" in text(page, ".overview")
+    assert "A harmful refused" in text(page, ".chart .legend")
+    assert "B harmful refused" in text(page, ".chart .legend")
+    page.press("t")
+    page.wait_for("document.querySelector('.row')")
+    page.click("[data-at='1.1'][data-run=A]")
+    page.wait_for("document.querySelector('.matrix')")
+    page.press("s")
+    page.wait_for("document.querySelectorAll('.pane').length === 2")
+    heads = page.evaluate("[...document.querySelectorAll('.pane h2')].map((e) => e.textContent)")
+    assert heads == ["AStep 1, rollout 1", "BStep 1, rollout 1"]
+    page.click("[data-filter=run][data-value=B]")
+    page.wait_for("document.querySelector('#count').textContent === '24 of 48 trajectories'")
+
+
+def test_a_narrow_window_shows_list_or_trajectory(page: Chromium, address: str):
+    page.resize(420, 800)
+    try:
+        page.open(address + "#view=trajectories")
+        page.wait_for("document.querySelector('.row')")
+        page.click("[data-at='1.0']")
+        page.wait_for("document.querySelector('.matrix')")
+        assert page.evaluate("getComputedStyle(document.querySelector('.side')).display") == "none"
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        page.click(".back")
+        page.wait_for("getComputedStyle(document.querySelector('.side')).display !== 'none'")
+    finally:
+        page.resize(1400, 900)
+
+
+@pytest.mark.skipif(
+    not os.environ.get("MOSAIC_TEST_REPORT"), reason="only in make test-report: it takes a while"
+)
+def test_ten_thousand_trajectories(page: Chromium, tmp_path: Path):
+    """Every row can be reached, few are drawn, and the file stays far below the trajectories' own size."""
+    run = write_run(tmp_path / "run", steps=1)
+    for step in range(1, 101):
+        write_step(run, step, [make_group(group, " some words" * 20) for group in range(25)])
+    raw = sum(path.stat().st_size for path in (run / "trajectories").iterdir())
+    page.open(write_page(tmp_path / "page.html", run) + "#view=trajectories")
+    page.wait_for("document.querySelector('.row')")
+    assert text(page, "#count") == "10,000 of 10,000 trajectories"
+    assert page.evaluate("document.querySelectorAll('.row').length < 60")
+    page.evaluate("document.querySelector('.list').focus()")
+    page.press("End")
+    page.wait_for("location.hash.includes('at=100.99') && document.querySelector('.matrix')")
+    assert page.evaluate("document.querySelector('.row[aria-selected=true]').dataset.at") == "100.99"
+    assert (tmp_path / "page.html").stat().st_size < raw / 8

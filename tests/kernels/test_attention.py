@@ -70,12 +70,24 @@ def test_equals_each_rollout_alone(
     window=windows,
     block=st.sampled_from([1, 3, 8]),
     trunk=st.sampled_from([1, 2, 5, 12, 10**9]),
+    square=st.sampled_from([1, 4, 100]),
+    stacked=st.sampled_from([1, 4, 100]),
 )
 def test_every_cover_is_exact(
-    forest: PackedForest, shape: Heads, seed: int, window: int | None, block: int, trunk: int
+    forest: PackedForest,
+    shape: Heads,
+    seed: int,
+    window: int | None,
+    block: int,
+    trunk: int,
+    square: int,
+    stacked: int,
 ) -> None:
-    """Small blocks and trunks: squares, rectangles, contexts and buckets all occur on small forests."""
-    plan = build_plan(forest.subtree_end, forest.positions, window, block=block, trunk=trunk)
+    """Small sizes: squares, rectangles, contexts, stacks and buckets all occur on small forests."""
+    plan = build_plan(
+        forest.subtree_end, forest.positions, window,
+        block=block, trunk=trunk, square=square, stacked=stacked,
+    )  # fmt: skip
 
     def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         return segments_tree_attention(q, k, v, plan, scale=shape.head_dim**-0.5)
@@ -112,7 +124,16 @@ def test_some_queries_equal_their_rows_of_all(
     expected = tree_attention(q, k, v, end, positions=positions, window=window, backend="reference")[rows]
     q, k, v = qkv
     if backend == "small cover":
-        plan = build_plan(end, positions, window, queries, block=1 + seed % 5, trunk=1 + seed % 7)
+        plan = build_plan(
+            end,
+            positions,
+            window,
+            queries,
+            block=1 + seed % 5,
+            trunk=1 + seed % 7,
+            square=1 + seed % 3,
+            stacked=1 + seed % 4,
+        )
         got = segments_tree_attention(q[rows], k, v, plan, scale=shape.head_dim**-0.5)
     else:
         got = tree_attention(
@@ -126,23 +147,39 @@ def test_some_queries_equal_their_rows_of_all(
     forest=forests(max_rollouts=10),
     block=st.integers(1, 9),
     trunk=st.integers(1, 12),
+    square=st.sampled_from([1, 3, 100]),
+    stacked=st.sampled_from([1, 4, 100]),
     kind=st.sampled_from(["all", "last", "scattered", "runs"]),
     seed=seeds,
 )
 def test_a_plan_covers_each_visible_pair_once(
-    forest: PackedForest, block: int, trunk: int, kind: str, seed: int
+    forest: PackedForest, block: int, trunk: int, square: int, stacked: int, kind: str, seed: int
 ) -> None:
     """No (query, key) pair may be counted twice: merging would weigh it double."""
     asked = np.arange(forest.num_nodes) if kind == "all" else some_nodes(forest, seed, kind)
     covered = np.zeros((len(asked), forest.num_nodes), np.int64)
-    plan = build_plan(forest.subtree_end, queries=None if kind == "all" else asked, block=block, trunk=trunk)
-    for one in plan.trunks:
-        covered[one.own, one.keys] += np.tri(
-            one.own.stop - one.own.start, one.keys.stop - one.keys.start, dtype=int
+    plan = build_plan(
+        forest.subtree_end,
+        queries=None if kind == "all" else asked,
+        block=block,
+        trunk=trunk,
+        square=square,
+        stacked=stacked,
+    )
+    for one in plan.squares:
+        covered[one.rows, one.keys] += np.tri(one.rows.stop - one.rows.start, dtype=int)
+    for one in plan.rectangles:
+        covered[one.rows, one.keys] += 1
+    for context in plan.contexts:
+        covered[context.rows, context.keys.numpy()] += 1
+    for stack in plan.stacks:
+        real = np.arange(len(stack.rows)) if stack.real is None else stack.real.numpy()
+        rows, keys, square = (
+            stack.rows.numpy()[real],
+            stack.keys.numpy()[real],
+            real * stack.squares // len(stack.rows),
         )
-        covered[one.below, one.keys] += 1
-        if one.context is not None:
-            covered[one.own, one.context.numpy()] += 1
+        covered[np.ix_(rows, keys)] += (square[:, None] == square) & (real[:, None] >= real)
     for bucket in plan.buckets:
         queries, keys = bucket.queries.view(bucket.blocks, -1), bucket.keys.view(bucket.blocks, -1)
         for rows, columns, hidden in zip(queries, keys, bucket.hidden[:, 0], strict=True):
@@ -309,9 +346,7 @@ def test_a_plan_follows_its_content_not_its_object() -> None:
 def test_refusals() -> None:
     q, k, v = Heads(4, 2, 8).draw_qkv(3, 0)
     end = np.array([3, 3, 3])
-    with pytest.raises(
-        ValueError, match=r"'triton' is not available in this version.*'reference', 'segments'"
-    ):
+    with pytest.raises(ValueError, match=r"'triton'.*available on cpu are 'auto', 'reference', 'segments'"):
         tree_attention(q, k, v, end, backend="triton")
     with pytest.raises(ValueError, match="unknown backend 'fast'"):
         tree_attention(q, k, v, end, backend="fast")

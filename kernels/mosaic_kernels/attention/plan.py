@@ -1,15 +1,16 @@
 """How `segments` covers the visible (query, key) pairs of a forest with a few large attention calls.
 
 A segment is a maximal chain of nodes with the same descendants: consecutive equal subtree_end. Long
-segments, the trunks, need no mask and no copy of keys: a causal square over themselves and a full
-rectangle for the block of nodes that descend from them. What remains of the forest when trunks are taken
-out is again a forest in depth-first order; it is cut into blocks of BLOCK queries, each with the union of
-its queries' keys (the ancestors of the first one, and the block itself) under a mask. Blocks of similar
-key count are padded and stacked into one call. So the number of calls does not grow with the number of
-nodes, however small the rollouts.
+segments, the trunks, need no mask and no copy of keys: causal squares over themselves and a full rectangle
+for the block of nodes that descend from them. Shorter segments right below trunks or roots are causal
+squares too: similar ones are padded and stacked into one call. What remains of the forest is cut into blocks
+of BLOCK queries, each with the union of its queries' keys outside trunks under a mask, stacked by key count.
+So the number of calls does not grow with the number of nodes, however small the rollouts.
 
-Example: a trunk of 600 tokens with 32 branches of 30 becomes one 600 x 600 causal square, one 960 x 600
-rectangle, and 15 blocks of 64 queries in two or three stacked calls.
+Where outputs of some nodes only are asked for, segments are cut where these begin and end too.
+
+Example: a trunk of 600 tokens with 32 branches of 30 becomes four causal squares of 150 and three rectangles
+between them, one 960 x 600 rectangle, and one stack of 32 causal squares of 30.
 """
 
 import functools
@@ -22,21 +23,38 @@ from mosaic_kernels.forest import BoolArray, IntArray
 
 BLOCK = 64  # queries a block: larger wastes masked pairs, smaller copies more keys
 TRUNK = 128  # tokens from which a segment is worth calls of its own
-SIMILAR = 0.85  # blocks whose key count is at least this share of the largest one's are stacked
+SQUARE = (
+    256  # a causal square above this is halved: the fused kernel computes hidden pairs along the diagonal
+)
+STACKED = 16  # tokens from which shorter segments are stacked: below, blocks hold several of them
+SIMILAR = 0.85  # blocks or squares of at least this share of the largest one's size are stacked
 CACHED_BIAS = 2**23  # mask entries a plan may keep as floats between calls (32 MiB in fp32)
 
 
+@dataclass(frozen=True)
+class Part:
+    """A call on contiguous rows of q and contiguous nodes: a causal square, or a full rectangle."""
+
+    rows: slice  # of q
+    keys: slice  # nodes
+
+
 @dataclass(frozen=True, eq=False)
-class Trunk:
-    """A long segment: a causal square, a full rectangle for its descendants, and its own ancestors.
+class Context:
+    """The ancestors of a trunk that lie outside trunks: a full rectangle over gathered keys."""
 
-    Rows are rows of q. Those of a trunk's own nodes are all there or none of them is.
-    """
+    rows: slice  # of q
+    keys: torch.Tensor  # [C] int64 nodes
 
-    keys: slice  # its nodes
-    own: slice  # rows at its nodes
-    below: slice  # rows at its descendants
-    context: torch.Tensor | None  # [C] int64: its ancestors outside trunks
+
+@dataclass(frozen=True, eq=False)
+class Stack:
+    """Causal squares of similar size in one call. Padding repeats a square's last node, after all others."""
+
+    squares: int  # N
+    rows: torch.Tensor  # [N * L] int64 rows of q
+    keys: torch.Tensor  # [N * L] int64 nodes
+    real: torch.Tensor | None  # [number of real ones] int64 among N * L; None: all
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,16 +63,22 @@ class Bucket:
 
     blocks: int  # N
     queries: torch.Tensor  # [N * B] int64 rows of q
-    keys: torch.Tensor  # [N * K] int64 nodes; padding repeats node 0 and is hidden
+    keys: torch.Tensor  # [N * K] int64 nodes; padding repeats a node and is hidden
     hidden: torch.Tensor  # [N, 1, B, K] bool, True where the query does not see the key
 
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """Index arrays of one forest, shared by all layers."""
+    """Index arrays of one forest, shared by all layers.
 
-    trunks: tuple[Trunk, ...]
-    buckets: tuple[Bucket, ...]
+    Squares, stacks and buckets hold every row once; rectangles and contexts are merged into them.
+    """
+
+    squares: tuple[Part, ...] = ()
+    rectangles: tuple[Part, ...] = ()
+    contexts: tuple[Context, ...] = ()
+    stacks: tuple[Stack, ...] = ()
+    buckets: tuple[Bucket, ...] = ()
     _biases: dict[tuple[int, torch.dtype], torch.Tensor] = field(default_factory=dict, repr=False)
 
     def bias(self, bucket: int, dtype: torch.dtype) -> torch.Tensor:
@@ -104,30 +128,53 @@ def build_plan(
     *,
     block: int = BLOCK,
     trunk: int = TRUNK,
+    square: int = SQUARE,
+    stacked: int = STACKED,
 ) -> Plan:
-    """Trunks and buckets of a forest. With a window everything is a block: squares would need masks."""
+    """Cover a forest. With a window everything is a block: squares would need masks."""
     nodes = np.arange(len(subtree_end)) if queries is None else queries
     if not len(nodes):
-        return Plan((), ())
+        return Plan()
     segments = _Segments(subtree_end, nodes, trunk)
     if window is not None:
         segments.is_trunk[:] = False
+    squares, rectangles, contexts = [], [], []
     trunks = np.flatnonzero(segments.is_trunk)
     owner, above = segments.ancestors_outside_trunks(segments.start[trunks])
-    made = []
     for index, segment in enumerate(trunks.tolist()):
         start, stop = int(segments.start[segment]), int(segments.stop[segment])
         first, past, last = np.searchsorted(nodes, [start, stop, subtree_end[start]]).tolist()
-        context = above[owner == index]
-        made.append(
-            Trunk(
-                keys=slice(start, stop),
-                own=slice(first, past),
-                below=slice(past, last),
-                context=torch.from_numpy(context) if len(context) else None,
-            )
-        )
-    return Plan(tuple(made), tuple(_buckets(segments, subtree_end, nodes, positions, window, block)))
+        if first < past:
+            _halve(Part(slice(first, past), slice(start, stop)), square, squares, rectangles)
+            if (owner == index).any():
+                contexts.append(Context(slice(first, past), torch.from_numpy(above[owner == index])))
+        if past < last:
+            rectangles.append(Part(slice(past, last), slice(start, stop)))
+    alone = np.zeros(len(segments.start), np.bool_)
+    if window is None:
+        alone = segments.stand_alone(stacked)
+    in_block = ~(segments.is_trunk | alone)[segments.of_node[nodes]]
+    return Plan(
+        tuple(squares),
+        tuple(rectangles),
+        tuple(contexts),
+        tuple(_stacks(segments, nodes, np.flatnonzero(alone))),
+        tuple(_buckets(segments, subtree_end, nodes, np.flatnonzero(in_block), positions, window, block)),
+    )
+
+
+def _halve(whole: Part, square: int, squares: list[Part], rectangles: list[Part]) -> None:
+    """Cover a causal square by smaller ones and the rectangles between them."""
+    size = whole.rows.stop - whole.rows.start
+    if size <= square:
+        squares.append(whole)
+        return
+    row, key = whole.rows.start + size // 2, whole.keys.start + size // 2
+    upper = Part(slice(whole.rows.start, row), slice(whole.keys.start, key))
+    lower = Part(slice(row, whole.rows.stop), slice(key, whole.keys.stop))
+    _halve(upper, square, squares, rectangles)
+    _halve(lower, square, squares, rectangles)
+    rectangles.append(Part(lower.rows, upper.keys))
 
 
 class _Segments:
@@ -140,6 +187,7 @@ class _Segments:
         self.stop = np.append(np.flatnonzero(changes) + 1, len(subtree_end))  # [S]
         self.start = np.append(0, self.stop[:-1])  # [S]
         self.is_trunk: BoolArray = self.stop - self.start >= trunk  # [S]
+        self.is_asked: BoolArray = asked[self.start]  # [S]
         self.of_node = np.repeat(np.arange(len(self.start)), self.stop - self.start)  # [U]
         self.parent = np.empty(len(self.start), np.int64)  # [S] -1 at a root
         path: list[tuple[int, int]] = []  # (subtree end, segment) from a root to the last segment seen
@@ -149,6 +197,16 @@ class _Segments:
                 path.pop()
             self.parent[segment] = path[-1][1] if path else -1
             path.append((end, segment))
+
+    def stand_alone(self, shortest: int) -> BoolArray:  # [S]
+        """Segments that are asked for, are no trunk, and have only trunks above them."""
+        long = self.stop - self.start >= shortest
+        candidates = np.flatnonzero(self.is_asked & ~self.is_trunk & long)
+        owner, _ = self.ancestors_outside_trunks(self.start[candidates])
+        alone = np.zeros(len(self.start), np.bool_)
+        alone[candidates] = True
+        alone[candidates[np.unique(owner)]] = False
+        return alone
 
     def ancestors_outside_trunks(self, nodes: IntArray) -> tuple[IntArray, IntArray]:
         """(index into nodes, ancestor) of all ancestors outside trunks, grouped by the index.
@@ -175,16 +233,37 @@ class _Segments:
         return np.repeat(owner, count), np.arange(count.sum()) + np.repeat(start - first, count)
 
 
+def _stacks(segments: _Segments, queries: IntArray, alone: IntArray) -> list[Stack]:
+    """The given segments as causal squares, those of similar length stacked."""
+    length = segments.stop[alone] - segments.start[alone]
+    stacks = []
+    for group in _similar(length):
+        longest = int(length[group].max())
+        column = np.arange(longest)
+        real = column < length[group][:, None]
+        keys = segments.start[alone[group]][:, None] + np.minimum(column, length[group][:, None] - 1)
+        rows = np.searchsorted(queries, keys)
+        stacks.append(
+            Stack(
+                squares=len(group),
+                rows=torch.from_numpy(rows.reshape(-1)),
+                keys=torch.from_numpy(keys.reshape(-1)),
+                real=None if real.all() else torch.from_numpy(np.flatnonzero(real)),
+            )
+        )
+    return stacks
+
+
 def _buckets(
     segments: _Segments,
     subtree_end: IntArray,
     queries: IntArray,
+    rows: IntArray,  # of the queries that go into blocks
     positions: IntArray | None,
     window: int | None,
     block: int,
 ) -> list[Bucket]:
-    """Blocks of the queries outside trunks, stacked by key count; a short last block stands alone."""
-    rows = np.flatnonzero(~segments.is_trunk[segments.of_node[queries]])
+    """Blocks of queries, stacked by key count; a short last block stands alone."""
     if not len(rows):
         return []
     asked = queries[rows]
@@ -192,7 +271,11 @@ def _buckets(
     count = np.bincount(owner)  # [blocks] keys of each block
     offset = np.cumsum(count) - count
     buckets = []
-    for group in _similar(count, len(rows) // block):
+    full = len(rows) // block
+    groups = _similar(count[:full])
+    if full < len(count):
+        groups.append(np.array([full]))
+    for group in groups:
         column = np.arange(count[group].max())
         exists = column < count[group][:, None]
         keys = nodes[np.where(exists, offset[group][:, None] + column, 0)]
@@ -242,15 +325,13 @@ def _keys_of_blocks(
     return owner[order], nodes[order]
 
 
-def _similar(count: IntArray, full: int) -> list[IntArray]:
-    """Groups of block indices with similar key count among the first `full` blocks, then the short one."""
-    order = np.argsort(-count[:full], kind="stable")
-    sizes = count[order].tolist()
+def _similar(sizes: IntArray) -> list[IntArray]:
+    """Groups of indices with similar sizes, the largest first."""
+    order = np.argsort(-sizes, kind="stable")
+    ordered = sizes[order].tolist()
     groups, first = [], 0
-    for index in range(1, full + 1):
-        if index == full or sizes[index] < SIMILAR * sizes[first]:
+    for index in range(1, len(ordered) + 1):
+        if index == len(ordered) or ordered[index] < SIMILAR * ordered[first]:
             groups.append(order[first:index])
             first = index
-    if full < len(count):
-        groups.append(np.array([full]))
     return groups

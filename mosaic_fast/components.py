@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import TypeVar
@@ -13,12 +13,13 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from mosaic_fast.config import Config
-from mosaic_fast.errors import TrainingError, UserError
+from mosaic_fast.engine import build_engine, longest_rollout
+from mosaic_fast.errors import EngineStoppedError, UserError
 from mosaic_fast.policy import Policy
 from mosaic_rollout.agent_loop import AgentLoop, Limits
 from mosaic_rollout.chat import Chat
-from mosaic_rollout.engine import EngineError, LocalEngine
-from mosaic_rollout.types import Environment
+from mosaic_rollout.engine import EngineError
+from mosaic_rollout.types import Environment, ManagedEngine
 
 Result = TypeVar("Result")
 
@@ -27,29 +28,37 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Components:
-    """Everything a run plays with. Engine and policy share one model."""
+    """Everything a run plays with. A local engine and the policy share one model."""
 
     tokenizer: PreTrainedTokenizerBase
     policy: Policy
-    engine: LocalEngine
+    engine: ManagedEngine
     loop: AgentLoop
 
     def run(self, work: Coroutine[None, None, Result], *, version: int) -> Result:
-        """Run engine work with the policy's current weights as `version`; TrainingError where it fails."""
+        """Run engine work with the policy's current weights as `version`.
+
+        EngineStoppedError where the engine fails.
+        """
 
         async def synced() -> Result:
             await self.engine.update_weights(version)
-            return await work
+            try:
+                return await work
+            finally:
+                await self.engine.release()
 
         try:
             return asyncio.run(synced())
         except EngineError as error:
-            raise TrainingError(f"{error}. The last checkpoint is intact") from None
+            raise EngineStoppedError(f"{error}. The last checkpoint is intact") from None
+        finally:
+            work.close()  # where it was never begun
 
     def loop_at(self, temperature: float) -> AgentLoop:
         """The agent loop at another sampling temperature; 0 is greedy."""
         loop = self.loop
-        return AgentLoop(loop.engine, loop.chat, loop.environment, loop.limits, temperature)
+        return replace(loop, temperature=temperature)
 
 
 def model_folder(path: str) -> Path:
@@ -57,23 +66,24 @@ def model_folder(path: str) -> Path:
     return Path(str(files("mosaic_fast").joinpath("embedded"))) if path == "embedded" else Path(path)
 
 
-def build_components(config: Config, weights: Path) -> Components:
-    """Everything of a run, with the model of folder `weights`. Raises UserError for what is missing."""
+def build_components(config: Config, weights: Path, scratch: Path | None = None) -> Components:
+    """Everything of a run, with the model of folder `weights`. Raises UserError for what is missing.
+
+    scratch: a folder for an engine's own files; without one, a temporary folder. Close the engine at the end.
+    """
     if config.model.threads:
         torch.set_num_threads(config.model.threads)
     environment = build_environment(config)
     tokenizer = _load_tokenizer(weights)
     chat = Chat(tokenizer, teach_loop=config.rollout.teach_loop)
     policy = load_policy(config, weights)
-    engine = LocalEngine(
-        policy.model, max_batch=config.engine.max_batch, max_cached_tokens=config.engine.max_cached_tokens
-    )
+    engine = build_engine(config, policy, scratch)
     rollout = config.rollout
-    longest = min(rollout.max_rollout_tokens, int(policy.model.config.max_position_embeddings))
-    limits = Limits(rollout.max_steps, rollout.max_step_tokens, longest)
-    return Components(
-        tokenizer, policy, engine, AgentLoop(engine, chat, environment, limits, rollout.temperature)
+    limits = Limits(rollout.max_steps, rollout.max_step_tokens, longest_rollout(config, policy))
+    loop = AgentLoop(
+        engine, chat, environment, limits, rollout.temperature, tool_timeout_s=config.env.tool_timeout_s
     )
+    return Components(tokenizer, policy, engine, loop)
 
 
 def build_environment(config: Config) -> Environment:

@@ -63,6 +63,8 @@ class EnvConfig(Section):
     """agentdojo: solved training tasks that open every conversation, for models too small to be told."""
     max_observation_chars: Count = 16_000
     """agentdojo, module:Class: longer tool outputs are cut there, and say so."""
+    tool_timeout_s: NonNegative = 0.0
+    """Seconds until a tool call becomes an error observation; 0: no limit, for bitwise repeatable runs."""
     eval_tasks: int = Field(default=300, ge=0)
     """Held-out tasks in the evaluation before and after training; 0 leaves both out."""
     eval_every: int = Field(default=0, ge=0)
@@ -72,12 +74,38 @@ class EnvConfig(Section):
 class EngineConfig(Section):
     """What samples the rollouts."""
 
-    kind: Literal["local"] = "local"
-    """`local`: in process, PyTorch, with a radix-tree cache of keys and values."""
+    kind: Literal["local", "sglang"] = "local"
+    """`local`: in process, PyTorch, with a radix-tree cache. `sglang`: SGLang servers (docs/sglang.md)."""
     max_batch: Count = 96
-    """Sequences decoded at once."""
+    """Sequences decoded at once (sglang: by each server)."""
     max_cached_tokens: Count = 200_000
-    """Tokens the prefix cache may hold; beyond it the least recently used are dropped."""
+    """Tokens the prefix cache may hold, the least recently used go first (sglang: CPU servers only)."""
+    python: str = ".venv-sglang/bin/python"
+    """sglang: Python of the environment to launch servers with; `make sglang` makes this one."""
+    urls: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    """sglang: servers that run already, instead of launching any; they must see the run folder's files."""
+    servers: Count = 1
+    """sglang: servers to launch; a task's rollouts all go to one of them."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """sglang: where launched servers run; auto takes a GPU where PyTorch finds one."""
+    args: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    """sglang: further flags for launched servers, as `sglang.launch_server` takes them."""
+    deterministic: bool = False
+    """sglang: SGLang's deterministic mode, with draws keyed by seed, rollout and position."""
+    weights: Literal["disk", "tensor"] = "disk"
+    """sglang: how updated weights reach the servers, by a folder or as tensors shared between processes."""
+    verify_weights: bool = False
+    """sglang: prove by checksums after every update that the servers have the trained weights."""
+    colocated: bool = False
+    """sglang: servers give their memory back while the trainer computes, for one GPU that does both."""
+    max_inflight_tokens: int = Field(default=0, ge=0)
+    """sglang: tokens asked of a server at once, prompt to compute and to sample; 0: what its cache holds."""
+    request_timeout_s: Positive = 600.0
+    """sglang: seconds a request may take before it is sent again."""
+    hang_timeout_s: Positive = 60.0
+    """sglang: seconds without any sign of life after which a launched server is killed and started anew."""
+    startup_timeout_s: Positive = 600.0
+    """sglang: seconds a server may take to start."""
 
 
 class RolloutConfig(Section):
@@ -315,6 +343,11 @@ class Config(Section):
             raise ValueError(
                 f"optim.warmup_steps ({self.optim.warmup_steps}) must be below steps ({self.steps})"
             )
+        if self.engine.urls and self.engine.kind != "sglang":
+            raise ValueError(f"engine.urls needs engine.kind = 'sglang', not {self.engine.kind!r}")
+        for url in self.engine.urls:
+            if not url.startswith(("http://", "https://")):
+                raise ValueError(f"engine.urls: {url!r} must start with http://, as http://127.0.0.1:30000")
         if self.env.eval_every and not self.env.eval_tasks:
             raise ValueError("env.eval_every needs env.eval_tasks above 0")
         if self.env.tasks and ":" not in self.env.name:

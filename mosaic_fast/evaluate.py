@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -104,9 +105,14 @@ def main() -> int:
     from mosaic_fast.components import build_components
 
     components = build_components(config, folder)
-    rates = evaluate_policy(
-        components, arguments.split, arguments.tasks, temperature=arguments.temperature, seed=arguments.seed
-    )
+    with closing(components.engine):
+        rates = evaluate_policy(
+            components,
+            arguments.split,
+            arguments.tasks,
+            temperature=arguments.temperature,
+            seed=arguments.seed,
+        )
     how = "greedy" if arguments.temperature == 0 else f"T = {arguments.temperature:g}"
     Console().print(rates_table({how: rates}, f"{folder}, {arguments.split}, {arguments.tasks} tasks"))
     if arguments.json:

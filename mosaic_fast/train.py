@@ -6,6 +6,7 @@ python -m mosaic_fast.train [run.toml] [--options]
 from __future__ import annotations
 
 import sys
+from contextlib import closing
 from dataclasses import replace
 
 import numpy as np
@@ -25,7 +26,7 @@ from mosaic_fast.components import Components, build_components, load_policy, mo
 from mosaic_fast.config import Config
 from mosaic_fast.config_io import parse_train_arguments, run_cli
 from mosaic_fast.curves import draw_curves
-from mosaic_fast.errors import TrainingError
+from mosaic_fast.errors import EngineStoppedError, TrainingError
 from mosaic_fast.evaluate import evaluate_policy, rates_table
 from mosaic_fast.interrupt import Interrupt
 from mosaic_fast.judge import Judge, RuleJudge, judgement_figures
@@ -57,7 +58,7 @@ def train(config: Config, name: str = "world", *, resume: bool = False) -> int:
     if checkpoint is not None:
         verify_checkpoint(checkpoint)
     initial = model_folder(config.model.path)
-    components = build_components(config, checkpoint or initial)
+    components = build_components(config, checkpoint or initial, folder.path / "sglang")
     reference = load_policy(config, initial, trainable=False) if config.loss.kl_weight else None
     learner = Learner(components.policy, reference, config)
     torch.manual_seed(config.seed)  # nothing draws from it today; a checkpoint holds its state all the same
@@ -65,7 +66,11 @@ def train(config: Config, name: str = "world", *, resume: bool = False) -> int:
     folder.open(config, progress.step)
     trainer = _Trainer(config, folder, components, learner, RuleJudge())
 
-    with ProgressView(config.trackers.console, config.steps, progress.step) as view, Interrupt() as interrupt:
+    with (
+        closing(components.engine),
+        ProgressView(config.trackers.console, config.steps, progress.step) as view,
+        Interrupt() as interrupt,
+    ):
         view.say(f"run folder {folder.path}")
         after: dict[str, Rate] = {}
         if not progress.before and config.env.eval_tasks:
@@ -101,15 +106,19 @@ class _Trainer:
         tasks = loop.environment.sample(
             "train", config.rollout.prompts_per_step, derived_seed(config.seed, "tasks", step)
         )
-        groups = self.components.run(
-            loop.groups(
-                tasks,
-                group_size=config.rollout.group_size,
-                branching=config.rollout.branching,
-                seed=derived_seed(config.seed, "draws", step),
-            ),
-            version=step,
-        )
+        try:
+            groups = self.components.run(
+                loop.groups(
+                    tasks,
+                    group_size=config.rollout.group_size,
+                    branching=config.rollout.branching,
+                    seed=derived_seed(config.seed, "draws", step),
+                ),
+                version=step,
+            )
+        except EngineStoppedError:
+            self.save_unsaved(progress)
+            raise
         rollouts = [rollout for group in groups for rollout in group]
         clock.lap("time/rollout_s")
 
@@ -149,14 +158,26 @@ class _Trainer:
             "perf/generated_tokens_per_s": forest.trained.sum() / clock.laps["time/rollout_s"],
             "perf/update_tokens_per_s": forest.num_tokens * config.optim.epochs / clock.laps["time/update_s"],
         }
+        stopped: EngineStoppedError | None = None
         if config.env.eval_every and (step + 1) % config.env.eval_every == 0:
-            rates = self.evaluate(max(1, config.env.eval_tasks // 3), step + 1)
-            row |= {f"heldout/{name}": rate.value for name, rate in rates.items() if rate.total}
+            try:
+                rates = self.evaluate(max(1, config.env.eval_tasks // 3), step + 1)
+                row |= {f"heldout/{name}": rate.value for name, rate in rates.items() if rate.total}
+            except EngineStoppedError as error:  # the step itself is done, and is kept
+                stopped = error
         self.folder.append_metrics(row)
         progress = replace(progress, step=step + 1, train_s=progress.train_s + row["time/step_s"])
-        if progress.step % config.checkpoint.every == 0 or progress.step == config.steps:
+        if stopped or progress.step % config.checkpoint.every == 0 or progress.step == config.steps:
             self.save(progress)
+        if stopped:
+            raise stopped
         return row, progress
+
+    def save_unsaved(self, progress: Progress) -> None:
+        """A checkpoint of where the run stands, if there is none yet."""
+        folder = self.folder.checkpoints
+        if latest_checkpoint(folder) != checkpoint_path(folder, progress):
+            self.save(progress)
 
     def save(self, progress: Progress) -> None:
         clock = Clock()
@@ -180,10 +201,8 @@ class _Trainer:
         config, folder = self.config, self.folder
         before = {name: Rate(*pair) for name, pair in progress.before.items()}
         done = progress.step == config.steps
-        if not done and latest_checkpoint(folder.checkpoints) != checkpoint_path(
-            folder.checkpoints, progress
-        ):
-            self.save(progress)
+        if not done:
+            self.save_unsaved(progress)
         summary = {
             "seed": config.seed,
             "steps": progress.step,

@@ -15,9 +15,11 @@ from mosaic_rollout.types import Rollout
 Branching = Literal["independent", "fork_at_check", "fork_at_step"]
 
 
-def trunk_count(branching: Branching, group_size: int) -> int:
-    """How many rollouts of a group are sampled from the prompt: all, or one of every two."""
-    return group_size if branching == "independent" else max(1, group_size // 2)
+def trunk_count(branching: Branching, group_size: int, gate_contrast: bool = False) -> int:
+    """How many rollouts of a group are sampled from the prompt: all, one of two, or one of four."""
+    if branching == "independent":
+        return group_size
+    return max(1, group_size // (4 if gate_contrast else 2))
 
 
 def fork_position(trunk: Rollout, branching: Branching, seed: int) -> int | None:

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mosaic_rollout.call_formats import HERMES, CallFormat, detect_call_format
 from mosaic_rollout.errors import UserError
-from mosaic_rollout.grammar import THINK_OPEN
+from mosaic_rollout.grammar import SAFETY_OPEN, THINK_CLOSE, THINK_OPEN
 from mosaic_rollout.prompts import load_prompt
 from mosaic_rollout.types import Message, ToolSchema
 
@@ -88,6 +88,13 @@ class Chat:
         text = self._render([*turn, message], None, opens=True)
         text = text.rpartition(_SENTINEL)[2].removeprefix(self._turn_end)
         return self._encode(text), text.rstrip().endswith(THINK_OPEN)
+
+    @property
+    def check_tag(self) -> tuple[int, ...]:
+        """The token ids that open a check right after a plan, in the form in which the loop is taught."""
+        separator = "\n" if self._teach_loop else ""
+        before = self._encode(THINK_CLOSE)
+        return tuple(self._encode(f"{THINK_CLOSE}{separator}{SAFETY_OPEN}")[len(before) :].tolist())
 
     def turn_text(self, token_ids: Sequence[int]) -> str:
         """The text of sampled tokens [N], the stop token left out, all other special tokens kept."""

@@ -179,6 +179,20 @@ class Step:
 
 
 @dataclass(frozen=True)
+class Gate:
+    """The decision to open the check, taken both ways by rollouts that share what comes before it.
+
+    They are the trunk, whose decision was its own, and siblings of which one side was given the tag and the
+    other was drawn until it did not begin with it.
+    """
+
+    trunk_id: int  # the rollout whose gate it is
+    position: int  # index of the first token after the plan
+    tag: tuple[int, ...]  # token ids that open the check
+    opened: bool  # whether this rollout goes on with the tag
+
+
+@dataclass(frozen=True)
 class Rollout:
     """One trajectory, as sampled. L tokens."""
 
@@ -197,6 +211,7 @@ class Rollout:
     cached_tokens: int  # summed over requests
     parent_id: int | None = None  # rollout it was forked from
     fork_position: int | None = None  # its tokens before this index were sampled by an ancestor
+    gate: Gate | None = None  # the gate that its group contrasts; the tag's log-probs are no engine's then
     token_versions: np.ndarray | None = None  # [L] int64, policy version that made each token, -1 not sampled
 
     @property

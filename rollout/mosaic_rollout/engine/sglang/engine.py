@@ -157,10 +157,14 @@ class SGLangEngine:
         return found
 
     def close(self) -> None:
-        """Kill the servers that were launched here. Also done when this process ends, however it does."""
+        """Kill the servers that were launched here, and remove the weights written for them.
+
+        The servers end with this process, too, however it ends.
+        """
         for lane in self.lanes:
             if lane.process is not None:
                 lane.process.kill()
+        self._published.remove()
         atexit.unregister(self.close)
 
     async def _complete(self, request: Request) -> Completion:

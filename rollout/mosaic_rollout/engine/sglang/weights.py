@@ -61,6 +61,10 @@ class WeightFolder:
             shutil.rmtree(old, ignore_errors=True)
         return final
 
+    def remove(self) -> None:
+        """Delete every version: what a run keeps are its checkpoints."""
+        shutil.rmtree(self.root, ignore_errors=True)
+
 
 async def load_from_disk(client: SGLangClient, folder: Path, version: int) -> None:
     """Replace the server's weights by those of `folder` and empty its cache."""

@@ -1,0 +1,98 @@
+"""The engine that `[engine]` describes, and how it gets the policy's weights."""
+
+from __future__ import annotations
+
+import atexit
+import shutil
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from mosaic_fast.config import Config
+from mosaic_fast.policy import Policy
+from mosaic_rollout.engine import LocalEngine
+from mosaic_rollout.types import ManagedEngine
+
+_SPARE_TOKENS = 8  # SGLang keeps a few positions of the context to itself
+
+
+def build_engine(config: Config, policy: Policy, scratch: Path | None = None) -> ManagedEngine:
+    """The engine of `engine.kind`. An SGLang server starts with the first update_weights, not here.
+
+    scratch: where servers' weights and logs are put; without one, a temporary folder.
+    """
+    engine = config.engine
+    if engine.kind == "local":
+        return LocalEngine(
+            policy.model, max_batch=engine.max_batch, max_cached_tokens=engine.max_cached_tokens
+        )
+    from mosaic_rollout.engine.sglang import LaneOptions, ServerOptions, SGLangEngine, SGLangOptions
+
+    device = engine.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    servers = ServerOptions(
+        python=Path(engine.python),
+        device=device,
+        dtype=config.model.dtype,
+        context_tokens=min(_positions(policy), config.rollout.max_rollout_tokens + _SPARE_TOKENS),
+        max_running_requests=engine.max_batch,
+        max_cached_tokens=engine.max_cached_tokens,
+        deterministic=engine.deterministic,
+        colocated=engine.colocated,
+        seed=config.seed,
+        startup_timeout_s=engine.startup_timeout_s,
+        hang_timeout_s=engine.hang_timeout_s,
+        more=engine.args,
+    )
+    return SGLangEngine(
+        _PolicyWeights(policy),
+        list(engine.urls) or servers,
+        SGLangOptions(
+            vocab_size=int(policy.model.config.vocab_size),
+            max_tokens=longest_rollout(config, policy),
+            deterministic=engine.deterministic,
+            transport=engine.weights,
+            colocated=engine.colocated,
+            verify=engine.verify_weights,
+        ),
+        LaneOptions(
+            request_timeout_s=engine.request_timeout_s,
+            hang_timeout_s=engine.hang_timeout_s,
+            startup_timeout_s=engine.startup_timeout_s,
+            max_inflight_tokens=engine.max_inflight_tokens,
+        ),
+        folder=scratch or _temporary(),
+        count=engine.servers,
+    )
+
+
+def longest_rollout(config: Config, policy: Policy) -> int:
+    """Tokens of the longest rollout that limits, model and engine allow."""
+    spare = _SPARE_TOKENS if config.engine.kind == "sglang" else 0
+    return min(config.rollout.max_rollout_tokens, _positions(policy) - spare)
+
+
+class _PolicyWeights:
+    """The policy's weights as an engine fetches them."""
+
+    def __init__(self, policy: Policy) -> None:
+        self._policy = policy
+
+    def save(self, folder: Path) -> None:
+        self._policy.save_pretrained(folder)
+
+    def named_tensors(self) -> Iterable[tuple[str, torch.Tensor]]:
+        return self._policy.model.named_parameters()
+
+
+def _positions(policy: Policy) -> int:
+    return int(policy.model.config.max_position_embeddings)
+
+
+def _temporary() -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="mosaic-sglang-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder

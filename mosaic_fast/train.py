@@ -29,7 +29,7 @@ from mosaic_fast.curves import draw_curves
 from mosaic_fast.errors import EngineStoppedError, TrainingError
 from mosaic_fast.evaluate import evaluate_policy, rates_table
 from mosaic_fast.interrupt import Interrupt
-from mosaic_fast.judge import Judge, RuleJudge, judgement_figures
+from mosaic_fast.judge import Judge, build_judge, judgement_figures
 from mosaic_fast.learner import Learner
 from mosaic_fast.metrics import Rate, pairs_of, prefix_hit, reward_figures, rollout_figures, values_of
 from mosaic_fast.progress import ProgressView
@@ -57,6 +57,7 @@ def train(config: Config, name: str = "world", *, resume: bool = False) -> int:
     checkpoint = latest_checkpoint(folder.checkpoints)
     if checkpoint is not None:
         verify_checkpoint(checkpoint)
+    judge = build_judge(config.judge, folder.path)
     initial = model_folder(config.model.path)
     components = build_components(config, checkpoint or initial, folder.path / "sglang")
     reference = load_policy(config, initial, trainable=False) if config.loss.kl_weight else None
@@ -64,7 +65,7 @@ def train(config: Config, name: str = "world", *, resume: bool = False) -> int:
     torch.manual_seed(config.seed)  # nothing draws from it today; a checkpoint holds its state all the same
     progress = load_training_state(checkpoint, learner.optimizer) if checkpoint else Progress()
     folder.open(config, progress.step)
-    trainer = _Trainer(config, folder, components, learner, RuleJudge())
+    trainer = _Trainer(config, folder, components, learner, judge)
 
     with (
         closing(components.engine),

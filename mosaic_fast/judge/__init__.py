@@ -2,6 +2,7 @@
 
 from mosaic_fast.judge.contract import Judge, Judgement
 from mosaic_fast.judge.figures import judgement_figures
+from mosaic_fast.judge.load import build_judge
 from mosaic_fast.judge.rule import RuleJudge, standing
 
-__all__ = ["Judge", "Judgement", "RuleJudge", "judgement_figures", "standing"]
+__all__ = ["Judge", "Judgement", "RuleJudge", "build_judge", "judgement_figures", "standing"]

@@ -1,0 +1,152 @@
+"""One OpenAI-compatible endpoint: a JSON answer of a given shape, or a clear stop. Never a default answer."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import httpx
+from pydantic import BaseModel, ValidationError
+
+from mosaic_fast.errors import TrainingError
+
+_CONNECT_S = 10.0
+_LONGEST_WAIT_S = 60.0  # between two tries
+_BODY_SHOWN = 300  # characters of a server's complaint
+
+Answer = TypeVar("Answer", bound=BaseModel)
+
+
+class _TryAgain(Exception):
+    """This try failed in a way that the next may not. `wait_s`: what the server asked for."""
+
+    def __init__(self, what: str, wait_s: float = 0.0) -> None:
+        super().__init__(what)
+        self.wait_s = wait_s
+
+
+@dataclass(frozen=True)
+class Reply(Generic[Answer]):
+    """A valid answer, its text as it came, and what it took."""
+
+    answer: Answer
+    text: str
+    tries: int
+    prompt_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Where and how to ask. `api_key` is sent as a header and appears in no message of this program."""
+
+    url: str
+    model: str
+    api_key: str | None
+    temperature: float
+    max_tokens: int
+    timeout_s: float
+    retries: int
+    backoff_s: float = 1.0
+
+    def open(self) -> httpx.AsyncClient:
+        headers = {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
+        timeout = httpx.Timeout(self.timeout_s, connect=_CONNECT_S)
+        return httpx.AsyncClient(headers=headers, timeout=timeout, limits=httpx.Limits(max_connections=None))
+
+    async def ask(
+        self,
+        http: httpx.AsyncClient,
+        messages: Sequence[dict[str, str]],
+        shape: type[Answer],
+        before_try: Callable[[], None],
+    ) -> Reply[Answer]:
+        """A valid answer within `retries` + 1 tries; `before_try` is called before each and may refuse it.
+
+        Tried again: no connection, silence, 408, 409, 429, 5xx, an answer cut short or of another shape.
+        TrainingError at once for any other refusal of the server, and after the last try.
+        """
+        reason = ""
+        for attempt in range(self.retries + 1):
+            before_try()
+            try:
+                async with asyncio.timeout(self.timeout_s):
+                    response = await http.post(self._address, json=self._body(messages, shape))
+                return self._read(response, shape, attempt + 1)
+            except _TryAgain as failure:
+                reason, asked_s = str(failure), failure.wait_s
+            except TimeoutError:
+                reason, asked_s = f"no answer within judge.timeout_s = {self.timeout_s:g}", 0.0
+            except httpx.TransportError as error:
+                reason, asked_s = f"{type(error).__name__}: {error}", 0.0
+            if attempt < self.retries:
+                wait = (
+                    self.backoff_s * 2**attempt * random.uniform(0.5, 1.0)
+                )  # apart, so that all do not return at once
+                await asyncio.sleep(min(max(wait, asked_s), _LONGEST_WAIT_S))
+        raise TrainingError(
+            f"the judge at {self.url} gave no valid answer in {self.retries + 1} tries; the last: "
+            f"{self._hide(reason)}. No preference was made up; answers so far are in the cache and the last "
+            "checkpoint is intact: mend the endpoint and go on with --resume"
+        )
+
+    @property
+    def _address(self) -> str:
+        return self.url.rstrip("/") + "/chat/completions"
+
+    def _body(self, messages: Sequence[dict[str, str]], shape: type[BaseModel]) -> dict[str, object]:
+        schema = {"name": shape.__name__, "strict": True, "schema": shape.model_json_schema()}
+        return {
+            "model": self.model,
+            "messages": list(messages),
+            "temperature": self.temperature,
+            "max_tokens": self.max_tokens,
+            "response_format": {"type": "json_schema", "json_schema": schema},
+        }
+
+    def _read(self, response: httpx.Response, shape: type[Answer], tries: int) -> Reply[Answer]:
+        if response.status_code in (408, 409, 429) or response.status_code >= 500:
+            raise _TryAgain(
+                f"HTTP {response.status_code} {response.text[:_BODY_SHOWN]}", _retry_after(response)
+            )
+        if response.status_code != 200:
+            body = self._hide(response.text[:_BODY_SHOWN])
+            raise TrainingError(
+                f"the judge at {self.url} refuses: HTTP {response.status_code} {body}. Check judge.endpoint, "
+                "judge.model and judge.api_key_env; the last checkpoint is intact"
+            )
+        try:
+            body = json.loads(response.text)
+            choice = body["choices"][0]
+            content = choice["message"]["content"]
+            usage = body.get("usage") or {}
+            used = [int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens")]
+        except (ValueError, LookupError, TypeError, AttributeError):
+            raise _TryAgain(f"not a chat completion: {response.text[:_BODY_SHOWN]!r}") from None
+        if choice.get("finish_reason") == "length":
+            raise _TryAgain(f"the answer was cut off at judge.max_tokens = {self.max_tokens}")
+        if not isinstance(content, str):
+            raise _TryAgain(f"an answer without text: {choice['message']!r:.300}")
+        text = content.rpartition("</think>")[2].strip()  # a reasoning model may think aloud first
+        try:
+            answer = shape.model_validate_json(text)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"]) or "the answer"
+            raise _TryAgain(f"{where}: {first['msg']} in {text[:_BODY_SHOWN]!r}") from None
+        return Reply(answer, text, tries, *used)
+
+    def _hide(self, text: str) -> str:
+        return text.replace(self.api_key, "***") if self.api_key else text
+
+
+def _retry_after(response: httpx.Response) -> float:
+    """Seconds a server asks to wait; dates and nonsense count as none."""
+    try:
+        return max(0.0, float(response.headers.get("retry-after", 0)))
+    except ValueError:
+        return 0.0

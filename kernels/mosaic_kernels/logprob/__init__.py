@@ -8,8 +8,8 @@ from mosaic_kernels.dispatch import Backends, IndexLike, as_index, choose_backen
 from mosaic_kernels.logprob.chunked import chunked_linear_logprob
 from mosaic_kernels.logprob.reference import reference_linear_logprob
 
-BACKENDS: Backends = {"reference": None, "chunked": None}
-DEFAULTS = {"cpu": "chunked", "cuda": "chunked"}
+BACKENDS: Backends = {"reference": None, "chunked": None, "triton": ("cuda",)}
+DEFAULTS = {"cpu": "chunked", "cuda": "triton"}
 
 __all__ = ["BACKENDS", "linear_logprob"]
 
@@ -57,7 +57,8 @@ def linear_logprob(
     logits = hidden weight^T + bias; a softcap c bends them to c tanh(logits / c) first (Gemma 2, arXiv
     2408.00118, section 2). Both results are differentiable in hidden, weight and bias. A row with several
     targets (a fork of the forest) has its logsumexp computed once. Backends: reference (logits in memory),
-    chunked (a chunk of rows at a time, logits computed again in the backward pass).
+    chunked (a chunk of rows at a time, logits computed again in the backward pass), triton (CUDA: bf16, fp16
+    and fp32). auto: chunked on CPU and for fp64, triton on CUDA.
 
     Example: a fork after two tokens predicts nodes 2 and 3 from row 1: rows = [0, 1, 1],
     targets = tokens[1:4].
@@ -87,9 +88,17 @@ def linear_logprob(
         row_index = as_index("rows", rows, hidden.device, below=hidden.shape[0])
         if row_index.shape != target_index.shape:
             raise ValueError(f"rows has shape {tuple(row_index.shape)}, targets {tuple(target_index.shape)}")
+    if backend == "auto" and torch.float64 in (hidden.dtype, weight.dtype):
+        backend = "chunked"
     chosen = choose_backend("linear_logprob", backend, hidden.device, BACKENDS, DEFAULTS)
     if chosen == "chunked":
         logprobs, entropy = chunked_linear_logprob(
+            hidden, weight, target_index, row_index, bias, temperature, return_entropy, softcap
+        )
+    elif chosen == "triton":
+        from mosaic_kernels.logprob.triton import triton_linear_logprob
+
+        logprobs, entropy = triton_linear_logprob(
             hidden, weight, target_index, row_index, bias, temperature, return_entropy, softcap
         )
     else:

@@ -1,9 +1,9 @@
 """linear_logprob in Triton: logits one tile of rows x vocabulary at a time, never a row of them in memory.
 
 A tile's logits live in registers only. The forward pass folds them into a running maximum, sum and weighted
-sum a row (the online softmax) and picks the target logits out of the same registers; the backward pass computes
-a tile again, with the same instructions in the same order, so that its softmax agrees with the forward pass to
-the last bit, and turns it into a tile of dL/dlogits for two matrix products.
+sum a row (the online softmax) and picks the target logits out of the same registers. The backward pass
+computes a tile again, adding up in the same order, and turns it into a tile of dL/dlogits for two matrix
+products.
 
 Edges, that is (row, target) pairs, are listed by the tile their logit falls into: a tile looks at its own
 edges only, however many targets a row has. No program writes what another one reads or writes.
@@ -17,12 +17,19 @@ SIZES = ["num_rows", "vocab", "num_splits", "tiles_per_split", "first_column", "
 
 @triton.jit
 def _tanh(x):
-    """tanh of fp32. The closed form loses digits near 0, where the first terms of the series have them all."""
+    """tanh of fp32. The closed form loses digits near 0, where a few terms of the series have all."""
     square = x * x
     series = x * (1 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835)))))
     decay = tl.exp(-2 * tl.abs(x))
     closed = (1 - decay) / (1 + decay)
     return tl.where(tl.abs(x) < 0.25, series, tl.where(x < 0, -closed, closed))
+
+
+@triton.jit
+def _cap_slope(logits, inverse_temperature, softcap):
+    """The softcap's derivative 1 - tanh^2, from capped logits over temperature."""
+    bent = logits / (softcap * inverse_temperature)
+    return 1 - bent * bent
 
 
 @triton.jit
@@ -42,7 +49,7 @@ def _logits(
     SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One tile [BLOCK_ROWS, BLOCK_VOCAB] fp32 of logits over temperature, and the softcap's tanh (or 0).
+    """One tile [BLOCK_ROWS, BLOCK_VOCAB] fp32 of logits, capped and divided by the temperature.
 
     Columns past the vocabulary are -inf; rows past the end hold numbers that nothing may use.
     """
@@ -61,12 +68,9 @@ def _logits(
         logits = tl.dot(hidden, tl.trans(weight), logits, input_precision=PRECISION)
     if BIAS:
         logits += tl.load(bias_ptr + columns, mask=columns < vocab, other=0.0)[None, :]
-    bent = 0.0
     if SOFTCAP:
-        bent = _tanh(logits / softcap)
-        logits = bent * softcap
-    logits = tl.where(columns[None, :] < vocab, logits * inverse_temperature, float("-inf"))
-    return logits, bent
+        logits = _tanh(logits / softcap) * softcap
+    return tl.where(columns[None, :] < vocab, logits * inverse_temperature, float("-inf"))
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -106,19 +110,18 @@ def forward_kernel(
     first = split * tiles_per_split
     for tile in range(first, tl.minimum(first + tiles_per_split, vocab_tiles)):
         columns = tile * BLOCK_VOCAB + tl.arange(0, BLOCK_VOCAB)
-        logits, _ = _logits(
+        logits = _logits(
             hidden_ptr, weight_ptr, bias_ptr, rows, columns, num_rows, vocab, inverse_temperature, softcap,
             D, BLOCK_DIM, BIAS, SOFTCAP, PRECISION,
         )  # fmt: skip
         starts = tile_starts_ptr + row_tile * vocab_tiles + tile
         for entry in range(tl.load(starts), tl.load(starts + 1)):
             edge = tl.load(tile_edges_ptr + entry)
-            here = (rows == tl.load(rows_ptr + edge))[:, None] & (columns == tl.load(targets_ptr + edge))[
-                None, :
-            ]
-            tl.store(edge_logits_ptr + edge, tl.sum(tl.sum(tl.where(here, logits, 0.0), 1), 0))
+            at_row, at_column = rows == tl.load(rows_ptr + edge), columns == tl.load(targets_ptr + edge)
+            picked = tl.sum(tl.where(at_row[:, None] & at_column[None, :], logits, 0.0), 1)
+            tl.store(edge_logits_ptr + edge + 0 * rows, picked, mask=at_row)
         new_highest = tl.maximum(highest, tl.max(logits, 1))
-        # Where all logits so far are -inf (forbidden tokens) there is no maximum: any finite one gives sums of 0.
+        # Where all logits so far are -inf (forbidden tokens) there is no maximum: any finite one gives 0.
         finite = tl.where(new_highest == float("-inf"), 0.0, new_highest)
         shift = tl.where(highest == float("-inf"), 0.0, highest - finite)
         shrink = tl.exp(shift)
@@ -207,6 +210,7 @@ def backward_kernel(
     row_max_ptr,  # [N] fp32
     row_log_sum_ptr,  # [N] fp32
     entropy_ptr,  # [N] fp32, read with ENTROPY
+    edge_logits_ptr,  # [E] fp32, read with SOFTCAP
     grad_edges_ptr,  # [E] fp32, read with EDGES
     grad_rows_ptr,  # [N] fp32: their sum for each row, read with EDGES
     grad_entropy_ptr,  # [N] fp32, read with ENTROPY
@@ -228,7 +232,7 @@ def backward_kernel(
     SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One program: one tile of dL/dlogits, before the temperature (grid: row tiles, vocabulary tiles of the chunk).
+    """One program: one tile of dL/dlogits (grid: row tiles, vocabulary tiles of the chunk).
 
     With p the softmax, G a row's sum of edge gradients g_e, h the gradient of its entropy H:
         dL/dz = sum_e g_e onehot(target_e) - p G - h p (log p + H)
@@ -237,7 +241,7 @@ def backward_kernel(
     tile = first_column // BLOCK_VOCAB + tl.program_id(1)
     rows = row_tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     columns = tile * BLOCK_VOCAB + tl.arange(0, BLOCK_VOCAB)
-    logits, bent = _logits(
+    logits = _logits(
         hidden_ptr, weight_ptr, bias_ptr, rows, columns, num_rows, vocab, inverse_temperature, softcap,
         D, BLOCK_DIM, BIAS, SOFTCAP, PRECISION,
     )  # fmt: skip
@@ -256,16 +260,17 @@ def backward_kernel(
         grad = tl.where(probability == 0.0, 0.0, grad)  # where log p = -inf
     else:
         grad = -probability * factor[:, None]
+    if SOFTCAP:
+        grad *= _cap_slope(logits, inverse_temperature, softcap)
     if EDGES:
         starts = tile_starts_ptr + row_tile * tl.cdiv(vocab, BLOCK_VOCAB) + tile
         for entry in range(tl.load(starts), tl.load(starts + 1)):
             edge = tl.load(tile_edges_ptr + entry)
-            here = (rows == tl.load(rows_ptr + edge))[:, None] & (columns == tl.load(targets_ptr + edge))[
-                None, :
-            ]
-            grad += tl.where(here, tl.load(grad_edges_ptr + edge), 0.0)
-    if SOFTCAP:
-        grad *= 1 - bent * bent
+            at_row, at_column = rows == tl.load(rows_ptr + edge), columns == tl.load(targets_ptr + edge)
+            incoming = tl.load(grad_edges_ptr + edge)
+            if SOFTCAP:  # from the stored logit, so that the tile of logits need not stay in registers
+                incoming *= _cap_slope(tl.load(edge_logits_ptr + edge), inverse_temperature, softcap)
+            grad += tl.where(at_row[:, None] & at_column[None, :], incoming, 0.0)
     grad *= inverse_temperature
     out_columns = columns - first_column
     out = out_ptr + rows[:, None].to(tl.int64) * out_row_stride + out_columns[None, :]

@@ -1,8 +1,17 @@
-"""Tiles of the linear_logprob kernels: a small table by architecture, dtype and number of rows."""
+"""The tile table of the linear_logprob kernels, by (architecture, number of rows) and dtype.
+
+Every entry compiles without spills, within shared memory and to tensor-core instructions
+(`python -m mosaic_kernels.verify --layer compile`; docs/compiled.md). What has no such entry is absent.
+
+With many rows the arithmetic decides, and the tile is as large as registers allow. With few rows reading the
+weight decides: rows up to FEW_ROWS share one tile, so that the weight is read once.
+"""
 
 from dataclasses import dataclass
 
 import torch
+
+FEW_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -14,3 +23,68 @@ class Tile:
     dim: int
     num_warps: int
     num_stages: int
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """One tile for each pass; the backward pass keeps more in registers."""
+
+    forward: Tile
+    backward: Tile
+
+    def __post_init__(self) -> None:
+        # The backward pass subtracts the forward pass's logsumexp from its own logits: sums over the hidden
+        # size taken in another order would leave their rounding in every probability.
+        if self.forward.dim != self.backward.dim:
+            raise ValueError(f"both passes must load the same number of dimensions at a time, got {self}")
+
+
+def _same(tile: Tile) -> Tiles:
+    return Tiles(tile, tile)
+
+
+# 16-bit dtypes (bf16, fp16): (architecture, few rows) -> tiles.
+HALF: dict[tuple[str, bool], Tiles] = {
+    **{(arch, False): _same(Tile(128, 128, 32, 8, 4)) for arch in ("sm_80", "sm_86", "sm_89", "sm_120")},
+    **{(arch, True): _same(Tile(64, 256, 32, 8, 4)) for arch in ("sm_80", "sm_86", "sm_89", "sm_120")},
+    ("sm_90", False): Tiles(Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 3)),
+    ("sm_90", True): _same(Tile(64, 256, 64, 8, 3)),
+    ("sm_100", False): _same(Tile(128, 128, 64, 8, 3)),
+    ("sm_100", True): _same(Tile(64, 128, 64, 4, 3)),
+    ("gfx942", False): _same(Tile(128, 128, 64, 8, 2)),
+    ("gfx942", True): _same(Tile(32, 128, 64, 4, 2)),
+}
+
+# fp32, IEEE or TF32: one tile however many rows.
+SINGLE: dict[tuple[str, bool], Tiles] = {
+    (arch, few): _same(tile)
+    for few in (False, True)
+    for arch, tile in {
+        **dict.fromkeys(("sm_80", "sm_86", "sm_89", "sm_120"), Tile(64, 64, 32, 8, 2)),
+        **dict.fromkeys(("sm_90", "sm_100"), Tile(64, 64, 32, 4, 2)),
+        "gfx942": Tile(64, 128, 16, 8, 2),
+    }.items()
+}
+
+# Small and odd-sided, so that small problems have many tiles and a swapped side shows.
+EMULATED = Tiles(Tile(16, 32, 16, 4, 2), Tile(32, 16, 16, 4, 2))
+
+
+def tiles_for(arch: str, dtype: torch.dtype, num_rows: int) -> Tiles:
+    """The table's entry; ValueError, naming the backends that can, where there is none."""
+    if dtype == torch.float64:
+        raise ValueError(
+            "linear_logprob: backend='triton' computes in fp32 and takes bf16, fp16 or fp32; "
+            "for fp64 use backend='chunked' or 'reference'"
+        )
+    if arch == "emulated":
+        return EMULATED
+    table = SINGLE if dtype == torch.float32 else HALF
+    entry = (arch, num_rows <= FEW_ROWS)
+    if entry not in table:
+        known = ", ".join(sorted({one for one, _ in table}))
+        raise ValueError(
+            f"linear_logprob: backend='triton' has no tile for {dtype} on {arch} (it has {known}); "
+            "use backend='chunked' or 'reference'"
+        )
+    return table[entry]

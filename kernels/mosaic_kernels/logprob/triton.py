@@ -1,15 +1,18 @@
-"""linear_logprob by Triton kernels and, in the backward pass, matrix products over chunks of the vocabulary."""
+"""linear_logprob by Triton kernels; its backward pass adds matrix products, a chunk of vocabulary each."""
 
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 import torch
-import triton
 from torch.autograd.function import once_differentiable
 
+from mosaic_kernels.attention.tiles import architecture_of
 from mosaic_kernels.dispatch import emulated
-from mosaic_kernels.logprob.edges import EdgeLists, list_edges
-from mosaic_kernels.logprob.kernels import backward_kernel, forward_kernel, merge_kernel, row_gradient_kernel
-from mosaic_kernels.logprob.tiles import Tile
+from mosaic_kernels.logprob import kernels
+from mosaic_kernels.logprob.edges import edges_by_row, edges_by_tile
+from mosaic_kernels.logprob.reference import reference_linear_logprob
+from mosaic_kernels.logprob.tiles import FEW_ROWS, Tile, Tiles, tiles_for
+from mosaic_kernels.proof.selfcheck import Deviation, check_once, deviations_of
 
 CHUNK_LOGITS = 2**27  # dL/dlogits in memory at a time: 256 MiB in 16 bits
 PROGRAMS_PER_MULTIPROCESSOR = (
@@ -27,27 +30,44 @@ def triton_linear_logprob(
     temperature: float,
     return_entropy: bool,
     softcap: float | None,
-    *,
-    tile: Tile,
-    splits: int | None = None,
-    chunk_logits: int = CHUNK_LOGITS,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:  # [E] fp32, [N] fp32 or None
-    """Without entropy, rows that no target needs are not computed.
+    """fp32 accumulation whatever the dtype; fp32 dots are IEEE unless torch allows TF32.
 
-    splits is into how many shares the forward pass cuts the vocabulary; None: enough to fill the device.
+    Without entropy, rows that no target needs are not computed. ValueError if the tile table has no entry.
     """
     dtype = torch.promote_types(hidden.dtype, weight.dtype)
+    tiles = tiles_for(architecture_of(hidden.device), dtype, len(hidden))
+    variant = (dtype, len(hidden) <= FEW_ROWS, return_entropy, softcap is not None)
+    check_once("linear_logprob", hidden.device, variant, deviations)
     if not return_entropy:
         used, rows = torch.unique(rows, return_inverse=True)
         if len(used) < len(hidden):
             hidden = hidden.index_select(0, used)
-    logprobs, entropy = _TritonLogprob.apply(
-        hidden.to(dtype).contiguous(), weight.to(dtype).contiguous(),
-        None if bias is None else bias.float().contiguous(),
-        list_edges(rows, targets, len(hidden), len(weight), tile.rows, tile.vocab),
-        1.0 / temperature, softcap, return_entropy, tile, splits, chunk_logits,
+    return tiled_linear_logprob(
+        hidden.to(dtype), weight.to(dtype), targets, rows, bias, temperature, return_entropy, softcap,
+        tiles=tiles, splits=_splits(len(hidden), tiles.forward, hidden.device),
     )  # fmt: skip
-    return logprobs, entropy
+
+
+def tiled_linear_logprob(
+    hidden: torch.Tensor,  # [N, D]
+    weight: torch.Tensor,  # [V, D] in the same dtype
+    targets: torch.Tensor,  # [E] int64
+    rows: torch.Tensor,  # [E] int64
+    bias: torch.Tensor | None,  # [V]
+    temperature: float,
+    return_entropy: bool,
+    softcap: float | None,
+    *,
+    tiles: Tiles,
+    splits: int = 1,
+    chunk_logits: int = CHUNK_LOGITS,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The kernels with given tiles, the vocabulary cut into `splits` shares in the forward pass."""
+    return _TritonLogprob.apply(
+        hidden.contiguous(), weight.contiguous(), None if bias is None else bias.float().contiguous(),
+        targets, rows, 1.0 / temperature, return_entropy, softcap, tiles, splits, chunk_logits,
+    )  # fmt: skip
 
 
 class _TritonLogprob(torch.autograd.Function):
@@ -57,45 +77,45 @@ class _TritonLogprob(torch.autograd.Function):
         hidden: torch.Tensor,  # [N, D] contiguous
         weight: torch.Tensor,  # [V, D] contiguous
         bias: torch.Tensor | None,  # [V] fp32
-        edges: EdgeLists,
+        targets: torch.Tensor,  # [E] int64
+        rows: torch.Tensor,  # [E] int64
         inverse_temperature: float,
-        softcap: float | None,
         return_entropy: bool,
-        tile: Tile,
-        splits: int | None,
+        softcap: float | None,
+        tiles: Tiles,
+        splits: int,
         chunk_logits: int,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        num_rows, vocab = len(hidden), len(weight)
-        row_tiles, vocab_tiles = triton.cdiv(num_rows, tile.rows), triton.cdiv(vocab, tile.vocab)
-        wanted = min(_default_splits(row_tiles, hidden.device) if splits is None else splits, vocab_tiles)
-        tiles_per_split = triton.cdiv(vocab_tiles, max(wanted, 1))
-        num_splits = triton.cdiv(vocab_tiles, max(tiles_per_split, 1))
+        (num_rows, vocab), tile = (len(hidden), len(weight)), tiles.forward
+        vocab_tiles = _cdiv(vocab, tile.vocab)
+        tiles_per_split = _cdiv(vocab_tiles, min(splits, vocab_tiles))
+        num_splits = _cdiv(vocab_tiles, tiles_per_split)
 
         def empty(*shape: int) -> torch.Tensor:
             return torch.empty(shape, dtype=torch.float32, device=hidden.device)
 
-        row_max, row_log_sum, edge_logits = empty(num_rows), empty(num_rows), empty(len(edges.rows))
+        row_max, row_log_sum, edge_logits = empty(num_rows), empty(num_rows), empty(len(rows))
         entropy = empty(num_rows) if return_entropy else None
         if num_rows:
             highest, total = empty(num_splits, num_rows), empty(num_splits, num_rows)
-            weighted = empty(num_splits, num_rows) if return_entropy else highest
-            forward_kernel[(row_tiles, num_splits)](
-                hidden, weight, weight if bias is None else bias,
-                edges.rows, edges.targets, edges.tile_edges, edges.tile_starts,
-                highest, total, weighted, edge_logits,
+            weighted = empty(num_splits, num_rows) if return_entropy else highest  # not written without
+            listed = edges_by_tile(rows, targets, num_rows, vocab, tile.rows, tile.vocab)
+            kernels.forward_kernel[(_cdiv(num_rows, tile.rows), num_splits)](
+                hidden, weight, weight if bias is None else bias, rows.int(), targets.int(),
+                listed.edges, listed.starts, highest, total, weighted, edge_logits,
                 num_rows, vocab, tiles_per_split, inverse_temperature, softcap or 1.0,
-                ENTROPY=return_entropy, **_constants(hidden, tile, bias, softcap),
+                **_constants(hidden, tile, bias, softcap, ENTROPY=return_entropy),
             )  # fmt: skip
-            merge_kernel[(triton.cdiv(num_rows, BLOCK),)](
+            kernels.merge_kernel[(_cdiv(num_rows, BLOCK),)](
                 highest, total, weighted, row_max, row_log_sum, row_max if entropy is None else entropy,
-                num_rows, num_splits, BLOCK=BLOCK, ENTROPY=return_entropy,
+                num_rows, num_splits, **_flags(BLOCK=BLOCK, ENTROPY=return_entropy),
             )  # fmt: skip
-        logprobs = (edge_logits - row_max[edges.rows]) - row_log_sum[edges.rows]
-        ctx.save_for_backward(hidden, weight, bias, row_max, row_log_sum, entropy)
-        ctx.edges, ctx.tile, ctx.chunk_logits = edges, tile, chunk_logits
+        ctx.save_for_backward(hidden, weight, bias, rows, targets, row_max, row_log_sum, entropy, edge_logits)
         ctx.inverse_temperature, ctx.softcap = inverse_temperature, softcap
+        ctx.tile, ctx.chunk_logits = tiles.backward, chunk_logits
         ctx.set_materialize_grads(False)
-        return logprobs, entropy
+        # Not edge_logits - logsumexp: of large logits, that would keep few digits.
+        return (edge_logits - row_max[rows]) - row_log_sum[rows], entropy
 
     @staticmethod
     @once_differentiable
@@ -104,51 +124,53 @@ class _TritonLogprob(torch.autograd.Function):
         ctx: Any,
         *grad_outputs: Any,  # [E] and [N] or None
     ) -> tuple[torch.Tensor | None, ...]:
-        grad_edges, grad_entropy = grad_outputs
-        hidden, weight, bias, row_max, row_log_sum, entropy = ctx.saved_tensors
+        hidden, weight, bias, rows, targets, row_max, row_log_sum, entropy, edge_logits = ctx.saved_tensors
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        edges, tile = ctx.edges, ctx.tile
-        num_rows, vocab = len(hidden), len(weight)
+        grad_edges, grad_entropy = (None if x is None else x.float().contiguous() for x in grad_outputs)
+        (num_rows, vocab), tile = (len(hidden), len(weight)), ctx.tile
         grad_hidden = torch.zeros_like(hidden, dtype=torch.float32) if needs_hidden else None
-        grad_weight = torch.empty_like(weight) if needs_weight else None
-        grad_bias = torch.empty_like(bias) if needs_bias else None
+        grad_weight = torch.zeros_like(weight) if needs_weight else None
+        grad_bias = torch.zeros_like(bias) if needs_bias else None
+        if num_rows == 0:
+            return _as(grad_hidden, hidden), grad_weight, grad_bias, *[None] * 8
+
         grad_rows = torch.empty_like(row_max)
-        if grad_edges is not None and num_rows:
-            grad_edges = grad_edges.float().contiguous()
-            row_gradient_kernel[(triton.cdiv(num_rows, BLOCK),)](
-                grad_edges, edges.row_edges, edges.row_starts, grad_rows, num_rows, BLOCK=BLOCK
+        if grad_edges is not None:
+            by_row = edges_by_row(rows, num_rows)
+            kernels.row_gradient_kernel[(_cdiv(num_rows, BLOCK),)](
+                grad_edges, by_row.edges, by_row.starts, grad_rows, num_rows, **_flags(BLOCK=BLOCK)
             )
-        grad_entropy = None if grad_entropy is None else grad_entropy.float().contiguous()
-        tiles = max(1, ctx.chunk_logits // (tile.vocab * max(num_rows, 1)))
-        width = min(tiles, triton.cdiv(vocab, tile.vocab)) * tile.vocab
+        by_tile = edges_by_tile(rows, targets, num_rows, vocab, tile.rows, tile.vocab)
+        chunk_tiles = max(1, ctx.chunk_logits // (tile.vocab * num_rows))
+        width = min(chunk_tiles, _cdiv(vocab, tile.vocab)) * tile.vocab
         grad_logits = hidden.new_empty(num_rows, width)
         for first in range(0, vocab, width):
             columns = min(width, vocab - first)
-            chunk = grad_logits[:, :columns]
-            if num_rows:
-                backward_kernel[(triton.cdiv(num_rows, tile.rows), triton.cdiv(columns, tile.vocab))](
-                    hidden, weight, weight if bias is None else bias,
-                    edges.rows, edges.targets, edges.tile_edges, edges.tile_starts, row_max, row_log_sum,
-                    row_max if entropy is None else entropy,
-                    row_max if grad_edges is None else grad_edges, grad_rows,
-                    row_max if grad_entropy is None else grad_entropy, grad_logits,
-                    num_rows, vocab, first, columns, width, ctx.inverse_temperature, ctx.softcap or 1.0,
+            kernels.backward_kernel[(_cdiv(num_rows, tile.rows), _cdiv(columns, tile.vocab))](
+                hidden, weight, weight if bias is None else bias, rows.int(), targets.int(),
+                by_tile.edges, by_tile.starts, row_max, row_log_sum, row_max if entropy is None else entropy,
+                edge_logits, row_max if grad_edges is None else grad_edges, grad_rows,
+                row_max if grad_entropy is None else grad_entropy, grad_logits,
+                num_rows, vocab, first, columns, width, ctx.inverse_temperature, ctx.softcap or 1.0,
+                **_constants(
+                    hidden, tile, bias, ctx.softcap,
                     EDGES=grad_edges is not None, ENTROPY=grad_entropy is not None,
-                    **_constants(hidden, tile, bias, ctx.softcap),
-                )  # fmt: skip
+                ),
+            )  # fmt: skip
+            chunk, part = grad_logits[:, :columns], slice(first, first + columns)
             if grad_hidden is not None:
-                grad_hidden += _product(chunk, weight[first : first + columns])
+                grad_hidden += _product(chunk, weight[part])
             if grad_weight is not None:
-                torch.mm(chunk.T, hidden, out=grad_weight[first : first + columns])
+                torch.mm(chunk.T, hidden, out=grad_weight[part])
             if grad_bias is not None:
-                torch.sum(chunk, 0, dtype=torch.float32, out=grad_bias[first : first + columns])
-        grad_hidden = None if grad_hidden is None else grad_hidden.to(hidden.dtype)
-        return grad_hidden, grad_weight, grad_bias, *[None] * 7
+                torch.sum(chunk, 0, dtype=torch.float32, out=grad_bias[part])
+        return _as(grad_hidden, hidden), grad_weight, grad_bias, *[None] * 8
 
 
 def _constants(
-    hidden: torch.Tensor, tile: Tile, bias: torch.Tensor | None, softcap: float | None
-) -> dict[str, int | bool | str]:
+    hidden: torch.Tensor, tile: Tile, bias: torch.Tensor | None, softcap: float | None, **flags: bool
+) -> dict[str, Any]:
+    tf32 = hidden.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
     return {
         "D": hidden.shape[1],
         "BLOCK_ROWS": tile.rows,
@@ -156,17 +178,23 @@ def _constants(
         "BLOCK_DIM": tile.dim,
         "BIAS": bias is not None,
         "SOFTCAP": softcap is not None,
-        "PRECISION": "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
+        "PRECISION": "tf32" if tf32 else "ieee",
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,
+        **flags,
     }
 
 
-def _default_splits(row_tiles: int, device: torch.device) -> int:
-    if device.type != "cuda":
-        return 1
+def _flags(**constants: int) -> dict[str, Any]:
+    return constants
+
+
+def _splits(num_rows: int, tile: Tile, device: torch.device) -> int:
+    """Shares of the vocabulary that fill the device, however few rows there are."""
+    if emulated():
+        return 2
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-    return triton.cdiv(PROGRAMS_PER_MULTIPROCESSOR * multiprocessors, row_tiles)
+    return _cdiv(PROGRAMS_PER_MULTIPROCESSOR * multiprocessors, max(1, _cdiv(num_rows, tile.rows)))
 
 
 def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -176,3 +204,45 @@ def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     if a.is_cuda and not emulated():
         return torch.mm(a, b, out_dtype=torch.float32)
     return a.float() @ b.float()
+
+
+def _as(grad: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor | None:
+    return None if grad is None else grad.to(like.dtype)
+
+
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def deviations(device: torch.device, variant: Hashable) -> Mapping[str, Deviation]:
+    """The self-check: results and gradients of a small problem with forks, against the reference in fp64."""
+    dtype, few, with_entropy, capped = variant  # pyrefly: ignore [not-iterable]
+    num_rows, vocab, dim, num_edges = (40 if few else 300), 1000, 200, 500
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(device)
+
+    hidden, weight, bias = draw(num_rows, dim).to(dtype), draw(vocab, dim).to(dtype), draw(vocab)
+    incoming = draw(num_edges), draw(num_rows)
+    rows = torch.randint(num_rows, (num_edges,), generator=generator).to(device)
+    targets = torch.randint(vocab, (num_edges,), generator=generator).to(device)
+    temperature, softcap = 0.7, (20.0 if capped else None)
+    tiles = tiles_for(architecture_of(device), dtype, num_rows)
+
+    def results(dtype: torch.dtype, triton_kernels: bool) -> dict[str, torch.Tensor]:
+        h, w = (x.to(dtype, copy=True).requires_grad_() for x in (hidden, weight))
+        if triton_kernels:
+            logprobs, entropy = tiled_linear_logprob(
+                h, w, targets, rows, bias, temperature, with_entropy, softcap,
+                tiles=tiles, splits=2, chunk_logits=num_rows * 400,
+            )  # fmt: skip
+        else:
+            logprobs, entropy = reference_linear_logprob(h, w, targets, rows, bias, temperature, softcap)
+        loss, found = (logprobs * incoming[0]).sum(), {"logprobs": logprobs}
+        if with_entropy and entropy is not None:
+            loss, found = loss + (entropy * incoming[1]).sum(), {**found, "entropy": entropy}
+        dhidden, dweight = torch.autograd.grad(loss, [h, w])
+        return {**found, "dhidden": dhidden, "dweight": dweight}
+
+    return deviations_of(results(dtype, True), results(dtype, False), results(torch.float64, False), dtype)

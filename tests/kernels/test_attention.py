@@ -174,12 +174,10 @@ def test_a_plan_covers_each_visible_pair_once(
         covered[context.rows, context.keys.numpy()] += 1
     for stack in plan.stacks:
         real = np.arange(len(stack.rows)) if stack.real is None else stack.real.numpy()
-        rows, keys, square = (
-            stack.rows.numpy()[real],
-            stack.keys.numpy()[real],
-            real * stack.squares // len(stack.rows),
-        )
-        covered[np.ix_(rows, keys)] += (square[:, None] == square) & (real[:, None] >= real)
+        rows, keys = stack.rows.numpy()[real], stack.keys.numpy()[real]
+        of_square = real * stack.squares // len(stack.rows)
+        same = of_square[:, None] == of_square[None, :]
+        covered[np.ix_(rows, keys)] += same & (real[:, None] >= real[None, :])
     for bucket in plan.buckets:
         queries, keys = bucket.queries.view(bucket.blocks, -1), bucket.keys.view(bucket.blocks, -1)
         for rows, columns, hidden in zip(queries, keys, bucket.hidden[:, 0], strict=True):
@@ -206,12 +204,19 @@ def big_forest(kind: str) -> PackedForest:
             ],
             "short prompt, long branches": [step + draw(150), step + draw(131), step[:10] + draw(9), draw(1)],
             "nothing shared": [draw(129), draw(129), draw(40)],
+            "similar branches": [trunk + draw(n) for n in (60, 57, 52, 31)] + [draw(58), draw(59)],
             "many short": [draw(int(rng.integers(1, 9))) for _ in range(150)],
         }[kind]
     )
 
 
-BIG = ["trunk, fork, long branches", "short prompt, long branches", "nothing shared", "many short"]
+BIG = [
+    "trunk, fork, long branches",
+    "short prompt, long branches",
+    "nothing shared",
+    "similar branches",
+    "many short",
+]
 
 
 @pytest.mark.parametrize("kind", BIG)

@@ -77,6 +77,7 @@ def test_equals_one_row_at_a_time(
             with_entropy,
             softcap,
             chunk_rows=int(backend[-1]),
+            kept_logits=seed % 5 * vocab * int(backend[-1]),  # none, some or all chunks
         )
     elif with_entropy:
         results = linear_logprob(

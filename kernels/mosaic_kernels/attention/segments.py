@@ -139,8 +139,8 @@ class _SegmentAttention(torch.autograd.Function):
             dk[one.keys] += _over_group(parts[1])
             dv[one.keys] += _over_group(parts[2])
         for context in plan.contexts:
-            gathered = (_shared(x[context.keys], group) for x in (k, v))
-            parts = piece(context.rows, *gathered, False)
+            above_k, above_v = (_shared(x[context.keys], group) for x in (k, v))
+            parts = piece(context.rows, above_k, above_v, False)
             dqs[:, :, context.rows] += parts[0]
             dk.index_add_(0, context.keys, _over_group(parts[1]))
             dv.index_add_(0, context.keys, _over_group(parts[2]))

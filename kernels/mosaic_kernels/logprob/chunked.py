@@ -1,9 +1,9 @@
-"""Log-probs and entropies a chunk of rows at a time: the logits are never in memory as a whole.
+"""Log-probs and entropies a chunk of rows at a time: large logits are never in memory as a whole.
 
-The forward pass keeps one logsumexp (and entropy) a row; the backward pass computes a chunk's logits
-again and turns them into their gradient in place (Cut Cross-Entropy, Wijmans et al., arXiv 2411.09009,
-without its gradient filter, which is not exact). With p = softmax(z) over a row, incoming gradients g_e
-of its targets and h of its entropy H:
+The forward pass keeps one logsumexp (and entropy) a row, and the logits of the first chunks up to a fixed
+amount; the backward pass computes those of the other chunks again, and turns a chunk's logits into their
+gradient (Cut Cross-Entropy, Wijmans et al., arXiv 2411.09009, without its gradient filter, which is not
+exact). With p = softmax(z) over a row, incoming gradients g_e of its targets and h of its entropy H:
 
     dL/dz = sum_e g_e onehot(target_e) - p (sum_e g_e) - h p (log p + H)
 
@@ -21,6 +21,7 @@ from mosaic_kernels.dispatch import result_dtype
 
 CHUNK_LOGITS = 2**22  # logits a chunk, 16 MiB in fp32
 CHUNK_ROWS = 128  # but never fewer rows than this: below, reading the weight outweighs the arithmetic
+KEPT_LOGITS = 2**25  # logits that a forward pass keeps for the backward pass, 128 MiB in fp32
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +43,7 @@ def chunked_linear_logprob(
     softcap: float | None = None,
     *,
     chunk_rows: int | None = None,
+    kept_logits: int = KEPT_LOGITS,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:  # [E], [N] or None
     """In fp32 or, for fp64 input, fp64. Without entropy, rows that no target needs are not computed.
 
@@ -54,9 +56,11 @@ def chunked_linear_logprob(
             hidden = hidden.index_select(0, used)
     size = chunk_rows or max(CHUNK_ROWS, CHUNK_LOGITS // max(len(weight), 1))
     order, chunks = _chunks(targets, rows, len(hidden), size)
+    if not torch.is_grad_enabled():
+        kept_logits = 0
     logprobs, entropy = _ChunkedLogprob.apply(
         hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype),
-        order, chunks, 1.0 / temperature, return_entropy, softcap,
+        order, chunks, 1.0 / temperature, return_entropy, softcap, kept_logits,
     )  # fmt: skip
     return logprobs, entropy
 
@@ -111,15 +115,23 @@ class _ChunkedLogprob(torch.autograd.Function):
         inverse_temperature: float,
         return_entropy: bool,
         softcap: float | None,
+        kept_logits: int,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         num_rows = len(hidden)
         sorted_logprobs = hidden.new_empty(len(order))
         lse = hidden.new_empty(num_rows)
         entropy = hidden.new_empty(num_rows) if return_entropy else None
+        kept: list[torch.Tensor] = []
         for chunk in chunks:
             logits = _logits(hidden[chunk.rows], weight, bias, inverse_temperature, softcap)
             largest = logits.amax(dim=1, keepdim=True)
-            shifted = logits.sub_(largest)
+            if kept_logits >= logits.numel():
+                kept_logits -= logits.numel()
+                kept.append(logits)
+                shifted = logits - largest
+            else:
+                kept_logits = 0  # the kept ones are the first chunks
+                shifted = logits.sub_(largest)
             at_target = shifted[chunk.row_in_chunk, chunk.targets]
             if entropy is None:
                 log_sum = shifted.exp_().sum(1).log_()
@@ -135,7 +147,7 @@ class _ChunkedLogprob(torch.autograd.Function):
             lse[chunk.rows] = log_sum + largest[:, 0]
         logprobs = torch.empty_like(sorted_logprobs)
         logprobs[order] = sorted_logprobs
-        ctx.save_for_backward(hidden, weight, bias, lse, entropy)
+        ctx.save_for_backward(hidden, weight, bias, lse, entropy, *kept)
         ctx.order, ctx.chunks, ctx.inverse_temperature = order, chunks, inverse_temperature
         ctx.softcap = softcap
         ctx.set_materialize_grads(False)
@@ -149,17 +161,19 @@ class _ChunkedLogprob(torch.autograd.Function):
         *grad_outputs: Any,  # [E] and [N] or None
     ) -> tuple[torch.Tensor | None, ...]:
         grad_logprobs, grad_entropy = grad_outputs
-        hidden, weight, bias, lse, entropy = ctx.saved_tensors
+        hidden, weight, bias, lse, entropy, *kept = ctx.saved_tensors
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.zeros_like(hidden) if needs_hidden else None
         grad_weight = torch.zeros_like(weight) if needs_weight else None
         grad_bias = torch.zeros_like(bias) if needs_bias else None
         grad_targets = None if grad_logprobs is None else grad_logprobs[ctx.order]
         alpha, softcap = ctx.inverse_temperature, ctx.softcap
-        for chunk in ctx.chunks:
-            logits = _logits(hidden[chunk.rows], weight, bias, alpha, softcap)
+        for index, chunk in enumerate(ctx.chunks):
+            again = index >= len(kept)
+            logits = _logits(hidden[chunk.rows], weight, bias, alpha, softcap) if again else kept[index]
             slope = None if softcap is None else 1 - (logits / (softcap * alpha)).square()
-            logp = logits.sub_(lse[chunk.rows, None])
+            # What is kept may be asked for once more (retain_graph).
+            logp = torch.sub(logits, lse[chunk.rows, None], out=logits if again else None)
             grad_logits = _grad_logits(
                 logp,
                 None if entropy is None else entropy[chunk.rows],
@@ -175,7 +189,7 @@ class _ChunkedLogprob(torch.autograd.Function):
                 grad_weight.addmm_(grad_logits.T, hidden[chunk.rows], alpha=alpha)
             if grad_bias is not None:
                 grad_bias.add_(grad_logits.sum(0), alpha=alpha)
-        return grad_hidden, grad_weight, grad_bias, None, None, None, None, None
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None, None, None
 
 
 def _grad_logits(

@@ -7,6 +7,11 @@ PIP := $(BIN)/pip --disable-pip-version-check
 STAMP := $(VENV)/.installed
 DOJO := $(VENV)/.agentdojo
 SMOLLM2 := models/smollm2-135m-instruct
+# SGLang pins other versions of torch and transformers: an environment of its own. cpu or cuda; by what is there.
+SGLANG ?= $(if $(shell command -v nvidia-smi),cuda,cpu)
+SGLANG_PIP := .venv-sglang/bin/pip --disable-pip-version-check
+SGLANG_STAMP := .venv-sglang/.installed-$(SGLANG)
+SGLANG_CPU := rollout/mosaic_rollout/engine/sglang/server_side/requirements-cpu.txt
 
 .DEFAULT_GOAL := help
 .PHONY: help venv train test lint types bench verify warmstart evaluate train-agentdojo test-agentdojo test-report clean
@@ -64,8 +69,25 @@ test-agentdojo: $(DOJO)  ## AgentDojo replayed: utility 97/97, an obeyed injecti
 test-report: $(STAMP)  ## the report page in a real browser (Debian: apt-get install chromium)
 	MOSAIC_TEST_REPORT=1 $(BIN)/python -m pytest tests/report
 
+.venv-sglang/.installed-cpu: $(SGLANG_CPU)
+	test -x .venv-sglang/bin/python || $(PYTHON) -m venv .venv-sglang
+	$(SGLANG_PIP) install -q $(TORCH_ARGS) torch==2.13.0
+	$(SGLANG_PIP) install -q -r $(SGLANG_CPU)
+	$(SGLANG_PIP) install -q --no-deps sglang==0.5.23 apache-tvm-ffi==0.1.11 compressed-tensors==0.18.0 xgrammar==0.2.7
+	touch $@
+
+.venv-sglang/.installed-cuda:
+	test -x .venv-sglang/bin/python || $(PYTHON) -m venv .venv-sglang
+	$(SGLANG_PIP) install -q sglang==0.5.23
+	touch $@
+
+sglang: $(SGLANG_STAMP)  ## SGLang in .venv-sglang, for engine.kind = "sglang": on a CPU 1.6 GB
+
+test-sglang: $(STAMP) .venv-sglang/.installed-cpu  ## a real SGLang server on the CPU, about 2 minutes; a skipped test fails
+	MOSAIC_TEST_SGLANG=1 $(BIN)/python -m pytest tests/sglang $(ARGS)
+
 evaluate: $(STAMP)  ## rates of a model or run folder on held-out tasks: make evaluate ARGS=runs/...
 	$(BIN)/python -m mosaic_fast.evaluate $(ARGS)
 
 clean:  ## remove the environments and caches, never a run
-	rm -rf .venv .hypothesis .ruff_cache
+	rm -rf .venv .venv-sglang .hypothesis .ruff_cache

@@ -58,7 +58,10 @@ class LLMJudge:
             async with self._endpoint.open() as http:
                 session = _Session(self, http)
                 one = session.pairwise if self._mode == "pairwise" else session.pointwise
-                return await _together([one(group) for group in groups])
+                try:
+                    return await _together([one(group) for group in groups])
+                finally:
+                    await session.stop()
 
         return asyncio.run(all_groups())
 
@@ -109,6 +112,13 @@ class _Session:
         self._judge, self._http = judge, http
         self._room = asyncio.Semaphore(judge.max_concurrent)
         self._asked: dict[str, asyncio.Task[BaseModel]] = {}
+        self._failure: Exception | None = None
+
+    async def stop(self) -> None:
+        """Drop what is still under way."""
+        for task in self._asked.values():
+            task.cancel()
+        await asyncio.gather(*self._asked.values(), return_exceptions=True)
 
     async def pairwise(self, group: Sequence[Rollout]) -> Judgement:
         shown = [repr(trajectory_data(rollout)) for rollout in group]
@@ -158,8 +168,15 @@ class _Session:
         return await asyncio.shield(self._asked[key])
 
     async def _in_turn(self, rollouts: Sequence[Rollout], counts: Counter[str]) -> BaseModel:
+        """The answer, once there is room; after one question failed for good, no other is asked."""
         async with self._room:
-            return await self._judge.answer(self._http, rollouts, counts)
+            if self._failure is not None:
+                raise self._failure
+            try:
+                return await self._judge.answer(self._http, rollouts, counts)
+            except Exception as error:
+                self._failure = error
+                raise
 
 
 def _verdict(answer: PairAnswer) -> str:

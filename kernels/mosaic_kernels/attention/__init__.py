@@ -1,5 +1,7 @@
 """Tree attention: every token of a forest attends to its ancestors and itself."""
 
+from collections.abc import Callable
+
 import torch
 
 from mosaic_kernels.attention.plan import plan_for
@@ -7,8 +9,14 @@ from mosaic_kernels.attention.reference import reference_tree_attention
 from mosaic_kernels.attention.segments import segments_tree_attention
 from mosaic_kernels.dispatch import Backends, IndexLike, as_index, choose_backend
 
-BACKENDS: Backends = {"reference": None, "segments": ("cpu",)}
-DEFAULTS = {"cpu": "segments"}
+BACKENDS: Backends = {
+    "reference": None,
+    "segments": ("cpu",),
+    "triton": ("cuda",),
+    "flash": ("cuda",),
+    "flex": ("cuda",),
+}
+DEFAULTS = {"cpu": "segments", "cuda": "triton"}
 
 __all__ = ["BACKENDS", "tree_attention"]
 
@@ -31,7 +39,9 @@ def tree_attention(
     With a window, also positions[q] - positions[k] < window, as in transformers' sliding_window.
     scale multiplies the scores; None means D ** -0.5. Differentiable in q, k and v.
     Backends: reference (dense mask, any device), segments (CPU: PyTorch's fused kernel over a few large
-    pieces of the forest; fp32 and fp64, other dtypes are computed in fp32).
+    pieces of the forest; fp32 and fp64, other dtypes are computed in fp32), triton (CUDA: bf16, fp16, fp32),
+    flash (flash-attn's varlen functions on gathered K and V), flex (FlexAttention). auto: segments on CPU,
+    triton on CUDA, where fp64 goes to the reference.
 
     Example: with subtree_end = [4, 4, 3, 4] (rollouts [5, 6, 7] and [5, 6, 8]) node 3 sees 0, 1 and 3.
     """
@@ -53,10 +63,30 @@ def tree_attention(
     if rows is None and q.shape[0] != num_nodes:
         raise ValueError(f"q has {q.shape[0]} rows for {num_nodes} positions: pass queries=")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if backend == "auto" and q.dtype == torch.float64 and q.device.type != "cpu":
+        backend = "reference"
     chosen = choose_backend("tree_attention", backend, q.device, BACKENDS, DEFAULTS)
     if chosen == "segments":
         return segments_tree_attention(q, k, v, plan_for(end, depth, window, rows), scale=scale)
-    return reference_tree_attention(q, k, v, end, positions=depth, window=window, scale=scale, queries=rows)
+    attention = _backend(chosen)
+    return attention(q, k, v, end, positions=depth, window=window, scale=scale, queries=rows)
+
+
+def _backend(name: str) -> Callable[..., torch.Tensor]:
+    """Backends that need packages of their own are imported when they are chosen."""
+    if name == "triton":
+        from mosaic_kernels.attention.triton import triton_tree_attention
+
+        return triton_tree_attention
+    if name == "flash":
+        from mosaic_kernels.attention.flash import flash_tree_attention
+
+        return flash_tree_attention
+    if name == "flex":
+        from mosaic_kernels.attention.flex import flex_tree_attention
+
+        return flex_tree_attention
+    return reference_tree_attention
 
 
 def _as_queries(queries: IndexLike, q: torch.Tensor, num_nodes: int) -> torch.Tensor:  # [Uq] int64

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
+from mosaic_kernels.dispatch import emulated
+
 logger = logging.getLogger("mosaic_kernels")
 
 
@@ -21,6 +23,45 @@ class Deviation:
 
     error: float
     limit: float
+
+
+FORWARD, BACKWARD = 2.0, 3.0  # times the error of plain PyTorch in the same dtype
+FLOORS = {
+    torch.float32: 1e-6,
+    torch.float16: 1e-3,
+    torch.bfloat16: 8e-3,
+}  # 8 epsilons, and 1 of the short ones
+
+
+def deviations_of(
+    results: Mapping[str, torch.Tensor],  # of the op in question
+    plain: Mapping[str, torch.Tensor],  # of plain PyTorch in the same dtype
+    exact: Mapping[str, torch.Tensor],  # in fp64
+    dtype: torch.dtype,  # of the op's inputs
+) -> dict[str, Deviation]:
+    """The project's criterion, in 2-norms: error <= 2 (gradients, named "d...": 3) times plain's + a floor.
+
+    The floor is relative to the result's norm, or to the largest gradient's norm: gradients that cancel to
+    nothing leave rounding, which is relative to their terms. Results that are not finite are off.
+    """
+    norms = {name: float(x.detach().double().norm()) for name, x in exact.items()}
+    largest_gradient = max((norm for name, norm in norms.items() if name.startswith("d")), default=0.0)
+
+    def distance(x: torch.Tensor, name: str) -> float:
+        x = x.detach().double().to(exact[name].device)
+        if x.shape != exact[name].shape or not bool(torch.isfinite(x).all()):
+            return float("inf")
+        return float((x - exact[name].detach().double()).norm())
+
+    found = {}
+    for name, result in results.items():
+        gradient = name.startswith("d")
+        scale = largest_gradient if gradient else norms[name]
+        factor = BACKWARD if gradient else FORWARD
+        limit = factor * distance(plain[name], name) + FLOORS[dtype] * scale
+        unit = scale or 1.0
+        found[name] = Deviation(distance(result, name) / unit, limit / unit)
+    return found
 
 
 class KernelMismatch(RuntimeError):
@@ -37,9 +78,9 @@ def check_once(op: str, device: torch.device, variant: Variant, check: Check) ->
 
     `variant` is what compiles to different code, for example (torch.bfloat16, 128). `check` is a function at
     module level (it is part of the key) that calls the kernels below the place where check_once is called.
-    Outside CUDA, that is under an emulator, nothing is checked: there the tests are the check.
+    Under an emulator nothing is checked: there the tests are the check.
     """
-    if device.type == "cuda":
+    if device.type == "cuda" and not emulated():
         run_check(op, device, variant, check)
 
 

@@ -1,0 +1,208 @@
+"""The attention kernels against each rollout alone, on random forests."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mosaic_kernels import PackedForest, pack_forest, tree_attention
+from mosaic_kernels.forest import IntArray
+from mosaic_kernels.oracle import attention_of_rollouts
+from mosaic_kernels.proof.selfcheck import deviations_of
+from tests.kernels.strategies import Heads, forests, seeds
+from tests.kernels.triton.machine import machine
+
+heads = st.sampled_from([Heads(2, 1, 32), Heads(1, 1, 64), Heads(3, 3, 32), Heads(4, 2, 32), Heads(1, 1, 96)])
+windows = st.sampled_from([None, None, 1, 3, 10])
+dtypes = st.sampled_from(machine().dtypes)
+
+
+def check(
+    forest: PackedForest,
+    qkv: list[torch.Tensor],  # in the dtype to test
+    *,
+    seed: int = 0,
+    window: int | None = None,
+    scale: float | None = None,
+    queries: IntArray | None = None,
+    slack: float = 0.0,  # a further floor, for inputs that round worse than usual
+) -> None:
+    """Output and gradients of the kernels are as near the fp64 oracle as plain PyTorch's in this dtype."""
+    nodes = torch.from_numpy(forest.node_index)
+    kept = torch.ones(len(nodes), dtype=torch.bool)
+    rows = nodes
+    if queries is not None:  # the rollout tokens that are asked for, and their rows
+        row_of_node = torch.full((forest.num_nodes,), -1)
+        row_of_node[queries] = torch.arange(len(queries))
+        kept = row_of_node[nodes] >= 0
+        rows = row_of_node[nodes][kept]
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(len(rows), *qkv[0].shape[1:], generator=generator, dtype=torch.float64)
+
+    def results(dtype: torch.dtype, backend: str) -> dict[str, torch.Tensor]:
+        device = torch.device("cpu") if backend == "oracle" else machine().device
+        q, k, v = leaves = [x.detach().to(device, dtype, copy=True).requires_grad_() for x in qkv]
+        if backend == "oracle":
+            out = attention_of_rollouts(q, k, v, forest, window=window, scale=scale)[kept]
+        else:
+            asked = q if queries is None else q[torch.from_numpy(queries).to(device)]
+            out = tree_attention(
+                asked, k, v, forest.subtree_end, queries=queries,
+                positions=forest.positions, window=window, scale=scale, backend=backend,
+            )[rows.to(device)]  # fmt: skip
+        # The sum with zeros: where no query is asked for, the inputs still have gradients.
+        loss = (out * weight.to(out)).sum() + sum(x.sum() * 0 for x in leaves)
+        gradients = torch.autograd.grad([torch.as_tensor(loss)], leaves)
+        return dict(zip(("out", "dq", "dk", "dv"), (out, *gradients), strict=True))
+
+    dtype = qkv[0].dtype
+    found = deviations_of(
+        results(dtype, "triton"), results(dtype, "reference"), results(torch.float64, "oracle"),
+        dtype,
+    )  # fmt: skip
+    for name, deviation in found.items():
+        assert deviation.error <= deviation.limit + slack, f"{name}: {deviation}"
+
+
+@settings(max_examples=machine().examples)
+@given(
+    forest=forests(max_rollouts=6, max_length=machine().max_length),
+    shape=heads,
+    seed=seeds,
+    window=windows,
+    dtype=dtypes,
+    scale=st.sampled_from([None, 0.5]),
+)
+@pytest.mark.usefixtures("poisoned_memory")
+def test_equals_each_rollout_alone(
+    forest: PackedForest, shape: Heads, seed: int, window: int | None, dtype: torch.dtype, scale: float | None
+) -> None:
+    qkv = list(shape.draw_qkv(forest.num_nodes, seed, dtype))
+    check(forest, qkv, seed=seed, window=window, scale=scale)
+
+
+@settings(max_examples=machine().examples // 2)
+@given(
+    forest=forests(min_rollouts=1, max_rollouts=6, max_length=machine().max_length),
+    seed=seeds,
+    window=windows,
+    dtype=dtypes,
+)
+@pytest.mark.usefixtures("poisoned_memory")
+def test_some_queries_see_all_keys(
+    forest: PackedForest, seed: int, window: int | None, dtype: torch.dtype
+) -> None:
+    """Gaps between queries: a block of rows spans many blocks of keys, and some keys nobody asks."""
+    rng = np.random.default_rng(seed)
+    queries = np.flatnonzero(rng.random(forest.num_nodes) < 0.3)
+    check(
+        forest,
+        list(Heads(4, 2, 32).draw_qkv(forest.num_nodes, seed, dtype)),
+        seed=seed,
+        window=window,
+        queries=queries,
+    )
+
+
+def awkward_forest() -> PackedForest:
+    """Several trees, forks, one-token trees between long ones: blocks full, partial and unvisited."""
+    rng = np.random.default_rng(5)
+    trunk = rng.integers(99, size=70).tolist()
+    return pack_forest(
+        [
+            [7],
+            trunk + [1] * 40,
+            trunk + [2] * 9,
+            [3],
+            trunk[:50] + [4] * 33,
+            rng.integers(99, size=37).tolist(),
+            [5],
+        ]
+    )
+
+
+@pytest.mark.parametrize("head_dim", [32, 64, 96, 128, 256])
+@pytest.mark.parametrize("dtype", machine().dtypes, ids=str)
+def test_every_head_size(head_dim: int, dtype: torch.dtype) -> None:
+    if machine().name == "device" and (head_dim, dtype) == (256, torch.float32):
+        pytest.skip("no tile holds fp32 heads of 256: see test_attention_backends.py for the refusal")
+    forest = awkward_forest()
+    check(forest, list(Heads(2, 1, head_dim).draw_qkv(forest.num_nodes, 0, dtype)), window=45)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_tiny_forests(count: int) -> None:
+    """No tokens, one token, two trees of one token."""
+    forest = pack_forest([[index] for index in range(count)])
+    check(forest, list(Heads(2, 1, 32).draw_qkv(forest.num_nodes, 0, torch.float32)))
+
+
+def test_extreme_scores() -> None:
+    """Scores of hundreds in both directions: one key takes all, nothing overflows.
+
+    The logsumexp that the backward pass starts from is as large, and rounds by 3e-5.
+    """
+    forest = awkward_forest()
+    q, k, v = (x.detach() for x in Heads(2, 1, 32).draw_qkv(forest.num_nodes, 0, torch.float32))
+    check(forest, [(q * 10).requires_grad_(), (k * 10).requires_grad_(), v.requires_grad_()], slack=3e-5)
+
+
+@pytest.mark.parametrize("sign", [-1.0, 1.0])
+def test_all_scores_far_from_zero(sign: float) -> None:
+    """A hidden key loaded as zeros scores 0: far above, or far below, every visible one."""
+    forest = awkward_forest()
+    q, k, v = (x.detach() for x in Heads(1, 1, 32).draw_qkv(forest.num_nodes, 0, torch.float32))
+    q, k = q.abs() * 3, k.abs() * 3 * sign
+    check(forest, [q.requires_grad_(), k.requires_grad_(), v.requires_grad_()])
+
+
+@pytest.mark.parametrize("off", [(0,), (1,), (2,), (1, 2)])
+def test_gradients_switched_off(off: tuple[int, ...]) -> None:
+    forest = awkward_forest()
+    device = machine().device
+    qkv = [x.detach().to(device) for x in Heads(2, 1, 32).draw_qkv(forest.num_nodes, 0, torch.float32)]
+    gradients = []
+    for wanted in ((0, 1, 2), tuple({0, 1, 2} - set(off))):
+        leaves = [x.clone().requires_grad_(index in wanted) for index, x in enumerate(qkv)]
+        tree_attention(*leaves, subtree_end=forest.subtree_end, backend="triton").sin().sum().backward()
+        gradients.append([x.grad for x in leaves])
+    for index, (full, part) in enumerate(zip(*gradients, strict=True)):
+        assert full is not None
+        assert (part is None) if index in off else (part is not None and torch.equal(full, part))
+
+
+def test_any_layout_of_inputs_and_gradient() -> None:
+    """Strided last dimension, heads first, a slice of a fused projection, an address off by 4 bytes."""
+    forest, device = awkward_forest(), machine().device
+    count = forest.num_nodes
+    plain = [x.detach().to(device) for x in Heads(2, 2, 32).draw_qkv(count, 0, torch.float32)]
+    fused = torch.cat([x.reshape(count, -1) for x in plain], 1).split(64, 1)
+    shifted = torch.zeros(plain[2].numel() + 1, device=device)[1:].view(plain[2].shape).copy_(plain[2])
+    layouts = [
+        [x.permute(2, 0, 1).contiguous().permute(1, 2, 0) for x in plain],
+        [x.transpose(0, 1).contiguous().transpose(0, 1) for x in plain],
+        [x.view(count, 2, 32) for x in fused],
+        [plain[0], plain[1], shifted],
+    ]
+    results = []
+    for layout in [plain, *layouts]:
+        leaves = [x.detach().requires_grad_() for x in layout]
+        out = tree_attention(*leaves, subtree_end=forest.subtree_end, backend="triton")
+        weight = torch.linspace(-1, 1, out.numel(), device=device).view(32, 2, count).permute(2, 1, 0)
+        results.append([out, *torch.autograd.grad(out, leaves, weight)])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_the_same_call_gives_the_same_bits() -> None:
+    forest = awkward_forest()
+    runs = []
+    for _ in range(2):
+        leaves = [
+            x.detach().to(machine().device).requires_grad_()
+            for x in Heads(4, 2, 32).draw_qkv(forest.num_nodes, 0, torch.float16)
+        ]
+        out = tree_attention(*leaves, subtree_end=forest.subtree_end, backend="triton")
+        runs.append([out, *torch.autograd.grad(out.float().sin().sum(), leaves)])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))

@@ -116,6 +116,26 @@ def test_low_precision_log_probs_give_fp32() -> None:
     assert torch.autograd.grad(loss.sum(), values[0])[0].dtype == torch.bfloat16
 
 
+def test_a_ratio_that_overflows_is_clipped() -> None:
+    """exp(200) is inf in fp32: with a positive advantage, or none, the bound counts and the gradient is 0."""
+    policy = torch.zeros(3, requires_grad=True)
+    loss = clipped_surrogate(
+        policy, torch.full((3,), -200.0), torch.tensor([1.0, 0.0, 2.0]), torch.ones(3),
+        clip_low=0.2, clip_high=0.25,
+    )  # fmt: skip
+    assert loss.tolist() == [-1.25, 0.0, -2.5]
+    assert not torch.autograd.grad(loss.sum(), policy)[0].any()
+
+
+def test_a_broken_value_that_counts_shows() -> None:
+    """Only a weight of 0 hides a NaN."""
+    policy = torch.tensor([torch.nan, 0.0, 0.0], requires_grad=True)
+    advantages = torch.tensor([1.0, torch.nan, 1.0])
+    loss = clipped_surrogate(policy, torch.zeros(3), advantages, torch.ones(3), clip_low=0.2, clip_high=0.2)
+    assert loss.isnan().tolist() == [True, True, False]
+    assert torch.autograd.grad(loss.sum(), policy)[0].isnan().tolist() == [True, True, False]
+
+
 def test_refusals() -> None:
     policy, start, advantages, weights, reference = problem(5, 0)
     clips = {"clip_low": 0.2, "clip_high": 0.2}
@@ -129,6 +149,8 @@ def test_refusals() -> None:
         clipped_surrogate(policy, start, advantages, weights, clip_low=1.5, clip_high=0.2)
     with pytest.raises(ValueError, match="clip_high must be at least 0"):
         clipped_surrogate(policy, start, advantages, weights, clip_low=0.2, clip_high=-0.1)
+    with pytest.raises(ValueError, match=r"'triton' does not run on cpu; available on cpu are .*'reference'"):
+        clipped_surrogate(policy, start, advantages, weights, backend="triton", **clips)
     with pytest.raises(ValueError, match="kl_weight needs reference_logprobs"):
         clipped_surrogate(policy, start, advantages, weights, kl_weight=0.1, **clips)
     with pytest.raises(ValueError, match="kl_weight must be at least 0, got nan"):

@@ -5,7 +5,8 @@ import torch
 from mosaic_kernels.dispatch import Backends, choose_backend
 from mosaic_kernels.surrogate.reference import reference_clipped_surrogate
 
-BACKENDS: Backends = {"reference": None}
+BACKENDS: Backends = {"reference": None, "triton": ("cuda",)}
+DEFAULTS = {"cuda": "triton"}
 
 __all__ = ["BACKENDS", "clipped_surrogate"]
 
@@ -27,7 +28,7 @@ def clipped_surrogate(
     With r = exp(policy - start), A the advantages and d = reference - policy: GRPO (Shao et al.,
     arXiv 2402.03300, equation 3), the k3 estimate of the KL divergence (its equation 4), asymmetric
     clipping (DAPO, arXiv 2503.14476). Differentiable in policy_logprobs only. A token of weight 0 has
-    loss 0 and gradient 0 whatever its other values are.
+    loss 0 and gradient 0 whatever its other values are. Backends: reference, triton (CUDA, in fp32).
 
     Example: three tokens whose ratio is 1, 2 and 1, A = [1, 1, -1], weights = [1, 1, 0] and clips of 0.2
     give the losses [-1, -1.2, 0].
@@ -63,8 +64,15 @@ def clipped_surrogate(
     if kl_weight > 0 and reference_logprobs is None:
         raise ValueError("kl_weight needs reference_logprobs")
     reference = reference_logprobs if kl_weight > 0 else None
-    choose_backend("clipped_surrogate", backend, policy_logprobs.device, BACKENDS, {})
-    return reference_clipped_surrogate(
+    if backend == "auto" and policy_logprobs.dtype == torch.float64:
+        backend = "reference"
+    chosen = choose_backend("clipped_surrogate", backend, policy_logprobs.device, BACKENDS, DEFAULTS)
+    surrogate = reference_clipped_surrogate
+    if chosen == "triton":
+        from mosaic_kernels.surrogate.triton import triton_clipped_surrogate
+
+        surrogate = triton_clipped_surrogate
+    return surrogate(
         policy_logprobs, start_logprobs.detach(), advantages.detach(), weights.detach(),
         None if reference is None else reference.detach(), clip_low, clip_high, kl_weight,
     )  # fmt: skip

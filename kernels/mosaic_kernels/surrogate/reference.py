@@ -23,9 +23,14 @@ def reference_clipped_surrogate(
         return torch.where(weights == 0, 0.0, values.to(dtype))
 
     policy, advantages = counted(policy_logprobs), counted(advantages)
-    ratio = torch.exp(policy - counted(start_logprobs))
-    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
-    loss = -torch.minimum(ratio * advantages, clipped * advantages)
+    log_ratio = policy - counted(start_logprobs)
+    ratio = log_ratio.detach().exp()
+    above = (advantages >= 0) & (ratio > 1 + clip_high)
+    below = (advantages <= 0) & (ratio < 1 - clip_low)
+    # There the bound counts, and the ratio never enters exp, whose gradient 0 * inf would be NaN.
+    bound = torch.ones_like(ratio).masked_fill(below, 1 - clip_low).masked_fill(above, 1 + clip_high)
+    free = torch.exp(torch.where(above | below, 0.0, log_ratio))
+    loss = -advantages * (free * bound)
     if reference_logprobs is not None:
         difference = counted(reference_logprobs) - policy
         # expm1 keeps the digits of a small difference, where exp(d) - d - 1 cancels.

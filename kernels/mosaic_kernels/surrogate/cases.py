@@ -1,0 +1,19 @@
+"""Compile cases of the surrogate's kernel."""
+
+from collections.abc import Iterator
+
+import torch
+
+from mosaic_kernels.proof.cases import CompileCase
+from mosaic_kernels.proof.compile import ARCHITECTURES
+from mosaic_kernels.surrogate.kernels import surrogate_kernel
+from mosaic_kernels.surrogate.triton import BLOCK
+
+
+def compile_cases() -> Iterator[CompileCase]:
+    for arch in ARCHITECTURES:
+        yield CompileCase(
+            op="clipped_surrogate", name="KL", arch=arch, kernel=surrogate_kernel,
+            arguments=(*(torch.float32,) * 7, 1001, 0.75, 1.25, 0.5), constants={"BLOCK": BLOCK, "KL": True},
+            tensor_cores=False,
+        )  # fmt: skip

@@ -9,7 +9,6 @@ import sys
 from contextlib import closing
 from dataclasses import replace
 
-import numpy as np
 import torch
 from transformers.utils.logging import disable_progress_bar
 
@@ -22,7 +21,7 @@ from mosaic_fast.checkpoint import (
     verify_checkpoint,
 )
 from mosaic_fast.clock import Clock
-from mosaic_fast.components import Components, build_components, load_policy, model_folder
+from mosaic_fast.components import Components, build_components, build_reference, model_folder
 from mosaic_fast.config import Config
 from mosaic_fast.config_io import parse_train_arguments, run_cli
 from mosaic_fast.curves import draw_curves
@@ -36,8 +35,9 @@ from mosaic_fast.progress import ProgressView
 from mosaic_fast.reward import group_reward
 from mosaic_fast.run_folder import RunFolder
 from mosaic_fast.seeds import derived_seed
+from mosaic_fast.step_batch import step_batch
+from mosaic_fast.trackers import Trackers, require_trackers
 from mosaic_fast.trajectories import write_trajectories
-from mosaic_kernels import pack_forest
 
 INTERRUPTED = 130  # exit code after Ctrl-C, as shells have it
 
@@ -58,6 +58,7 @@ def train(config: Config, name: str = "world", *, resume: bool = False) -> int:
     if checkpoint is not None:
         verify_checkpoint(checkpoint)
     judge = build_judge(config.judge, folder.path)
+    require_trackers(config)
     initial = model_folder(config.model.path)
     components = build_components(config, checkpoint or initial, folder.path / "sglang")
     reference = load_policy(config, initial, trainable=False) if config.loss.kl_weight else None
@@ -70,6 +71,7 @@ def train(config: Config, name: str = "world", *, resume: bool = False) -> int:
     with (
         closing(components.engine),
         ProgressView(config.trackers.console, config.steps, progress.step) as view,
+        Trackers(config, folder.path) as trackers,
         Interrupt() as interrupt,
     ):
         view.say(f"run folder {folder.path}")
@@ -81,6 +83,7 @@ def train(config: Config, name: str = "world", *, resume: bool = False) -> int:
         while progress.step < config.steps and not interrupt.requested:
             row, progress = trainer.step(progress)
             view.step(row)
+            trackers.log(row)
         if config.env.eval_tasks and not interrupt.requested:
             view.say(f"evaluating the result on {config.env.eval_tasks} held-out tasks, greedy")
             after = trainer.evaluate(config.env.eval_tasks, progress.step)
@@ -129,7 +132,10 @@ class _Trainer:
             group_reward(group, judgement.preferences, config.reward.length_target)
             for group, judgement in zip(groups, judgements, strict=True)
         ]
-        advantages = [reward.advantages(config.reward.std_epsilon) for reward in rewards]
+        divide_by_std = config.reward.divide_by_std is not False
+        advantages = [
+            reward.advantages(config.reward.std_epsilon, divide_by_std=divide_by_std) for reward in rewards
+        ]
         with self.folder.writing("the trajectories"):
             path = self.folder.trajectory_path(step + 1)
             write_trajectories(path, groups, judgements, rewards, advantages)
@@ -138,9 +144,10 @@ class _Trainer:
         clock.lap("time/judge_s")
 
         # pack, update
-        forest = pack_forest([r.token_ids for r in rollouts], [r.trained for r in rollouts])
-        sampler_logprobs = np.concatenate([r.sampler_logprobs for r in rollouts])
-        figures = self.learner.update(forest, sampler_logprobs, np.concatenate(advantages), step)
+        batch = step_batch(
+            groups, [j.preferences for j in judgements], [reward.total for reward in rewards], advantages
+        )
+        figures, forest = self.learner.update(batch, step), batch.forest
         if config.reward.require_signal and not figures["optim/grad_norm"] > 0.0:
             raise TrainingError(f"step {step + 1}: the gradient is zero")
         clock.lap("time/update_s")
@@ -185,7 +192,7 @@ class _Trainer:
         components, keep = self.components, self.config.checkpoint.keep
         save_checkpoint(
             self.folder.checkpoints,
-            components.policy,
+            components.save_weights,
             components.tokenizer,
             self.learner.optimizer,
             progress,

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mosaic_kernels import PackedForest, pack_forest, tree_attention
-from mosaic_kernels.attention.plan import build_plan
+from mosaic_kernels.attention import plan as plan_module
+from mosaic_kernels.attention.plan import build_plan, plan_for
 from mosaic_kernels.attention.segments import segments_tree_attention
 from mosaic_kernels.oracle import attention_of_rollouts, errors_of, relative_error
 from tests.kernels.strategies import Heads, forests, heads, seeds
@@ -346,6 +347,23 @@ def test_a_plan_follows_its_content_not_its_object() -> None:
     end[:] = [1, 2, 3]
     assert torch.equal(tree_attention(q, k, v, end), v)
     assert not torch.equal(chain, v)
+    tensor = torch.tensor([3, 3, 3])
+    torch.testing.assert_close(tree_attention(q, k, v, tensor), chain)
+    tensor.copy_(torch.tensor([1, 2, 3]))
+    assert torch.equal(tree_attention(q, k, v, tensor), v)
+
+
+def test_a_plan_lives_as_long_as_its_forest() -> None:
+    """A schedule of many parts makes each part's plans once, however many parts there are."""
+    ends = [torch.from_numpy(pack_forest([[1] * 9, [1] * n + [2]]).subtree_end) for n in range(1, 9)] * 2
+    some = torch.tensor([1, 4])
+    plans = [[plan_for(end, None, None, rows) for rows in (None, some)] for end in ends + ends]
+    assert len({id(plan) for pair in plans for plan in pair}) == 16
+    end = ends.pop()
+    known = len(plan_module._PLANS)
+    ends.clear()
+    assert len(plan_module._PLANS) == known - 7
+    assert plan_for(end, None, None) is plans[-1][0]
 
 
 def test_refusals() -> None:

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from mosaic_kernels.forest import BoolArray, IntArray
 
@@ -28,6 +29,7 @@ SQUARE = (
 )
 STACKED = 16  # tokens from which shorter segments are stacked: below, blocks hold several of them
 SIMILAR = 0.85  # blocks or squares of at least this share of the largest one's size are stacked
+PLANS_OF_A_FOREST = 8  # kept: all nodes or some of them, with each window of the model's layers
 CACHED_BIAS = 2**23  # mask entries a plan may keep as floats between calls (32 MiB in fp32)
 
 
@@ -99,14 +101,41 @@ def plan_for(
     window: int | None,
     queries: torch.Tensor | None = None,
 ) -> Plan:
-    """The plan of a forest, from a small cache keyed by content: layers and passes share it.
+    """The plan of a forest, made once for all layers and passes.
 
-    A window that no path exceeds changes nothing, and is dropped.
+    It lives as long as the tensor `subtree_end` does; calls that make a new tensor each time find the plans
+    of the last few forests by their content. A window that no path exceeds changes nothing, and is dropped.
     """
     if window is None or positions is None or not positions.numel() or int(positions.max()) < window:
         positions = window = None
-    arrays = (None if x is None else x.numpy().tobytes() for x in (subtree_end, positions, queries))
-    return _cached_plan(*arrays, window)
+    arrays = (subtree_end, positions, queries)
+    contents = (None if x is None else x.numpy().tobytes() for x in arrays)
+    if any(x is not None and x.is_inference() for x in arrays):  # such a tensor does not count its changes
+        return _cached_plan(*contents, window)
+    versions = tuple(None if x is None else x._version for x in arrays)
+    known = _PLANS.setdefault(subtree_end, [])
+    for one in known:
+        same = one.positions is positions and one.queries is queries and one.window == window
+        if same and one.versions == versions:
+            return one.plan
+    plan = _cached_plan(*contents, window)
+    known.append(_Known(versions, positions, queries, window, plan))
+    del known[:-PLANS_OF_A_FOREST]
+    return plan
+
+
+@dataclass(frozen=True, eq=False)
+class _Known:
+    """A plan and the tensors it was made for, which are compared by identity and version."""
+
+    versions: tuple[int | None, ...]
+    positions: torch.Tensor | None
+    queries: torch.Tensor | None
+    window: int | None
+    plan: Plan
+
+
+_PLANS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # subtree_end -> list[_Known]
 
 
 @functools.lru_cache(maxsize=8)

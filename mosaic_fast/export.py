@@ -1,8 +1,8 @@
 """`python -m mosaic_fast.export RUN --format trl --out FILE`: a run's decided pairs as preference rows.
 
 TRL's preference format, conversational (https://huggingface.co/docs/trl/dataset_formats): one JSON object a
-line, {"prompt": [messages], "chosen": [messages], "rejected": [messages]}. Assistant messages hold the text as
-it was sampled, tags and calls included, so nothing is lost and every row has the same columns.
+line, {"prompt": [messages], "chosen": [messages], "rejected": [messages]}. Assistant messages hold the text
+as it was sampled, tags and calls included: nothing is lost, and every row has the same columns.
 """
 
 from __future__ import annotations

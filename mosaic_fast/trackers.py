@@ -1,4 +1,4 @@
-"""Trackers beside metrics.jsonl: Weights & Biases, Trackio, TensorBoard; imported only where they are named."""
+"""Trackers beside metrics.jsonl: Weights & Biases, Trackio, TensorBoard; imported only where named."""
 
 from __future__ import annotations
 

@@ -233,14 +233,13 @@ def test_a_file_that_is_no_cache_is_named(cache: Path):
 
 
 @pytest.mark.parametrize(
-    ("limit", "named"),
-    [({"max_calls": 3}, "max_calls = 3 calls"), ({"max_tokens_total": 330}, "max_total_tokens = 330")],
+    ("calls", "tokens", "named"), [(3, 0, "max_calls = 3 calls"), (0, 330, "max_total_tokens = 330")]
 )
-def test_a_limit_stops_the_run_by_name(cache: Path, limit: dict[str, int], named: str):
+def test_a_limit_stops_the_run_by_name(cache: Path, calls: int, tokens: int, named: str):
     """110 tokens a call: both limits allow three."""
     group = [saying(plan, i) for i, plan in enumerate("abc")]
     with endpoint(by_plan(larger)) as served, pytest.raises(TrainingError, match=named):
-        make_judge(served, cache, max_concurrent=1, **limit).judge([group])
+        make_judge(served, cache, max_concurrent=1, max_calls=calls, max_tokens_total=tokens).judge([group])
     assert len(served.requests) == 3
 
 

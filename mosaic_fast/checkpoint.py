@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase
 
 from mosaic_fast.errors import TrainingError
-from mosaic_fast.policy import Policy
+from mosaic_fast.optimizer import Optimizer
 
 _STATE, _PROGRESS, _MANIFEST = "trainer.pt", "progress.json", "manifest.json"
 
@@ -39,9 +40,9 @@ def checkpoint_path(folder: Path, progress: Progress) -> Path:
 
 def save_checkpoint(
     folder: Path,
-    policy: Policy,
+    save_weights: Callable[[Path], None],
     tokenizer: PreTrainedTokenizerBase,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizer,
     progress: Progress,
     keep: int,
 ) -> Path:
@@ -51,14 +52,15 @@ def save_checkpoint(
     try:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
-        policy.save_pretrained(unfinished)
+        save_weights(unfinished)
         tokenizer.save_pretrained(str(unfinished))
         state = {"optimizer": optimizer.state_dict(), "torch_rng": torch.get_rng_state()}
         torch.save(state, unfinished / _STATE)
         (unfinished / _PROGRESS).write_text(json.dumps(asdict(progress)), encoding="utf-8")
-        sums = {path.name: _sha256(path) for path in sorted(unfinished.iterdir())}
+        files = sorted(path for path in unfinished.rglob("*") if path.is_file())
+        sums = {path.relative_to(unfinished).as_posix(): _sha256(path) for path in files}
         (unfinished / _MANIFEST).write_text(json.dumps(sums, indent=1), encoding="utf-8")
-        for path in [*unfinished.iterdir(), unfinished]:
+        for path in [*unfinished.rglob("*"), unfinished]:
             _sync(path)
         shutil.rmtree(final, ignore_errors=True)
         unfinished.rename(final)
@@ -95,7 +97,7 @@ def verify_checkpoint(checkpoint: Path) -> None:
         raise TrainingError(f"checkpoint {checkpoint} is corrupt: {', '.join(damaged)}; {advice}")
 
 
-def load_training_state(checkpoint: Path, optimizer: torch.optim.Optimizer) -> Progress:
+def load_training_state(checkpoint: Path, optimizer: Optimizer) -> Progress:
     """Put the optimiser and the random number generator back; the weights are the model folder's."""
     state = torch.load(checkpoint / _STATE, weights_only=True, map_location="cpu")
     optimizer.load_state_dict(state["optimizer"])

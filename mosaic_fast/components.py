@@ -15,6 +15,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from mosaic_fast.config import Config
 from mosaic_fast.engine import build_engine, longest_rollout
 from mosaic_fast.errors import EngineStoppedError, UserError
+from mosaic_fast.learner import Reference
+from mosaic_fast.lora import Lora
 from mosaic_fast.policy import Policy
 from mosaic_rollout.agent_loop import AgentLoop, Limits
 from mosaic_rollout.chat import Chat
@@ -34,6 +36,14 @@ class Components:
     policy: Policy
     engine: ManagedEngine
     loop: AgentLoop
+    lora: Lora | None = None
+
+    def save_weights(self, folder: Path) -> None:
+        """Write the policy as a Hugging Face folder; with LoRA the merged weights, and the adapter in it."""
+        if self.lora is None:
+            self.policy.save_pretrained(folder)
+        else:
+            self.lora.save(folder)
 
     def run(self, work: Coroutine[None, None, Result], *, version: int) -> Result:
         """Run engine work with the policy's current weights as `version`.
@@ -66,24 +76,45 @@ def model_folder(path: str) -> Path:
     return Path(str(files("mosaic_fast").joinpath("embedded"))) if path == "embedded" else Path(path)
 
 
-def build_components(config: Config, weights: Path, scratch: Path | None = None) -> Components:
+def build_components(
+    config: Config, weights: Path, scratch: Path | None = None, *, base: Path | None = None
+) -> Components:
     """Everything of a run, with the model of folder `weights`. Raises UserError for what is missing.
 
     scratch: a folder for an engine's own files; without one, a temporary folder. Close the engine at the end.
+    base: given to train, the folder that training starts from. With LoRA the model is that one, with the
+        adapter of `weights`, or with a new one where `weights` is the base itself.
     """
     if config.model.threads:
         torch.set_num_threads(config.model.threads)
     environment = build_environment(config)
     tokenizer = _load_tokenizer(weights)
     chat = Chat(tokenizer, teach_loop=config.rollout.teach_loop)
-    policy = load_policy(config, weights)
+    if base is not None and config.model.lora_rank:
+        policy = load_policy(config, base)
+        lora = Lora(policy.model, config.model, config.seed)
+        if weights != base:
+            lora.load(weights)
+    else:
+        policy, lora = load_policy(config, weights), None
+    if config.model.activation_checkpointing:
+        policy.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     engine = build_engine(config, policy, scratch)
     rollout = config.rollout
     limits = Limits(rollout.max_steps, rollout.max_step_tokens, longest_rollout(config, policy))
     loop = AgentLoop(
         engine, chat, environment, limits, rollout.temperature, tool_timeout_s=config.env.tool_timeout_s
     )
-    return Components(tokenizer, policy, engine, loop)
+    return Components(tokenizer, policy, engine, loop, lora)
+
+
+def build_reference(config: Config, initial: Path, components: Components) -> Reference | None:
+    """The policy as training began, where the loss reads it; with LoRA, the policy without its adapter."""
+    if not config.loss.needs_reference:
+        return None
+    if components.lora is not None:
+        return Reference(components.policy, components.lora.off)
+    return Reference(load_policy(config, initial, trainable=False))
 
 
 def build_environment(config: Config) -> Environment:

@@ -37,10 +37,10 @@ class ModelConfig(Section):
     threads: int = Field(default=1, ge=0)
     """CPU threads of PyTorch; 0: PyTorch's own choice. More than there are idle cores slow a run badly."""
     activation_checkpointing: bool = False
-    """Keep each layer's input only and run the layer again in the backward pass: less memory, same gradient."""
+    """Keep each layer's input only and run the layer again in the backward pass: less memory, more time."""
     lora_rank: int = Field(default=0, ge=0)
     """Train low-rank adapters of this rank (needs peft: the extra `lora`); 0: train every weight."""
-    lora_alpha: Positive | None = None
+    lora_alpha: Count | None = None
     """LoRA: adapters are scaled by lora_alpha / lora_rank; default twice the rank."""
     lora_targets: Annotated[tuple[str, ...], Field(strict=False)] = ("all-linear",)
     """LoRA: names of the modules that get an adapter, such as q_proj; `all-linear`: all but the LM head."""
@@ -135,8 +135,8 @@ class RolloutConfig(Section):
         refused = [name for name in ("top_p", "top_k") if isinstance(values, dict) and name in values]
         if refused:
             raise ValueError(
-                f"{refused[0]} cannot be used in training: tokens must be sampled from the whole distribution, "
-                "which is what the trainer's log-probs are of; use rollout.temperature"
+                f"{refused[0]} cannot be used in training: the trainer's log-probs are those of the whole "
+                "distribution, so tokens must be sampled from it; use rollout.temperature"
             )
         return values
 
@@ -233,7 +233,7 @@ class LossConfig(Section):
     normalisation: Literal["token", "sequence", "constant"] | None = None
     """Tokens count alike, rollouts count alike, or both over max_rollout_tokens (default of dr_grpo)."""
     kl_weight: NonNegative | None = None
-    """Weight of the k3 estimate of the KL divergence to the reference policy; default 0.01 for grpo, else 0."""
+    """Weight of the k3 estimate of the KL divergence to the reference; default 0.01 for grpo, else 0."""
     entropy_weight: NonNegative = 0.0
     """Weight of the policy's mean entropy, as a bonus."""
     beta: Positive | None = None
@@ -318,7 +318,7 @@ class ForestConfig(Section):
     tokens_per_microbatch: Count = 8192
     """Unique tokens forwarded at once; a forest above it is cut, exactly."""
     credit: Literal["sum", "mean", "first", "subtree"] = "sum"
-    """Terms of a token inherited through a fork: of all holders (the flat batch), their mean, its sampler's, its branch's."""
+    """What an inherited token gets: all its holders' terms, their mean, its sampler's, or its branch's."""
 
 
 class CheckpointConfig(Section):
@@ -398,13 +398,13 @@ class Config(Section):
             )
         if self.loss.is_pairwise and self.off_policy.corrects:
             raise ValueError(
-                f"off_policy corrects losses on rewards; loss.name = {self.loss.name!r} takes rollouts from any "
-                "policy, so leave it out"
+                f"off_policy corrects losses on rewards; loss.name = {self.loss.name!r} takes rollouts from "
+                "any policy, so leave it out"
             )
         if self.forest.credit == "subtree" and self.rollout.branching == "independent":
             raise ValueError(
-                "forest.credit = 'subtree' compares branches of a fork, and rollout.branching = 'independent' has "
-                "none: every advantage would be 0; use 'fork_at_check' or 'fork_at_step'"
+                "forest.credit = 'subtree' compares branches of a fork, and rollout.branching = "
+                "'independent' has none: every advantage would be 0; use 'fork_at_check' or 'fork_at_step'"
             )
         if not self.model.lora_rank and (
             self.model.lora_alpha is not None or self.model.lora_targets != ("all-linear",)

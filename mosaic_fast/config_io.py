@@ -92,7 +92,7 @@ def _parse_options(base: Config, arguments: Sequence[str]) -> _TrainArguments:
 
 
 def _without_resume(parsed: _TrainArguments) -> Config:
-    return Config(**{name: getattr(parsed, name) for name in Config.model_fields})
+    return Config(**{name: getattr(parsed, name) for name in Config.model_fields}).resolved()
 
 
 def _read_toml(path: Path) -> dict[str, object]:

@@ -1,43 +1,67 @@
-"""One update on the forest of a step's rollouts: forward, loss, backward, optimiser.
+"""One update on the forest of a step's rollouts: credit, reach, forward, loss, backward, optimiser.
 
-Every distinct (prefix, token) is computed once, and the gradient is that of the flat batch. A forest above
-the token budget is cut exactly; the order of parts changes the gradient by rounding only.
+Every distinct (prefix, token) is computed once, and the gradient is that of the flat batch with the same
+weights. How the forest is cut, and in which order, changes it by rounding only.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from mosaic_fast.config import Config
-from mosaic_fast.errors import TrainingError
-from mosaic_fast.execution import Execution, Piece
-from mosaic_fast.loss import GRPOLoss, LossBatch, SumCount
+from mosaic_fast.credit import assign_credit
+from mosaic_fast.errors import UserError
+from mosaic_fast.execution import Execution, Piece, Schedule
+from mosaic_fast.loss import Loss, LossBatch, SumCount, build_loss, normalised_weights
+from mosaic_fast.off_policy import importance, mismatch_figures
+from mosaic_fast.optimizer import Optimizer
 from mosaic_fast.policy import Policy
-from mosaic_kernels import PackedForest, ideal_speedup
+from mosaic_fast.policy.support import depends_on_length
+from mosaic_fast.reach import Reach, narrow, needed_tokens
+from mosaic_fast.step_batch import StepBatch
+from mosaic_kernels import ideal_speedup
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The frozen policy of the KL term and of pairwise losses.
+
+    selected: entered while it runs; a LoRA policy with its adapter off is its own reference.
+    """
+
+    policy: Policy
+    selected: Callable[[], AbstractContextManager[None]] = nullcontext
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """What stays the same over the epochs of an update; arrays over the T' rollout tokens in reach."""
+
+    reach: Reach
+    schedule: Schedule
+    batch: LossBatch  # start_logprobs and advantages as if the trainer had sampled
+    sampler_logprobs: Tensor  # [T']
+    counted_tokens: int  # of the whole step, in reach or not
 
 
 class Learner:
-    """Owns the optimiser. `reference` is the frozen policy of the KL term, or None."""
+    """Owns the optimiser. Raises UserError for a loss that needs a reference and has none."""
 
-    def __init__(self, policy: Policy, reference: Policy | None, config: Config) -> None:
+    def __init__(self, policy: Policy, reference: Reference | None, config: Config) -> None:
+        if config.loss.needs_reference and reference is None:
+            raise UserError(f"loss.name = {config.loss.name!r} as configured needs a reference policy")
         self.policy, self.reference, self._config = policy, reference, config
-        optim = config.optim
-        self.optimizer = torch.optim.AdamW(
-            [parameter for parameter in policy.model.parameters() if parameter.requires_grad],
-            lr=optim.lr,
-            betas=(optim.beta1, optim.beta2),
-            weight_decay=optim.weight_decay,
-            fused=True,
-        )
-        loss = config.loss
+        self.optimizer = Optimizer(policy.model, config.optim)
+        self._loss = build_loss(config.loss)
         self._execution = Execution(
             config.forest.tokens_per_microbatch, config.rollout.temperature, policy.model.config
         )
-        self._loss = GRPOLoss(loss.clip_low, loss.clip_high, loss.kl_weight)
 
     def learning_rate(self, step: int) -> float:
         """Linear warm-up, then linear decay to final_lr_frac at the last step. step counts from 0."""
@@ -47,105 +71,198 @@ class Learner:
         passed = (step - optim.warmup_steps) / max(1, steps - optim.warmup_steps)
         return optim.lr * (1.0 - (1.0 - optim.final_lr_frac) * passed)
 
-    def update(
-        self, forest: PackedForest, sampler_logprobs: np.ndarray, advantages: np.ndarray, step: int
-    ) -> dict[str, float]:
-        """Train on the forest of R rollouts; returns metrics by name.
+    def update(self, batch: StepBatch, step: int) -> dict[str, float]:
+        """Train on a step's rollouts; returns metrics by name.
 
-        sampler_logprobs: [T] float32, the engine's. advantages: [R], one a rollout.
         Raises TrainingError where a gradient is not finite; no step is taken with it.
         """
-        schedule = self._execution.schedule(forest)
-        total_tokens = float(max(1, forest.trained.sum()))
-        token_advantages = self._tensor(np.repeat(advantages, np.diff(forest.cu_seqlens)))
-        sampler = self._tensor(sampler_logprobs)
-        reference = None
-        if self.reference is not None:
-            reference, _ = self._execution.logprobs(self.reference, schedule)
-        start: Tensor | None = None
+        prepared = self._prepare(batch)
+        run_epoch = two_passes if self._loss.coupled else one_pass
+        start: Tensor | None = None  # the policy's log-probs before the first optimiser step
         totals: dict[str, SumCount] = {}
-        rate, norms, dropped = self.learning_rate(step), [], 0
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        rate, norms = self.learning_rate(step), []
         for _ in range(self._config.optim.epochs):
-            measured = torch.zeros_like(sampler)
-
-            def loss_of(piece: Piece, measured: Tensor = measured, start: Tensor | None = start) -> Tensor:
-                nonlocal dropped
-                logprobs = piece.logprobs.detach()
-                measured[piece.source] = logprobs
-                mask = torch.isfinite(logprobs)
-                dropped += int((~mask).sum())
-                batch = LossBatch(
-                    start_logprobs=logprobs if start is None else start[piece.source],
-                    reference_logprobs=None if reference is None else reference[piece.source],
-                    advantages=token_advantages[piece.source],
-                    mask=mask,
-                    total_tokens=total_tokens,
-                )
-                loss, metrics = self._loss(piece.logprobs, batch, piece.entropy)
-                for name, value in metrics.items():
-                    totals[name] = totals.get(name, SumCount(0.0, 0.0)) + value
-                return loss
-
-            self._execution.backward(self.policy, schedule, loss_of)
-            if start is None:  # before the first optimiser step: the policy that the rollouts came from
-                start = measured
-            norms.append(self._optimizer_step(step))
-        epochs = self._config.optim.epochs
-        figures = {name: value.mean if value.count else value.sum / epochs for name, value in totals.items()}
+            logprobs = run_epoch(
+                self._execution,
+                self.policy,
+                prepared.schedule,
+                self._loss,
+                lambda own, source, start=start: self._batch_at(prepared, own, source, start),
+                lambda metrics: _add(totals, metrics),
+            )
+            start = logprobs if start is None else start
+            norms.append(self.optimizer.step(rate, step))
         assert start is not None
         return {
-            **figures,
-            **_mismatch(sampler, start, torch.from_numpy(forest.trained).to(self._device)),
-            "policy/dropped_tokens": float(dropped),
+            **self._loss_figures(totals, prepared),
+            **mismatch_figures(
+                start, prepared.sampler_logprobs, prepared.batch.counted, self._config.off_policy
+            ),
             "optim/grad_norm": sum(norms) / len(norms),
             "optim/lr": rate,
+            **self._tree_figures(batch, prepared),
+        }
+
+    def _prepare(self, batch: StepBatch) -> _Prepared:
+        """Credit and normaliser over all tokens of the step, then everything cut to what the loss reaches."""
+        config, forest = self._config, batch.forest
+        credit = assign_credit(config.forest.credit, batch.forks, batch.advantages, batch.returns)
+        weights = normalised_weights(
+            credit.weights,
+            forest.trained,
+            forest.cu_seqlens,
+            config.loss.settings.normalisation,
+            config.rollout.max_rollout_tokens,
+        )
+        reach = narrow(
+            forest,
+            needed_tokens(self._loss, forest, weights, credit.advantages, batch.pairs),
+            keep_lengths=depends_on_length(self.policy.model),
+        )
+        schedule = self._execution.schedule(reach.forest)
+        reference = None
+        if self.reference is not None:
+            with self.reference.selected():
+                reference, _ = self._execution.logprobs(self.reference.policy, schedule)
+        sampler = self._tensor(batch.sampler_logprobs[reach.source])
+        device = sampler.device
+        return _Prepared(
+            reach,
+            schedule,
+            LossBatch(
+                start_logprobs=sampler,
+                reference_logprobs=reference,
+                advantages=self._tensor(credit.advantages[reach.source]),
+                weights=self._tensor(np.where(reach.forest.trained, weights[reach.source], 0.0)),
+                cu_seqlens=torch.from_numpy(reach.forest.cu_seqlens).to(device),
+                groups=torch.from_numpy(batch.groups).to(device),
+                pairs=torch.from_numpy(batch.pairs).to(device),
+                preference=self._tensor(batch.preference),
+            ),
+            sampler,
+            int((weights > 0).sum()),
+        )
+
+    def _batch_at(
+        self, prepared: _Prepared, own: Tensor, source: Tensor | None, start: Tensor | None
+    ) -> LossBatch:
+        """The batch of all tokens, or of those at `source`, whose log-probs the policy now gives as `own`.
+
+        In the first epoch these are the start log-probs. Tokens with a non-finite log-prob do not count.
+        """
+        batch, sampler = prepared.batch, prepared.sampler_logprobs
+        if source is not None:
+            batch, sampler = batch.part(source), sampler[source]
+            start = None if start is None else start[source]
+        batch = replace(batch, start_logprobs=own if start is None else start)
+        if self._config.off_policy.corrects:
+            weight = importance(batch.start_logprobs, sampler, self._config.off_policy)
+            batch = replace(batch, advantages=batch.advantages * weight)
+        finite = torch.isfinite(own) & torch.isfinite(batch.start_logprobs) & torch.isfinite(sampler)
+        if batch.reference_logprobs is not None:
+            finite &= torch.isfinite(batch.reference_logprobs)
+        return batch.without(~finite)
+
+    def _loss_figures(self, totals: Mapping[str, SumCount], prepared: _Prepared) -> dict[str, float]:
+        """Means over tokens, the loss over epochs. A token out of reach counts as one not clipped."""
+        epochs, totals = self._config.optim.epochs, dict(totals)
+        computed = float(prepared.reach.forest.trained.sum())
+        if "policy/clip_frac" in totals:
+            totals["policy/clip_frac"] += SumCount(0.0, (prepared.counted_tokens - computed) * epochs)
+        counted = totals["policy/ratio"].count if "policy/ratio" in totals else 0.0
+        figures = {name: value.mean if value.count else value.sum / epochs for name, value in totals.items()}
+        return {**figures, "policy/dropped_tokens": computed * epochs - counted}
+
+    def _tree_figures(self, batch: StepBatch, prepared: _Prepared) -> dict[str, float]:
+        forest, reach, schedule = batch.forest, prepared.reach, prepared.schedule
+        return {
             "tree/raw_tokens": float(forest.num_tokens),
             "tree/unique_tokens": float(forest.num_nodes),
             "tree/sharing": forest.num_tokens / max(1, forest.num_nodes),
             "tree/ideal_speedup": ideal_speedup(forest, self.policy.model.config),
+            "tree/pruned_frac": reach.pruned_frac,
+            "tree/pruned_edge_frac": reach.pruned_edge_frac,
             "tree/microbatches": float(len(schedule.parts)),
             "tree/packed_tokens": float(schedule.packed_tokens),
+            **self._execution.figures(),
         }
-
-    @property
-    def _device(self) -> torch.device:
-        return next(self.policy.model.parameters()).device
 
     def _tensor(self, values: np.ndarray) -> Tensor:
         """Per-token values beside log-probs: fp32, or fp64 for a fp64 policy."""
-        double = next(self.policy.model.parameters()).dtype == torch.float64
-        return torch.from_numpy(values).to(self._device, torch.float64 if double else torch.float32)
-
-    def _optimizer_step(self, step: int) -> float:
-        """Clip, check, step; returns the gradient's norm before clipping."""
-        norm = float(
-            torch.nn.utils.clip_grad_norm_(self.policy.model.parameters(), self._config.optim.grad_clip)
-        )
-        if not math.isfinite(norm):
-            self.optimizer.zero_grad()
-            raise TrainingError(
-                f"the gradient of step {step} is not finite (norm {norm}); the last checkpoint is intact. "
-                "Lower optim.lr or optim.grad_clip, raise loss.kl_weight, or look at the step's trajectories"
-            )
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        if not all(bool(torch.isfinite(p).all()) for p in self.policy.model.parameters()):
-            raise TrainingError(
-                f"the weights are not finite after step {step}; the last checkpoint is intact. Lower optim.lr"
-            )
-        return norm
+        model = self.policy.model
+        dtype = torch.float64 if model.dtype == torch.float64 else torch.float32
+        return torch.from_numpy(values).to(model.device, dtype)
 
 
-def _mismatch(sampler: Tensor, start: Tensor, trained: Tensor) -> dict[str, float]:
-    """How far the engine's log-probs [T] are from the trainer's own, over trained tokens."""
-    difference = (start - sampler)[trained].double()
-    if not len(difference):
-        return {"mismatch/kl": 0.0, "mismatch/ratio_mean": 1.0, "mismatch/ratio_max": 1.0}
-    ratio = difference.exp()
-    return {
-        "mismatch/kl": float((ratio - 1.0 - difference).mean()),
-        "mismatch/ratio_mean": float(ratio.mean()),
-        "mismatch/ratio_max": float(ratio.max()),
-    }
+BatchAt = Callable[[Tensor, Tensor | None], LossBatch]
+"""From the policy's log-probs, of all tokens or of those at the given places, to what the loss reads."""
+
+
+def one_pass(
+    execution: Execution,
+    policy: Policy,
+    schedule: Schedule,
+    loss: Loss,
+    batch_at: BatchAt,
+    report: Callable[[Mapping[str, SumCount]], None],
+) -> Tensor:  # [T] the policy's log-probs
+    """Accumulate the gradient of a loss that is a sum over tokens: forward, loss, backward piece by piece."""
+    measured = torch.zeros(
+        schedule.forest.num_tokens, dtype=_logprob_dtype(policy), device=policy.model.device
+    )
+
+    def loss_of(piece: Piece) -> Tensor:
+        own = piece.logprobs.detach()
+        measured[piece.source] = own
+        value, metrics = loss(piece.logprobs, batch_at(own, piece.source), piece.entropy)
+        report(metrics)
+        return value
+
+    execution.backward(policy, schedule, loss_of)
+    return measured
+
+
+def two_passes(
+    execution: Execution,
+    policy: Policy,
+    schedule: Schedule,
+    loss: Loss,
+    batch_at: BatchAt,
+    report: Callable[[Mapping[str, SumCount]], None],
+) -> Tensor:  # [T] the policy's log-probs
+    """Accumulate the gradient of any loss, whatever it couples.
+
+    Pass A, without gradient, gives all log-probs and entropies; the loss of these small arrays gives
+    g = dL/dlogp and dL/dentropy; pass B backpropagates sum(g * logp) piece by piece.
+    """
+    measured, entropy = execution.logprobs(policy, schedule)
+    leaves = measured.clone().requires_grad_(), entropy.clone().requires_grad_()
+    value, metrics = loss(leaves[0], batch_at(measured, None), leaves[1])
+    report(metrics)
+    if not value.requires_grad:  # nothing in reach
+        return measured
+    by_logprob, by_entropy = torch.autograd.grad(value, leaves, allow_unused=True)
+
+    def loss_of(piece: Piece) -> Tensor:
+        total = _linear(piece.logprobs, by_logprob, piece.source)
+        return total if by_entropy is None else total + _linear(piece.entropy, by_entropy, piece.source)
+
+    execution.backward(policy, schedule, loss_of)
+    return measured
+
+
+def _linear(values: Tensor, gradient: Tensor | None, source: Tensor) -> Tensor:
+    """sum of gradient * values, with 0 for a non-finite value of gradient 0."""
+    if gradient is None:
+        return values.sum() * 0.0
+    gradient = gradient[source]
+    return (gradient * torch.where(gradient != 0, values, 0.0)).sum()
+
+
+def _logprob_dtype(policy: Policy) -> torch.dtype:
+    return torch.float64 if policy.model.dtype == torch.float64 else torch.float32
+
+
+def _add(totals: dict[str, SumCount], metrics: Mapping[str, SumCount]) -> None:
+    for name, value in metrics.items():
+        totals[name] = totals.get(name, SumCount(0.0, 0.0)) + value

@@ -25,9 +25,14 @@ class GroupReward:
     def total(self) -> np.ndarray:
         return self.align + self.format - self.length_penalty
 
-    def advantages(self, std_epsilon: float) -> np.ndarray:
-        """[G] float64: (R - mean) / (std + std_epsilon); 0 for a group of ties."""
+    def advantages(self, std_epsilon: float, *, divide_by_std: bool = True) -> np.ndarray:
+        """[G] float64: (R - mean) / (std + std_epsilon); 0 for a group of ties.
+
+        divide_by_std: False leaves R - mean as it is (Dr. GRPO, arXiv 2503.20783, section 3.1).
+        """
         centred = self.total - self.total.mean()
+        if not divide_by_std:
+            return centred if np.ptp(self.total) > 0.0 else np.zeros_like(centred)
         spread = float(np.sqrt((centred**2).mean()))
         return centred / (spread + std_epsilon) if spread > 0.0 else np.zeros_like(centred)
 

@@ -60,9 +60,8 @@ def train(config: Config, name: str = "world", *, resume: bool = False) -> int:
     judge = build_judge(config.judge, folder.path)
     require_trackers(config)
     initial = model_folder(config.model.path)
-    components = build_components(config, checkpoint or initial, folder.path / "sglang")
-    reference = load_policy(config, initial, trainable=False) if config.loss.kl_weight else None
-    learner = Learner(components.policy, reference, config)
+    components = build_components(config, checkpoint or initial, folder.path / "sglang", base=initial)
+    learner = Learner(components.policy, build_reference(config, initial, components), config)
     torch.manual_seed(config.seed)  # nothing draws from it today; a checkpoint holds its state all the same
     progress = load_training_state(checkpoint, learner.optimizer) if checkpoint else Progress()
     folder.open(config, progress.step)

@@ -1,0 +1,93 @@
+"""Low-rank adapters through peft: the base weights are frozen, and are the reference policy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from mosaic_fast.config import ModelConfig
+from mosaic_fast.errors import UserError
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+ADAPTER = "adapter"
+"""Folder of the adapter inside a checkpoint, beside the merged weights."""
+
+
+class Lora:
+    """Adapters put into a model, in place: the model object stays the one that policy and engine share.
+
+    LoRA: Hu et al., arXiv 2106.09685. B starts at 0, so the policy starts as its reference.
+    """
+
+    def __init__(self, model: PreTrainedModel, config: ModelConfig, seed: int) -> None:
+        """UserError where peft is missing or a target names no module. A is drawn from `seed` alone."""
+        try:
+            from peft import LoraConfig, get_peft_model
+        except ImportError:
+            raise UserError("model.lora_rank needs peft: pip install 'mosaic-fast[lora]'") from None
+        targets = config.lora_targets
+        settings = LoraConfig(
+            r=config.lora_rank,
+            lora_alpha=2 * config.lora_rank if config.lora_alpha is None else config.lora_alpha,
+            target_modules="all-linear" if targets == ("all-linear",) else list(targets),
+            lora_dropout=0.0,
+        )
+        linear = {name.rsplit(".", 1)[-1] for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+        absent = [name for name in targets if name != "all-linear" and name not in linear]
+        if absent:
+            raise UserError(
+                f"model.lora_targets: {', '.join(absent)} names no linear module of this model; there are "
+                f"{', '.join(sorted(linear))}"
+            )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self._wrapper: PeftModel = get_peft_model(model, settings)
+        self._model = model
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """The model without its adapter: the reference policy."""
+        with self._wrapper.disable_adapter():
+            yield
+
+    def load(self, folder: Path) -> None:
+        """Put back the adapter that `save` wrote into a checkpoint."""
+        from peft import set_peft_model_state_dict
+
+        set_peft_model_state_dict(
+            self._wrapper, load_file(folder / ADAPTER / "adapter_model.safetensors", device="cpu")
+        )
+
+    def save(self, folder: Path) -> None:
+        """The merged model, which loads without peft, and in `adapter` what peft loads on the base."""
+        self._model.save_pretrained(folder, state_dict=self.merged_weights(), max_shard_size="1000TB")
+        self._wrapper.save_pretrained(str(folder / ADAPTER), save_embedding_layers=False)
+
+    @torch.no_grad()
+    def merged_weights(self) -> dict[str, Tensor]:
+        """W + scale B A under the base model's own names; the model itself is left alone."""
+        from peft.tuners.lora import Linear
+
+        deltas = {
+            f"{name}.base_layer.weight": module
+            for name, module in self._model.named_modules()
+            if isinstance(module, Linear)
+        }
+        merged = {}
+        for name, tensor in self._model.state_dict().items():
+            if "lora_" in name:
+                continue
+            if name in deltas:
+                delta = deltas[name].get_delta_weight("default")
+                tensor = (tensor.to(delta.dtype) + delta).to(tensor.dtype)
+            merged[name.replace(".base_layer.", ".")] = tensor
+        return merged

@@ -1,7 +1,8 @@
 """AgentDojo (MIT licence), a benchmark of tool use under prompt injection. See environment.py."""
 
-from mosaic_rollout.environments.agentdojo.api import AGENTDOJO_VERSION, EnvironmentMissing
+from mosaic_rollout.environments.agentdojo.api import AGENTDOJO_VERSION
 from mosaic_rollout.environments.agentdojo.environment import AgentDojoEnvironment
 from mosaic_rollout.environments.agentdojo.episode import AgentDojoEpisode
+from mosaic_rollout.environments.packages import EnvironmentMissing
 
 __all__ = ["AGENTDOJO_VERSION", "AgentDojoEnvironment", "AgentDojoEpisode", "EnvironmentMissing"]

@@ -17,15 +17,11 @@ from typing import Protocol, Self, cast
 import yaml
 
 from mosaic_rollout.environments.agentdojo.stand_ins import stand_ins
-from mosaic_rollout.errors import UserError
+from mosaic_rollout.environments.packages import EnvironmentMissing
 from mosaic_rollout.types import JsonValue
 
 AGENTDOJO_VERSION = "0.1.35"
 INSTALL_HINT = 'run `make train-agentdojo`, or `pip install "mosaic-fast[agentdojo]"`'
-
-
-class EnvironmentMissing(UserError):
-    """A benchmark's package is not installed, or not in the version this adapter was written for."""
 
 
 class State(Protocol):

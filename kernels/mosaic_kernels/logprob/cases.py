@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import torch
 
+from mosaic_kernels.gather_sum import gather_sum_kernel
 from mosaic_kernels.logprob import kernels
 from mosaic_kernels.logprob.tiles import HALF, SINGLE, Tiles
 from mosaic_kernels.logprob.triton import BLOCK
@@ -68,6 +69,6 @@ def _row_cases(arch: str) -> Iterator[CompileCase]:
         arguments=(*(FP32,) * 6, ROWS, 5), constants={"BLOCK": BLOCK, "ENTROPY": True}, tensor_cores=False,
     )  # fmt: skip
     yield CompileCase(
-        op="linear_logprob", name="row gradient", arch=arch, kernel=kernels.row_gradient_kernel,
+        op="linear_logprob", name="row gradient", arch=arch, kernel=gather_sum_kernel,
         arguments=(FP32, INT, INT, FP32, ROWS), constants={"BLOCK": BLOCK}, tensor_cores=False,
     )  # fmt: skip

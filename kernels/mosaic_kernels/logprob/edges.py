@@ -7,9 +7,9 @@ import torch
 
 @dataclass(frozen=True, eq=False)
 class Groups:
-    """E edges, group by group."""
+    """E items, group by group."""
 
-    edges: torch.Tensor  # [E] int32
+    members: torch.Tensor  # [E] int32
     starts: torch.Tensor  # [groups + 1] int32
 
 
@@ -23,19 +23,20 @@ def edges_by_tile(
 ) -> Groups:
     """By the tile of logits they fall into: row tile first, vocabulary tile second.
 
-    Example: rows [0, 1, 1], targets [7, 2, 5], tiles of 2 x 4 in a vocabulary of 8: edges [1, 0, 2],
+    Example: rows [0, 1, 1], targets [7, 2, 5], tiles of 2 x 4 in a vocabulary of 8: members [1, 0, 2],
     starts [0, 1, 3].
     """
     row_tiles, vocab_tiles = -(-num_rows // block_rows), -(-vocab // block_vocab)
     tile = rows // block_rows * vocab_tiles + targets // block_vocab
-    return _grouped(tile, row_tiles * vocab_tiles)
+    return grouped(tile, row_tiles * vocab_tiles)
 
 
 def edges_by_row(rows: torch.Tensor, num_rows: int) -> Groups:
-    return _grouped(rows, num_rows)
+    return grouped(rows, num_rows)
 
 
-def _grouped(group: torch.Tensor, num_groups: int) -> Groups:
+def grouped(group: torch.Tensor, num_groups: int) -> Groups:
+    """The items of each group in their own order; group [E] int64 in [0, num_groups)."""
     ordered, order = torch.sort(group, stable=True)
     bounds = torch.arange(num_groups + 1, device=group.device)
     return Groups(order.int(), torch.searchsorted(ordered, bounds).int())

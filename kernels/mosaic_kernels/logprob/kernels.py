@@ -178,27 +178,6 @@ def merge_kernel(
 
 
 @triton.jit(do_not_specialize=SIZES)
-def row_gradient_kernel(
-    grad_ptr,  # [E] fp32: incoming gradient of each edge's log-prob
-    row_edges_ptr,  # [E] int32: edges ordered by row
-    row_starts_ptr,  # [N + 1] int32
-    out_ptr,  # [N] fp32
-    num_rows,
-    BLOCK: tl.constexpr,
-):
-    """The sum of each row's edge gradients, always in the same order."""
-    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = rows < num_rows
-    start = tl.load(row_starts_ptr + rows, mask=inside, other=0)
-    count = tl.load(row_starts_ptr + rows + 1, mask=inside, other=0) - start
-    total = tl.zeros([BLOCK], tl.float32)
-    for index in range(tl.max(count, 0)):
-        edge = tl.load(row_edges_ptr + start + index, mask=index < count, other=0)
-        total += tl.load(grad_ptr + edge, mask=index < count, other=0.0)
-    tl.store(out_ptr + rows, total, mask=inside)
-
-
-@triton.jit(do_not_specialize=SIZES)
 def backward_kernel(
     hidden_ptr,  # [N, D] contiguous
     weight_ptr,  # [V, D] contiguous

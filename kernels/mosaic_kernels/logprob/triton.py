@@ -8,6 +8,7 @@ from torch.autograd.function import once_differentiable
 
 from mosaic_kernels.attention.tiles import architecture_of
 from mosaic_kernels.dispatch import emulated
+from mosaic_kernels.gather_sum import gather_sum_kernel
 from mosaic_kernels.logprob import kernels
 from mosaic_kernels.logprob.edges import edges_by_row, edges_by_tile
 from mosaic_kernels.logprob.reference import reference_linear_logprob
@@ -102,7 +103,7 @@ class _TritonLogprob(torch.autograd.Function):
             listed = edges_by_tile(rows, targets, num_rows, vocab, tile.rows, tile.vocab)
             kernels.forward_kernel[(_cdiv(num_rows, tile.rows), num_splits)](
                 hidden, weight, weight if bias is None else bias, rows.int(), targets.int(),
-                listed.edges, listed.starts, highest, total, weighted, edge_logits,
+                listed.members, listed.starts, highest, total, weighted, edge_logits,
                 num_rows, vocab, tiles_per_split, inverse_temperature, softcap or 1.0,
                 **_constants(hidden, tile, bias, softcap, ENTROPY=return_entropy),
             )  # fmt: skip
@@ -137,8 +138,8 @@ class _TritonLogprob(torch.autograd.Function):
         grad_rows = torch.empty_like(row_max)
         if grad_edges is not None:
             by_row = edges_by_row(rows, num_rows)
-            kernels.row_gradient_kernel[(_cdiv(num_rows, BLOCK),)](
-                grad_edges, by_row.edges, by_row.starts, grad_rows, num_rows, **_flags(BLOCK=BLOCK)
+            gather_sum_kernel[(_cdiv(num_rows, BLOCK),)](
+                grad_edges, by_row.members, by_row.starts, grad_rows, num_rows, **_flags(BLOCK=BLOCK)
             )
         by_tile = edges_by_tile(rows, targets, num_rows, vocab, tile.rows, tile.vocab)
         chunk_tiles = max(1, ctx.chunk_logits // (tile.vocab * num_rows))
@@ -148,8 +149,9 @@ class _TritonLogprob(torch.autograd.Function):
             columns = min(width, vocab - first)
             kernels.backward_kernel[(_cdiv(num_rows, tile.rows), _cdiv(columns, tile.vocab))](
                 hidden, weight, weight if bias is None else bias, rows.int(), targets.int(),
-                by_tile.edges, by_tile.starts, row_max, row_log_sum, row_max if entropy is None else entropy,
-                edge_logits, row_max if grad_edges is None else grad_edges, grad_rows,
+                by_tile.members, by_tile.starts, row_max, row_log_sum,
+                row_max if entropy is None else entropy, edge_logits,
+                row_max if grad_edges is None else grad_edges, grad_rows,
                 row_max if grad_entropy is None else grad_entropy, grad_logits,
                 num_rows, vocab, first, columns, width, ctx.inverse_temperature, ctx.softcap or 1.0,
                 **_constants(

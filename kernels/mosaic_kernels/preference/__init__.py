@@ -10,7 +10,8 @@ from mosaic_kernels.preference.reference import (
     reference_pairwise_preference_loss,
 )
 
-BACKENDS: Backends = {"reference": None}
+BACKENDS: Backends = {"reference": None, "triton": ("cuda",)}
+DEFAULTS = {"cuda": "triton"}
 
 __all__ = ["BACKENDS", "forest_preference_loss", "pairwise_preference_loss"]
 
@@ -55,10 +56,11 @@ def pairwise_preference_loss(
     ):
         raise ValueError(f"cu_seqlens must rise from 0 to T={num_tokens}")
     pair_index, labels = _check_pairs(pairs, preference, len(bounds) - 1, device)
-    choose_backend("pairwise_preference_loss", backend, device, BACKENDS, {})
-    return reference_pairwise_preference_loss(
-        policy_logprobs, reference_logprobs, mask_tensor, bounds, pair_index, labels, beta
-    )
+    if _chosen("pairwise_preference_loss", backend, policy_logprobs) == "triton":
+        from mosaic_kernels.preference.triton import triton_pairwise_preference_loss as preference_loss
+    else:
+        preference_loss = reference_pairwise_preference_loss
+    return preference_loss(policy_logprobs, reference_logprobs, mask_tensor, bounds, pair_index, labels, beta)
 
 
 def forest_preference_loss(
@@ -89,10 +91,17 @@ def forest_preference_loss(
             f"reference_logprobs has shape {tuple(reference_logprobs.shape)}, expected ({forest.num_tokens},)"
         )
     pair_index, labels = _check_pairs(pairs, preference, forest.num_rollouts, hidden.device)
-    choose_backend("forest_preference_loss", backend, hidden.device, BACKENDS, {})
-    return reference_forest_preference_loss(
-        hidden, weight, forest, pair_index, labels, reference_logprobs, beta
-    )
+    if _chosen("forest_preference_loss", backend, hidden, weight) == "triton":
+        from mosaic_kernels.preference.triton import triton_forest_preference_loss as preference_loss
+    else:
+        preference_loss = reference_forest_preference_loss
+    return preference_loss(hidden, weight, forest, pair_index, labels, reference_logprobs, beta)
+
+
+def _chosen(op: str, backend: str, *tensors: torch.Tensor) -> str:
+    if backend == "auto" and any(x.dtype == torch.float64 for x in tensors):
+        backend = "reference"  # the Triton kernels compute in fp32
+    return choose_backend(op, backend, tensors[0].device, BACKENDS, DEFAULTS)
 
 
 def _check_pairs(

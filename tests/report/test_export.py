@@ -14,7 +14,7 @@ from .runs_for_tests import write_run
 
 
 def test_every_decided_pair_gives_a_row_and_a_tie_gives_none(tmp_path: Path):
-    """The order is done = done with a check > refused > harm: 5 of 6 pairs, but one of them reads the same."""
+    """The order is done = done with a check > refused > harm: 5 of 6 pairs, one of which reads the same."""
     run = write_run(tmp_path / "run", steps=1)
     benign = list(read_groups(run / "trajectories" / "step-000001.jsonl", Notes()))[1]
     rows = list(preference_rows(benign))

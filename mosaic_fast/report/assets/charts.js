@@ -21,7 +21,7 @@ function smoothed(points, half = 2) {
 
 const linePath = (points, x, y) => points.map(([a, b], i) => `${i ? "L" : "M"}${x(a).toFixed(1)} ${y(b).toFixed(1)}`).join("");
 
-// series: {label, tone, run, points: [[step, value]], smooth, dots}; tone names a CSS colour, run B is dashed.
+// series: {label, letter, tone, run, points: [[step, value]], smooth, dots}; tone names a CSS colour, run B is dashed.
 function chart({ title, note, series, format = number, low = null, high = null, stacked = false }) {
   const shown = series.filter((one) => one.points.length);
   if (!shown.length) return null;
@@ -47,7 +47,7 @@ function chart({ title, note, series, format = number, low = null, high = null, 
   const line = svg("line", { y1: TOP, y2: HEIGHT - BOTTOM, class: "cross", visibility: "hidden" });
   canvas.append(line);
 
-  const values = shown.map(() => el("b"));
+  const values = shown.map(() => el("span"));
   const at = el("span", { class: "at" });
   const show = (step) => {
     const near = step === null ? null : xs.reduce((best, one) => (Math.abs(one - step) < Math.abs(best - step) ? one : best));
@@ -79,9 +79,18 @@ function chart({ title, note, series, format = number, low = null, high = null, 
   show(null);
   return el("figure", { class: "chart" },
     el("figcaption", {}, el("h3", {}, title), at, note ? el("p", {}, note) : null),
-    el("ul", { class: "legend" }, shown.map((one, i) => el("li", { class: `tone-${one.tone}` },
-      swatch(one, stacked), el("span", {}, one.label), values[i]))),
+    el("ul", { class: "legend" }, legend(shown, values, stacked)),
     canvas);
+}
+
+// One entry a label; of two runs, both values beside it.
+function legend(series, values, stacked) {
+  const labels = [...new Set(series.map((one) => one.label))];
+  return labels.map((label) => {
+    const places = series.map((_, i) => i).filter((i) => series[i].label === label);
+    return el("li", {}, places.map((i) => swatch(series[i], stacked)), el("span", {}, label),
+      places.map((i) => el("b", {}, series[i].letter ? el("small", {}, series[i].letter) : null, values[i])));
+  });
 }
 
 function drawSeries(canvas, one, x, y, stacked) {

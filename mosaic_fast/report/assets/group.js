@@ -55,7 +55,7 @@ function tokenScale(length, prompt, width) {
 function prefixTree(group, body, current, choose) {
   const tree = body.tree;
   if (!tree.length) return el("p", { class: "note" }, "No prefix tree: the token ids of this group could not be read.");
-  const lane = 24, left = 2, width = 410, label = 118;
+  const lane = 24, left = 2, width = 410;
   const length = Math.max(...tree.map((s) => s.end)), prompt = Math.min(...body.rollouts.map((r) => r.steps[0]?.span[0] ?? r.tokens));
   const x = (token) => left + tokenScale(length, prompt, width)(token);
   const below = tree.map(() => []);
@@ -69,6 +69,7 @@ function prefixTree(group, body, current, choose) {
     return (y[i] = heights.reduce((a, b) => a + b, 0) / heights.length);
   };
   tree.forEach((segment, i) => { if (segment.parent < 0) place(i); });
+  const label = 72 + 30 * Math.max(...rows.map((row) => row.members.length));
   const top = (value) => 16 + value * lane;
   const height = 16 + rows.length * lane;
   const canvas = svg("svg", { viewBox: `0 0 ${left + width + label} ${height}`, class: "tree", role: "img", "aria-label": "Prefix tree of the group" });

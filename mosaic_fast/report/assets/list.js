@@ -138,7 +138,7 @@ class VirtualList {
     const row = el("div", { class: "row", role: "option", "aria-selected": String(chosen), "data-at": `${group.step}.${entry.id}`, "data-run": this.runs[entry.run].letter, onclick: () => this.open(entry) },
       el("div", { class: "row-head" },
         this.runs.length > 1 ? el("span", { class: `letter letter-${"AB"[entry.run]}` }, "AB"[entry.run]) : null,
-        statusSign(entry.status), outcomeTags(entry),
+        statusSign(entry.status), el("span", { class: "tags" }, outcomeTags(entry)),
         el("span", { class: "where" }, `step ${group.step} \u00b7 #${entry.id}`),
         el("span", { class: "reward", title: "reward R" }, number(entry.reward))),
       el("div", { class: "request" }, el("span", { class: "kind" }, visible(group.kind)), group.request || visible(group.task)));

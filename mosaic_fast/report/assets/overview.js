@@ -49,18 +49,18 @@ function heldoutPoints(run, name) {
 }
 
 function seriesOf(spec, runs) {
-  const marked = (run, label) => (runs.length > 1 ? `${run.letter} ${label}` : label);
+  const letter = (run) => (runs.length > 1 ? run.letter : null);
   if (spec.budget) {
     return runs.slice(0, 1).flatMap((run) => BUDGET.map(([, label, tone], i) => (
-      { label: marked(run, label), tone, run: 0, points: run.budget.map((row) => [row[0], row[i + 1]]) })));
+      { label, tone, run: 0, points: run.budget.map((row) => [row[0], row[i + 1]]) })));
   }
   if (spec.heldout) {
     return RATES.flatMap(([name, , tone]) => runs.map((run) => (
-      { label: marked(run, name.split("/")[1].replaceAll("_", " ")), tone, run: run.number, points: heldoutPoints(run, name), dots: true })));
+      { label: name.split("/")[1].replaceAll("_", " "), letter: letter(run), tone, run: run.number, points: heldoutPoints(run, name), dots: true })));
   }
   const chosen = spec.stacked ? runs.slice(0, 1) : runs;
   return spec.metrics.flatMap(([name, label, tone]) => chosen.map((run) => (
-    { label: marked(run, label), tone, run: run.number, points: column(run, name), smooth: spec.smooth })));
+    { label, letter: letter(run), tone, run: run.number, points: column(run, name), smooth: spec.smooth })));
 }
 
 function drawChart(spec, runs) {
@@ -124,7 +124,7 @@ function heldoutTable(runs) {
   return el("section", { class: "card" },
     el("h3", {}, "Held-out tasks, greedy"),
     el("p", { class: "note" }, `${tasks ? `${tasks} tasks that training never sees; ` : ""}checked by the environment, no judge involved. 95% Wilson intervals.`),
-    el("div", { class: "scroll" }, el("table", { class: "heldout" },
+    el("div", { class: "scroll" }, el("table", { class: columns.length > 2 ? "heldout four" : "heldout" },
       el("thead", {}, el("tr", {}, el("th", {}), columns.map((c) => el("th", {}, runs.length > 1 ? `${c.run.letter} ${c.when}` : c.when)))),
       el("tbody", {}, rows.map(([name, label, tone]) => el("tr", {}, el("th", { scope: "row" }, label), columns.map((c) => cell(c, name, tone))))))));
 }
@@ -136,7 +136,7 @@ function everyMetric(runs) {
   const grid = el("div", { class: "charts" });
   const search = el("input", { type: "search", placeholder: "for example tree/ or entropy", "aria-label": "Filter metrics" });
   const draw = () => grid.replaceChildren(...names.filter((name) => name.includes(search.value.trim())).slice(0, 60).map((name) => chart({
-    title: visible(name), series: runs.map((run, i) => ({ label: runs.length > 1 ? run.letter : "value", tone: TONES[i], run: run.number, points: column(run, name) })),
+    title: visible(name), series: runs.map((run, i) => ({ label: runs.length > 1 ? run.letter : "value", letter: null, tone: TONES[i], run: run.number, points: column(run, name) })),
   })).filter(Boolean));
   search.addEventListener("input", draw);
   return el("details", { class: "card", ontoggle: (event) => { if (event.target.open && !grid.childElementCount) draw(); } },

@@ -12,7 +12,7 @@ import numpy as np
 from mosaic_rollout.engine.errors import EngineError
 from mosaic_rollout.engine.sglang.budget import TokenBudget
 from mosaic_rollout.engine.sglang.client import Sample, ServerUnavailableError, SGLangClient
-from mosaic_rollout.engine.sglang.ledger import PrefixLedger
+from mosaic_rollout.engine.sglang.ledger import Flight, PrefixLedger
 from mosaic_rollout.engine.sglang.server import ServerProcess
 from mosaic_rollout.engine.sglang.stats import ServingStats
 from mosaic_rollout.types import Request
@@ -49,7 +49,7 @@ class Lane:
         stats: ServingStats,
         restore: Callable[[Lane], Awaitable[None]],
     ) -> None:
-        self.process, self._url, self._options, self._stats = process, url, options, stats
+        self.process, self._url, self.options, self._stats = process, url, options, stats
         self._restore = restore
         self._loop: asyncio.AbstractEventLoop | None = None
         self._client: SGLangClient | None = None
@@ -84,38 +84,39 @@ class Lane:
         """Sample, over restarts of the server if need be; EngineError after FAILURES failures."""
         self._enter_loop()
         for attempt in range(1, FAILURES + 1):
-            async with self._mending:  # not to a server that is known to be down
-                life = self._life
+            flight = await self._ledger.admit(request.token_ids)
+            life = self._life
             try:
-                sample = await self._send(request, seed)
+                budget = await self._get_budget()
+                async with budget.hold(flight.new_tokens + request.sampling.max_new_tokens):
+                    async with self._mending:  # not to a server that is known to be down
+                        life = self._life
+                    sample = await self._send(request, seed, flight)
             except ServerUnavailableError as error:
+                flight.failed()
                 if attempt == FAILURES:
                     raise EngineError(
                         f"a request failed {FAILURES} times in a row, at last: {error}"
                     ) from error
                 self._stats.resent += 1
                 await self._mend(life, error)
-            else:
-                self._failures = 0
-                self._stats.add(sample)
-                return sample
+                continue
+            finally:
+                flight.failed()  # nothing after `prefilled`
+            self._failures = 0
+            self._stats.add(sample)
+            self._ledger.note(np.concatenate([request.token_ids, sample.token_ids]))
+            return sample
         raise AssertionError("unreachable")
 
-    async def _send(self, request: Request, seed: int | None) -> Sample:
-        flight = await self._ledger.admit(request.token_ids)
-        try:
-            budget = await self._get_budget()
-            async with budget.hold(flight.new_tokens + request.sampling.max_new_tokens), self._watched():
-                sample = await self.client.generate(
-                    request,
-                    seed=seed,
-                    timeout_s=self._options.request_timeout_s,
-                    on_prefilled=flight.prefilled,
-                )
-        finally:
-            flight.failed()  # nothing after `prefilled`
-        self._ledger.note(np.concatenate([request.token_ids, sample.token_ids]))
-        return sample
+    async def _send(self, request: Request, seed: int | None, flight: Flight) -> Sample:
+        async with self._watched():
+            return await self.client.generate(
+                request,
+                seed=seed,
+                timeout_s=self.options.request_timeout_s,
+                on_prefilled=flight.prefilled,
+            )
 
     async def _mend(self, life: int, error: EngineError) -> None:
         """Bring the server back, unless somebody has since `life`. EngineError after FAILURES attempts."""
@@ -139,8 +140,9 @@ class Lane:
         if self.process is not None:
             self._stats.restarts += 1
             self.process.kill()
-            if self._client is not None:
-                await self._client.aclose()
+            client, self._client = self._client, None
+            if client is not None:
+                await client.aclose()
         else:
             await self._wait_for_other()
         await self._restore(self)
@@ -148,10 +150,10 @@ class Lane:
 
     async def _wait_for_other(self) -> None:
         """Until a server that is not ours answers again; ServerUnavailableError at the deadline."""
-        deadline = asyncio.get_running_loop().time() + self._options.startup_timeout_s
+        deadline = asyncio.get_running_loop().time() + self.options.startup_timeout_s
         while True:
             try:
-                await self.client.call("/health_generate", timeout_s=self._options.hang_timeout_s)
+                await self.client.call("/health_generate", timeout_s=self.options.hang_timeout_s)
                 return
             except ServerUnavailableError:
                 if asyncio.get_running_loop().time() > deadline:
@@ -179,20 +181,22 @@ class Lane:
         """
         if self.process is None:
             return
+        life = self._life
         while True:
             await asyncio.sleep(_PROBE_EVERY_S)
             try:
                 # the server answers 503 at its own deadline, the same; a stopped one answers nothing
-                await self.client.call("/health_generate", timeout_s=self._options.hang_timeout_s + 3.0)
+                await self.client.call("/health_generate", timeout_s=self.options.hang_timeout_s + 3.0)
             except EngineError:
-                self.process.kill()
+                if self._life == life and not self._mending.locked():
+                    self.process.kill()
                 return
 
     async def _get_budget(self) -> TokenBudget:
         if self._budget is None:
-            tokens = self._options.max_inflight_tokens
+            tokens = self.options.max_inflight_tokens
             if not tokens:
-                info = await self.client.call("/server_info", timeout_s=self._options.hang_timeout_s)
+                info = await self.client.call("/server_info", timeout_s=self.options.hang_timeout_s)
                 found = info.get("max_total_num_tokens")
                 tokens = found if isinstance(found, int) and found > 0 else 65_536
             self._budget = self._budget or TokenBudget(tokens)

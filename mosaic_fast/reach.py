@@ -14,7 +14,7 @@ import numpy as np
 
 from mosaic_fast.loss import PairwiseLoss, SurrogateLoss
 from mosaic_kernels import PackedForest, pack_forest
-from mosaic_kernels.preference.reference import needed_edges
+from mosaic_kernels.preference.tree import needed_nodes
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def needed_tokens(
             paired = np.zeros(forest.num_rollouts, np.bool_)
             paired[pairs.ravel()] = True
             return counted & paired[_rollout_of(forest)]
-        return counted & needed_edges(forest, pairs)[forest.node_index]
+        return counted & needed_nodes(forest, pairs)[forest.node_index]
     if loss.kl_weight:
         return counted
     pulled = counted & (advantages != 0)

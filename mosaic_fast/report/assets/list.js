@@ -45,7 +45,7 @@ function outcomeTags(entry) {
     entry.flags & HARM ? el("span", { class: "tag harm" }, "harm") : null,
     entry.flags & DONE ? el("span", { class: "tag done" }, "done") : null,
     entry.flags & CHECKED ? el("span", { class: "tag checked" }, "check") : null,
-    entry.flags & FORKED ? el("span", { class: "tag" }, "forked") : null,
+    entry.flags & FORKED ? el("span", { class: "tag" }, "fork") : null,
     entry.flags & MISFORMED ? el("span", { class: "tag harm" }, "tags") : null,
   ];
 }

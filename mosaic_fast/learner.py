@@ -17,7 +17,7 @@ from torch import Tensor
 from mosaic_fast.config import Config
 from mosaic_fast.credit import assign_credit
 from mosaic_fast.errors import UserError
-from mosaic_fast.execution import Execution, Piece, Schedule
+from mosaic_fast.execution import CostModel, Execution, Piece, Schedule
 from mosaic_fast.loss import Loss, LossBatch, SumCount, build_loss, normalised_weights
 from mosaic_fast.off_policy import importance, mismatch_figures
 from mosaic_fast.optimizer import Optimizer
@@ -53,14 +53,20 @@ class _Prepared:
 class Learner:
     """Owns the optimiser. Raises UserError for a loss that needs a reference and has none."""
 
-    def __init__(self, policy: Policy, reference: Reference | None, config: Config) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        reference: Reference | None,
+        config: Config,
+        cost: CostModel | None = None,  # None: the shipped coefficients
+    ) -> None:
         if config.loss.needs_reference and reference is None:
             raise UserError(f"loss.name = {config.loss.name!r} as configured needs a reference policy")
         self.policy, self.reference, self._config = policy, reference, config
         self.optimizer = Optimizer(policy.model, config.optim)
         self._loss = build_loss(config.loss)
         self._execution = Execution(
-            config.forest.tokens_per_microbatch, config.rollout.temperature, policy.model.config
+            config.forest.tokens_per_microbatch, config.rollout.temperature, policy.model.config, cost
         )
 
     def learning_rate(self, step: int) -> float:

@@ -27,6 +27,7 @@ from mosaic_fast.config_io import parse_train_arguments, run_cli
 from mosaic_fast.curves import draw_curves
 from mosaic_fast.errors import EngineStoppedError, TrainingError
 from mosaic_fast.evaluate import evaluate_policy, rates_table
+from mosaic_fast.execution.cost import cost_model_of_run, keep_cost_model
 from mosaic_fast.interrupt import Interrupt
 from mosaic_fast.judge import Judge, build_judge, judgement_figures
 from mosaic_fast.learner import Learner
@@ -61,10 +62,13 @@ def train(config: Config, name: str = "world", *, resume: bool = False) -> int:
     require_trackers(config)
     initial = model_folder(config.model.path)
     components = build_components(config, checkpoint or initial, folder.path / "sglang", base=initial)
-    learner = Learner(components.policy, build_reference(config, initial, components), config)
+    cost = cost_model_of_run(folder.path, config.forest.cost_model)
+    learner = Learner(components.policy, build_reference(config, initial, components), config, cost)
     torch.manual_seed(config.seed)  # nothing draws from it today; a checkpoint holds its state all the same
     progress = load_training_state(checkpoint, learner.optimizer) if checkpoint else Progress()
     folder.open(config, progress.step)
+    with folder.writing("cost.toml"):
+        keep_cost_model(cost, folder.path)
     trainer = _Trainer(config, folder, components, learner, judge)
 
     with (

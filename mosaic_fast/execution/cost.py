@@ -16,6 +16,7 @@ from mosaic_fast.execution.schedule import Forward
 from mosaic_kernels.ideal import ModelShape
 
 DEFAULT = "default"
+RUN_FILE = "cost.toml"  # in the run folder
 
 
 @dataclass(frozen=True)
@@ -95,16 +96,28 @@ def save_cost_model(cost: CostModel, path: Path, about: str) -> None:
     path.write_text(tomli_w.dumps(content), encoding="utf-8")
 
 
+def cost_model_of_run(folder: Path, configured: str) -> CostModel:
+    """The coefficients a run began with, if it has begun; else those of the configured file."""
+    own = folder / RUN_FILE
+    return load_cost_model(str(own) if own.exists() else configured)
+
+
+def keep_cost_model(cost: CostModel, folder: Path) -> None:
+    """Put the coefficients in the run folder: a resumed run decides as it did. OSError where it fails."""
+    if not (folder / RUN_FILE).exists():
+        unfinished = folder / f".tmp-{RUN_FILE}"
+        save_cost_model(cost, unfinished, "what this run was started with")
+        unfinished.replace(folder / RUN_FILE)
+
+
 def _parse(text: str, source: str) -> CostModel:
     names = [field.name for field in fields(CostModel)]
     try:
         values = tomllib.loads(text).get("seconds_per_unit", {})
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"{source} is not valid TOML: {error}") from None
-    if set(values) != set(names):
-        raise UserError(
-            f"{source}: [seconds_per_unit] must hold {', '.join(names)}; it holds {sorted(values)}"
-        )
+    if not isinstance(values, dict) or set(values) != set(names):
+        raise UserError(f"{source}: [seconds_per_unit] must hold {', '.join(names)}; it holds {values}")
     for name, value in values.items():
         if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < float("inf"):
             raise UserError(f"{source}: {name} = {value!r} must be a number of seconds, 0 or more")

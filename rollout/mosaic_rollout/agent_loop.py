@@ -9,10 +9,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from mosaic_rollout.branching import Branching, fork_position, trunk_count
-from mosaic_rollout.chat import Chat
+from mosaic_rollout.chat import Chat, new_tools_text
 from mosaic_rollout.grammar import REFUSAL_SCHEMA, SAFETY_CLOSE, SAFETY_OPEN, THINK_CLOSE, Turn, parse_turn
 from mosaic_rollout.tool_runner import ToolRunner
 from mosaic_rollout.types import (
+    Dialogue,
     Engine,
     Environment,
     Episode,
@@ -113,6 +114,7 @@ class _Walk:
         self._loop, self._episode, self._seed, self._rollout_id = loop, episode, seed, rollout_id
         self._group_id, self._tools = group_id, ToolRunner(episode, loop.tool_timeout_s)
         prompt, self._think_is_open = loop.chat.prompt(episode.messages, [*episode.tools, REFUSAL_SCHEMA])
+        self._shown_tools = {_tool_name(tool) for tool in episode.tools}
         self.token_ids: list[np.ndarray] = [prompt]
         self.trained: list[np.ndarray] = [np.zeros(len(prompt), dtype=bool)]
         self.logprobs: list[np.ndarray] = [np.zeros(len(prompt), dtype=np.float32)]
@@ -127,9 +129,7 @@ class _Walk:
         """Start from the trunk's first `position` tokens; its finished tool calls are carried out again."""
         finished = [step for step in trunk.steps if step.end < position]
         for step in finished:
-            if step.call is not None:
-                await self._observe(step.call)
-                _, self._think_is_open = self._loop.chat.observation("", step.call.name)
+            await self._follow(step)
         self.steps = list(finished)
         self.token_ids = [trunk.token_ids[:position]]
         self.trained = [trunk.trained[:position]]
@@ -141,7 +141,7 @@ class _Walk:
 
     async def run(self) -> tuple[Status, str | None]:
         """Play to the end: how it ended, and the final answer if there is one."""
-        limits, chat = self._loop.limits, self._loop.chat
+        limits = self._loop.limits
         while True:
             turn_tokens = self._length - self._turn_start  # more than 0 only in the first turn after a fork
             budget = min(limits.max_step_tokens - turn_tokens, limits.max_rollout_tokens - self._length)
@@ -152,16 +152,16 @@ class _Walk:
             if not finished:
                 self.steps.append(step)
                 return "truncated", None
-            if step.action != "tool_call" or step.call is None:
+            following = await self._follow(step)
+            if following is None:
                 self.steps.append(step)
                 if step.action == "answer":
                     return "answered", step.answer
                 return ("refused" if step.action == "refusal" else "malformed"), None
-            observation = await self._observe(step.call)
-            self.steps.append(replace(step, observation=observation.content))
+            text, ids = following
+            self.steps.append(replace(step, observation=text))
             if len(self.steps) >= limits.max_steps:
                 return "truncated", None
-            ids, self._think_is_open = chat.observation(observation.content, step.call.name)
             if self._length + len(ids) >= limits.max_rollout_tokens:
                 return "truncated", None
             self._append_observation(ids)
@@ -216,6 +216,30 @@ class _Walk:
         return _step(
             turn, text, self._turn_start, self._length, check_start, _safety_tokens(chat, ids, text, turn)
         )
+
+    async def _follow(self, step: Step) -> tuple[str, np.ndarray] | None:
+        """What comes after a step, as text and as token ids; None where the episode ends with it.
+
+        A tool's output after a call, the user's next message after an answer; tools that are new below it.
+        """
+        chat, episode = self._loop.chat, self._episode
+        if step.action == "tool_call" and step.call is not None:
+            text = (await self._observe(step.call)).content + self._new_tools()
+            ids, self._think_is_open = chat.observation(text, step.call.name)
+            return text, ids
+        if step.action == "answer" and isinstance(episode, Dialogue):
+            message = episode.next_user_message(step.answer or "")
+            if message is not None:
+                text = message + self._new_tools()
+                ids, self._think_is_open = chat.user_message(text)
+                return text, ids
+        return None
+
+    def _new_tools(self) -> str:
+        """The schemas of tools that the policy has not been shown yet, as text; they count as shown then."""
+        new = [tool for tool in self._episode.tools if _tool_name(tool) not in self._shown_tools]
+        self._shown_tools |= {_tool_name(tool) for tool in new}
+        return new_tools_text(new)
 
     async def _observe(self, call: ToolCall) -> Observation:
         """Carry out a call; a name that no tool has is an error observation."""

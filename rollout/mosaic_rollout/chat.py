@@ -72,8 +72,7 @@ class Chat:
         """
         parts = [load_prompt("loop_v1")] if self._teach_loop else []
         if not self._template_has_tools:
-            schemas = "\n".join(json.dumps(tool["function"], separators=(",", ":")) for tool in tools)
-            parts.append(load_prompt("call_format_v1").format(tools=schemas))
+            parts.append(load_prompt("call_format_v1").format(tools=_written_tools(tools)))
             messages = [_with_written_calls(message) for message in messages]
         template_tools = tools if self._template_has_tools else None
         text = self._render(_with_system(messages, parts), template_tools, opens=True)
@@ -81,9 +80,21 @@ class Chat:
 
     def observation(self, content: str, tool_name: str) -> tuple[np.ndarray, bool]:
         """Token ids [L] int64 from the end of the policy's turn to the start of its next one."""
+        return self._continuation({"role": "tool", "name": tool_name, "tool_call_id": "call"}, content)
+
+    def user_message(self, content: str) -> tuple[np.ndarray, bool]:
+        """Token ids [L] int64 from the end of the policy's answer to the start of its next turn.
+
+        They follow the tokens as they were sampled. Templates that leave earlier thoughts out once the user
+        speaks again (Qwen3's) are not followed in that: it would be another conversation than was sampled.
+        """
+        return self._continuation({"role": "user"}, content)
+
+    def _continuation(self, head: Message, content: str) -> tuple[np.ndarray, bool]:
+        """What the template writes after an assistant's turn for a message of `content`."""
         if self._reserved is not None:  # a tool's output must not be able to end its own message
             content = self._reserved.sub(lambda match: match.group()[0] + " " + match.group()[1:], content)
-        message: Message = {"role": "tool", "name": tool_name, "tool_call_id": "call", "content": content}
+        message: Message = {**head, "content": content}
         turn: list[Message] = [{"role": "user", "content": "x"}, {"role": "assistant", "content": _SENTINEL}]
         text = self._render([*turn, message], None, opens=True)
         text = text.rpartition(_SENTINEL)[2].removeprefix(self._turn_end)
@@ -143,6 +154,15 @@ class Chat:
         rendered = self._render([{"role": "user", "content": "x"}, assistant], [_PROBE_TOOL])
         without = self._render([{"role": "user", "content": "x"}], [_PROBE_TOOL])
         return detect_call_format(rendered.removeprefix(without))
+
+
+def new_tools_text(tools: Sequence[ToolSchema]) -> str:
+    """What is written below a message that brings further tools."""
+    return f"\n\nFurther tools from here on:\n{_written_tools(tools)}" if tools else ""
+
+
+def _written_tools(tools: Sequence[ToolSchema]) -> str:
+    return "\n".join(json.dumps(tool["function"], separators=(",", ":")) for tool in tools)
 
 
 def _with_written_calls(message: Message) -> Message:

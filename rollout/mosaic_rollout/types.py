@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, TypeAlias
+from typing import Literal, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 
@@ -67,7 +67,10 @@ class Verdict:
 
 
 class Episode(Protocol):
-    """One task being acted on: its messages, its tools (they may change in mid-episode), its state."""
+    """One task being acted on: its messages, its tools (they may change in mid-episode), its state.
+
+    Tools that are new after a step are shown to the policy below the text that follows the step.
+    """
 
     messages: Sequence[Message]  # system (may be absent) and user messages that open the episode
     tools: Sequence[ToolSchema]  # without refusal_tool: that one belongs to the agent loop
@@ -78,6 +81,15 @@ class Episode(Protocol):
 
     def score(self, final_answer: str | None) -> Verdict:
         """Judge the episode as it stands; `final_answer` is None unless the policy gave one."""
+        ...
+
+
+@runtime_checkable
+class Dialogue(Protocol):
+    """An episode whose user goes on after an answer; one without this method ends with the first answer."""
+
+    def next_user_message(self, final_answer: str) -> str | None:
+        """What the user says after an answer; None: nothing more, the answer was the final one."""
         ...
 
 
@@ -172,7 +184,7 @@ class Step:
     action: Literal["tool_call", "refusal", "answer", "malformed"]
     call: ToolCall | None  # the tool call, where action is tool_call or refusal
     answer: str | None
-    observation: str | None  # what the environment returned, None at the last step
+    observation: str | None  # a tool's output, the user's word after an answer; None at the last step
     safety_tokens: int  # sampled tokens inside <safety_thoughts>, its tags included
     well_formed: bool  # every tag in place
     check_start: int | None = None  # index of the first token after the plan: where fork_at_check forks

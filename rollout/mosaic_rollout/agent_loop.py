@@ -13,10 +13,12 @@ from mosaic_rollout.chat import Chat, new_tools_text
 from mosaic_rollout.grammar import REFUSAL_SCHEMA, SAFETY_CLOSE, SAFETY_OPEN, THINK_CLOSE, Turn, parse_turn
 from mosaic_rollout.tool_runner import ToolRunner
 from mosaic_rollout.types import (
+    Completion,
     Dialogue,
     Engine,
     Environment,
     Episode,
+    Gate,
     Observation,
     Request,
     Rollout,
@@ -27,6 +29,9 @@ from mosaic_rollout.types import (
     ToolCall,
     ToolSchema,
 )
+
+REDRAWS = 64
+"""Draws at a gate until one does not begin with the tag; where even the last one does, it is kept."""
 
 
 @dataclass(frozen=True)
@@ -50,27 +55,53 @@ class AgentLoop:
     tool_timeout_s: float = 0.0  # 0: tools run in place, without a limit
 
     async def groups(
-        self, tasks: Sequence[Task], *, group_size: int, branching: Branching, seed: int
+        self,
+        tasks: Sequence[Task],
+        *,
+        group_size: int,
+        branching: Branching,
+        seed: int,
+        gate_contrast: bool = False,
     ) -> list[list[Rollout]]:
-        """A group of rollouts a task, all played at once. Same arguments and weights, same rollouts."""
+        """A group of rollouts a task, all played at once. Same arguments and weights, same rollouts.
+
+        gate_contrast: siblings of a trunk fork at one of its gates, some with the check and some without.
+        """
         plays = [
-            self._group(group_id, task, group_size, branching, seed) for group_id, task in enumerate(tasks)
+            self._group(group_id, task, group_size, branching, seed, gate_contrast)
+            for group_id, task in enumerate(tasks)
         ]
         return list(await asyncio.gather(*plays))
 
     async def _group(
-        self, group_id: int, task: Task, group_size: int, branching: Branching, seed: int
+        self, group_id: int, task: Task, group_size: int, branching: Branching, seed: int, gate_contrast: bool
     ) -> list[Rollout]:
         first_id = group_id * group_size
-        trunks = trunk_count(branching, group_size)
+        trunks = trunk_count(branching, group_size, gate_contrast)
         ids = range(first_id, first_id + trunks)
         rollouts = list(await asyncio.gather(*(self._play(task, group_id, i, seed) for i in ids)))
+        if gate_contrast:
+            rollouts = [self._with_gate(trunk, fork_position(trunk, branching, seed)) for trunk in rollouts]
         siblings = []
         for i in range(first_id + trunks, first_id + group_size):
             trunk = rollouts[(i - first_id) % trunks]
-            position = fork_position(trunk, branching, seed + i)
-            siblings.append(self._play(task, group_id, i, seed, trunk, position))
+            if trunk.gate is None:
+                position, gate = fork_position(trunk, branching, seed + i), None
+            else:
+                position = trunk.gate.position
+                other_side = (i - first_id) // trunks % 2 == 1
+                gate = replace(trunk.gate, opened=trunk.gate.opened != other_side)
+            siblings.append(self._play(task, group_id, i, seed, trunk, position, gate))
         return rollouts + list(await asyncio.gather(*siblings))
+
+    def _with_gate(self, trunk: Rollout, position: int | None) -> Rollout:
+        """The trunk with the gate at `position`, where it went by its own choice."""
+        if position is None:
+            return trunk
+        tag = self.chat.check_tag
+        return replace(
+            trunk, gate=Gate(trunk.rollout_id, position, tag, _begins_with(trunk.token_ids[position:], tag))
+        )
 
     async def _play(
         self,
@@ -80,13 +111,19 @@ class AgentLoop:
         seed: int,
         trunk: Rollout | None = None,
         position: int | None = None,
+        gate: Gate | None = None,
     ) -> Rollout:
         episode = self.environment.reset(task)
         walk = _Walk(self, episode, seed, rollout_id, group_id)
         if trunk is not None and position is not None:
             await walk.inherit(trunk, position)
+        if gate is not None:
+            walk.decide(gate)
         status, answer = await walk.run()
         forked = trunk is not None and position is not None
+        if gate is not None:
+            after = np.concatenate(walk.token_ids)[gate.position :]
+            gate = replace(gate, opened=_begins_with(after, gate.tag))
         return Rollout(
             rollout_id=rollout_id,
             group_id=group_id,
@@ -104,6 +141,7 @@ class AgentLoop:
             parent_id=trunk.rollout_id if trunk is not None and forked else None,
             fork_position=position if forked else None,
             token_versions=np.concatenate(walk.versions),
+            gate=gate,
         )
 
 
@@ -124,6 +162,7 @@ class _Walk:
         self.prompt_tokens = self.cached_tokens = 0
         self._length = len(prompt)
         self._turn_start = self._length
+        self._avoided: tuple[int, ...] = ()  # what the next draw must not begin with
 
     async def inherit(self, trunk: Rollout, position: int) -> None:
         """Start from the trunk's first `position` tokens; its finished tool calls are carried out again."""
@@ -138,6 +177,19 @@ class _Walk:
         self._length = position
         self.policy_version = trunk.policy_version
         self._turn_start = trunk.steps[len(finished)].prompt_end
+
+    def decide(self, gate: Gate) -> None:
+        """Stand at a gate and go through it on the side that the gate says."""
+        if not gate.opened:
+            self._avoided = gate.tag
+            return
+        count = len(gate.tag)
+        self._append(
+            np.asarray(gate.tag, dtype=np.int64),
+            np.ones(count, dtype=bool),
+            np.zeros(count, np.float32),
+            np.full(count, self.policy_version, np.int64),
+        )
 
     async def run(self) -> tuple[Status, str | None]:
         """Play to the end: how it ended, and the final answer if there is one."""
@@ -169,15 +221,40 @@ class _Walk:
 
     async def _sample(self, max_new_tokens: int) -> bool:
         """One generation appended to the walk; False where it ran into its token limit."""
+        if self._avoided and max_new_tokens > len(self._avoided):
+            avoided, self._avoided = self._avoided, ()
+            if await self._sample_other_than(avoided):
+                return True
+            max_new_tokens -= len(avoided)
+        return self._take(await self._generate(max_new_tokens, self._seed))
+
+    async def _sample_other_than(self, avoided: tuple[int, ...]) -> bool:
+        """As many tokens as `avoided` has, drawn again while they are just these; True where the turn ends.
+
+        That is the policy's distribution given that it does not begin with `avoided`. After REDRAWS draws the
+        policy all but never does otherwise, and the last draw is kept.
+        """
+        completion = await self._generate(len(avoided), self._seed)
+        for attempt in range(1, REDRAWS):
+            if not _begins_with(completion.token_ids, avoided):
+                break
+            completion = await self._generate(len(avoided), self._seed + (attempt << 32))
+        return self._take(completion)
+
+    async def _generate(self, max_new_tokens: int, seed: int) -> Completion:
         loop = self._loop
         request = Request(
             token_ids=np.concatenate(self.token_ids),
             sampling=SamplingParams(max_new_tokens, loop.temperature, loop.chat.stop_token_ids),
-            seed=self._seed,
+            seed=seed,
             rollout_key=self._rollout_id,
             group_key=self._group_id,
         )
         (completion,) = await loop.engine.generate([request])
+        return completion
+
+    def _take(self, completion: Completion) -> bool:
+        """Append what was sampled; False where it ran into its token limit."""
         count = len(completion.token_ids)
         versions = completion.token_versions
         if versions is None:
@@ -281,6 +358,10 @@ def _step(turn: Turn, text: str, start: int, end: int, check_start: int | None, 
         well_formed=turn.well_formed,
         check_start=check_start,
     )
+
+
+def _begins_with(token_ids: np.ndarray, tag: tuple[int, ...]) -> bool:
+    return tuple(token_ids[: len(tag)].tolist()) == tag
 
 
 def _tool_name(tool: ToolSchema) -> str:

@@ -6,6 +6,7 @@ is what `--help` prints.
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Literal
 
@@ -148,7 +149,7 @@ class JudgeConfig(Section):
     """`rule`: the environment's verdicts; `llm`: a model; `module:Class`: your own (docs/judges.md)."""
     mode: Literal["pairwise", "pointwise"] = "pairwise"
     """llm: every pair in both orders (the paper), or a score a rollout (its ablation)."""
-    endpoint: Annotated[str, Field(pattern=r"^https?://[^@\s]+$")] | None = None
+    endpoint: str | None = None
     """llm: an OpenAI-compatible server, for example http://localhost:30000/v1; no user or key in it."""
     model: str | None = None
     """llm: the model's name there."""
@@ -178,6 +179,11 @@ class JudgeConfig(Section):
         missing = [key for key in ("endpoint", "model") if self.name == "llm" and getattr(self, key) is None]
         if missing:
             raise ValueError(f"judge.name = 'llm' needs judge.{missing[0]}")
+        if self.endpoint is not None and not re.fullmatch(r"https?://[^@\s]+", self.endpoint):
+            raise ValueError(
+                "judge.endpoint must look like http://localhost:30000/v1, with no user or key in it; "
+                "the key belongs in the environment variable that judge.api_key_env names"
+            )
         return self
 
 

@@ -31,8 +31,8 @@ def test_rule_and_llm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     [
         ({"name": "llm"}, "judge.name = 'llm' needs judge.endpoint"),
         ({"name": "llm", "endpoint": "http://x/v1"}, "judge.name = 'llm' needs judge.model"),
-        ({**LLM, "endpoint": "localhost:30000"}, "endpoint"),
-        ({**LLM, "endpoint": "https://me:key@host/v1"}, "endpoint"),
+        ({**LLM, "endpoint": "localhost:30000"}, "judge.endpoint must look like http://"),
+        ({**LLM, "endpoint": "https://me:key@host/v1"}, "no user or key in it"),
         ({"name": "gpt"}, "name"),
         ({"mode": "listwise"}, "mode"),
     ],

@@ -1,13 +1,12 @@
-"""Tests against a real SGLang server run only when asked for (`make test-sglang`); then nothing may be skipped.
+"""Tests against a real SGLang server run only when asked for; then a skipped test is a failure.
 
-MOSAIC_TEST_SGLANG=1 python -m pytest tests/sglang
+MOSAIC_TEST_SGLANG=1 python -m pytest tests/sglang     (make test-sglang)
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ import torch
 from mosaic_fast.policy import Policy
 from mosaic_rollout.engine.sglang import SGLangEngine
 
-from .serving import EMBEDDED, make_engine
+from .serving import EMBEDDED, make_engine, serve
 
 ASKED_FOR = bool(os.environ.get("MOSAIC_TEST_SGLANG"))
 collect_ignore_glob = [] if ASKED_FOR else ["test_real_*.py"]
@@ -45,5 +44,6 @@ def policy() -> Policy:
 def engine(policy: Policy, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SGLangEngine]:
     """A running server in deterministic mode, shared by all tests; each leaves it serving `policy`."""
     engine = make_engine(policy, tmp_path_factory.mktemp("sglang"))
+    serve(engine, engine.health)
     yield engine
     engine.close()

@@ -9,10 +9,12 @@ from typing import TypeVar
 
 import numpy as np
 import torch
+from transformers import PreTrainedTokenizerFast
 
 from mosaic_fast.components import model_folder
 from mosaic_fast.policy import Policy
 from mosaic_kernels import pack_forest
+from mosaic_rollout.chat import Chat
 from mosaic_rollout.engine.sglang import LaneOptions, ServerOptions, SGLangEngine, SGLangOptions
 from mosaic_rollout.engine.sglang.weights import Transport
 from mosaic_rollout.types import Completion, Request, SamplingParams
@@ -69,7 +71,9 @@ def make_engine(
     )
 
 
-def serve(engine: SGLangEngine, work: Callable[[], Coroutine[None, None, Result]], version: int = 1) -> Result:
+def serve(
+    engine: SGLangEngine, work: Callable[[], Coroutine[None, None, Result]], version: int = 1
+) -> Result:
     """Run `work` on an event loop of its own, with the policy's current weights served as `version`."""
 
     async def synced() -> Result:
@@ -80,6 +84,10 @@ def serve(engine: SGLangEngine, work: Callable[[], Coroutine[None, None, Result]
             await engine.release()
 
     return asyncio.run(synced())
+
+
+def embedded_chat() -> Chat:
+    return Chat(PreTrainedTokenizerFast.from_pretrained(EMBEDDED), teach_loop=False)
 
 
 def request(

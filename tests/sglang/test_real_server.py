@@ -41,7 +41,10 @@ def test_served_logprobs_are_the_trainers(engine: SGLangEngine, policy: Policy, 
     """Cold, warm and forked prompts of odd lengths; a token's log-prob has errors of fp32 rounding only."""
     trunk = prompt(201, 0)
     asked = [request(trunk, key=k, temperature=temperature) for k in range(3)]
-    asked += [request(trunk[:97], key=7, temperature=temperature), request([11], key=8, temperature=temperature)]
+    asked += [
+        request(trunk[:97], key=7, temperature=temperature),
+        request([11], key=8, temperature=temperature),
+    ]
     for one, completion in zip(asked, generate(engine, asked), strict=True):
         expected = trained_logprobs(policy, one, completion)
         np.testing.assert_allclose(completion.logprobs, expected, rtol=2e-6, atol=2e-5)
@@ -128,7 +131,7 @@ def test_checksums_prove_that_served_is_trained(
     serve(other, verify, version=2)
     with torch.no_grad():
         list(changed.model.parameters())[3].view(-1)[0] += 1e-6  # served, but not what is in the folder
-    with pytest.raises(EngineError, match="1 of .* tensors differ"):
+    with pytest.raises(EngineError, match=r"1 of .* tensors differ"):
         serve(other, verify, version=2)
 
 

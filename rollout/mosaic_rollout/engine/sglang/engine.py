@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 from mosaic_rollout.engine.errors import EngineError
 from mosaic_rollout.engine.requests import validate_request
 from mosaic_rollout.engine.sampling import stream_base
-from mosaic_rollout.engine.sglang.client import Sample
+from mosaic_rollout.engine.sglang.client import Sample, ServerUnavailableError
 from mosaic_rollout.engine.sglang.lane import Lane, LaneOptions
 from mosaic_rollout.engine.sglang.server import ServerOptions, ServerProcess
 from mosaic_rollout.engine.sglang.stats import ServingStats
@@ -113,19 +114,16 @@ class SGLangEngine:
     async def update_weights(self, version: int) -> None:
         """Serve the trainer's current weights as `version` on every server; their caches are emptied.
 
-        Starts servers that are not running. EngineError where a server cannot be started or says
-        afterwards that it serves another version.
+        Starts servers that are not running, and starts again those that fail meanwhile. EngineError where a
+        server cannot be started or says afterwards that it serves another version.
         """
         self._version = version
         folder: Path | None = None
         if self.options.transport == "disk" or any(self._starts(lane) for lane in self.lanes):
             folder = self._published.publish(version)
         self._folder = folder
-        await asyncio.gather(*(self._update(lane, version) for lane in self.lanes))
+        await asyncio.gather(*(self._bring(lane, version) for lane in self.lanes))
         self._asleep = False
-        if self.options.verify:
-            folder = folder or self._published.publish(version)
-            await asyncio.gather(*(verify_weights(lane.client, folder, version) for lane in self.lanes))
 
     async def flush(self) -> None:
         """Empty the servers' prefix caches. The servers refuse while requests are in flight."""
@@ -137,9 +135,10 @@ class SGLangEngine:
         """Between generations: colocated servers give their memory back until the next update_weights."""
         if self.options.colocated and not self._asleep and self._version >= 0:
             for lane in self.lanes:
-                await lane.client.flush_cache(_QUICK_S)
-                body = {"tags": ["kv_cache", "weights"]}
-                await lane.client.call("/release_memory_occupation", body, timeout_s=_MEMORY_S)
+                with contextlib.suppress(ServerUnavailableError):  # the next update finds it dead
+                    await lane.client.flush_cache(_QUICK_S)
+                    body = {"tags": ["kv_cache", "weights"]}
+                    await lane.client.call("/release_memory_occupation", body, timeout_s=_MEMORY_S)
             self._asleep = True
         for lane in self.lanes:
             await lane.aclose()
@@ -178,6 +177,17 @@ class SGLangEngine:
 
     def _starts(self, lane: Lane) -> bool:
         return lane.process is not None and (lane.process.pid is None or lane.process.exit_code is not None)
+
+    async def _bring(self, lane: Lane, version: int) -> None:
+        """Bring a server to a version; one that dies or hangs on the way is started again with it."""
+        try:
+            await self._update(lane, version)
+            if self.options.verify:
+                if self._folder is None:
+                    self._folder = self._published.publish(version)
+                await verify_weights(lane.client, self._folder, version)
+        except ServerUnavailableError as error:
+            await lane.mend(error)
 
     async def _update(self, lane: Lane, version: int) -> None:
         if self._starts(lane):

@@ -118,6 +118,11 @@ class Lane:
                 on_prefilled=flight.prefilled,
             )
 
+    async def mend(self, error: ServerUnavailableError) -> None:
+        """Bring the server back after an error outside `generate`. EngineError after FAILURES attempts."""
+        self._enter_loop()
+        await self._mend(self._life, error)
+
     async def _mend(self, life: int, error: EngineError) -> None:
         """Bring the server back, unless somebody has since `life`. EngineError after FAILURES attempts."""
         async with self._mending:

@@ -121,7 +121,7 @@ def _explain(error: ValidationError, source: str) -> str:
         key = ".".join(location)
         if item["type"] == "extra_forbidden":
             lines.append(f"  {key}: no such key; there are {', '.join(_known_keys(location[:-1]))}")
-        elif key:
+        elif key and item["type"] != "value_error":  # a section's own message names its keys
             lines.append(f"  {key} = {item['input']!r}: {item['msg']}")
         else:
             lines.append(f"  {item['msg'].removeprefix('Value error, ')}")

@@ -30,7 +30,7 @@ function number(value) {
   if (size === 0) return "0";
   if (size >= 1e6 || size < 1e-3) return value.toExponential(1);
   if (size >= 1000) return Math.round(value).toLocaleString("en-US");
-  return String(+value.toPrecision(3));
+  return String(+value.toPrecision(3)).replace("-", "\u2212");
 }
 
 const signed = (value) => (value === null || value === undefined ? "\u2013" : `${value < 0 ? "\u2212" : "+"}${Math.abs(value).toFixed(2)}`);

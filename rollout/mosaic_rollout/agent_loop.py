@@ -96,9 +96,9 @@ class AgentLoop:
 
     def _with_gate(self, trunk: Rollout, position: int | None) -> Rollout:
         """The trunk with the gate at `position`, where it went by its own choice."""
-        if position is None:
-            return trunk
         tag = self.chat.check_tag
+        if position is None or position + len(tag) >= self.limits.max_rollout_tokens:
+            return trunk
         return replace(
             trunk, gate=Gate(trunk.rollout_id, position, tag, _begins_with(trunk.token_ids[position:], tag))
         )

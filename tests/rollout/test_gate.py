@@ -1,6 +1,7 @@
 """gate_contrast: a trunk's decision to check is taken both ways, and the other side is drawn by rejection."""
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -26,7 +27,7 @@ class GateEngine(ScriptedEngine):
         self.left = openings
         self.seeds: list[int] = []
 
-    async def generate(self, requests: list[Request]) -> list[Completion]:
+    async def generate(self, requests: Sequence[Request]) -> list[Completion]:
         self.seeds += [request.seed for request in requests]
         return await super().generate(requests)
 
@@ -57,15 +58,16 @@ def begins_with_tag(rollout: Rollout) -> bool:
 
 def test_one_trunk_of_four_and_both_sides_of_its_gate(chat: Chat):
     group = play(GateEngine(chat, openings=0))
-    trunk = group[0]
+    gate = group[0].gate
+    assert gate is not None
     assert [rollout.parent_id for rollout in group] == [None, 0, 0, 0]
     assert [rollout.gate.opened for rollout in group if rollout.gate] == [False, True, False, True]
     for rollout in group:
         assert rollout.gate is not None
-        assert replace(rollout.gate, opened=False) == replace(trunk.gate, opened=False)
+        assert replace(rollout.gate, opened=False) == replace(gate, opened=False)
         assert rollout.gate.opened == begins_with_tag(rollout)
         at = rollout.gate.position
-        np.testing.assert_array_equal(rollout.token_ids[:at], trunk.token_ids[:at])
+        np.testing.assert_array_equal(rollout.token_ids[:at], group[0].token_ids[:at])
         assert rollout.trained[at : at + len(rollout.gate.tag)].all()
         assert (rollout.steps[0].check is not None) == rollout.gate.opened
         assert rollout.status == "answered"

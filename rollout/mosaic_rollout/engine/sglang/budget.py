@@ -30,8 +30,8 @@ class TokenBudget:
             try:
                 await turn
             except asyncio.CancelledError:
-                if turn.done() and not turn.cancelled():  # its turn had come: what it was given goes back
-                    self._give_back(cost)
+                granted = turn.done() and not turn.cancelled()
+                self._give_back(cost if granted else 0)  # its place, too, goes to those behind it
                 raise
         else:
             self._take(cost)

@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from torch.profiler import ProfilerActivity, profile
+
 
 @dataclass(frozen=True)
 class Result:
@@ -19,6 +21,21 @@ class Result:
     ideal: float  # the ratio that the work itself allows
     share_of_ideal: float
     extra: dict[str, float]  # more figures of the case
+
+
+def peak_gib(work: Callable[[], object]) -> float:
+    """Most memory that PyTorch's CPU allocator holds at a time during `work`, beyond what it held before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        work()
+    assert recorded.profiler is not None
+    results = recorded.profiler.kineto_results
+    assert results is not None
+    events = [e for e in results.events() if e.name() == "[memory]"]
+    live = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        live += event.nbytes()  # pyrefly: ignore [missing-attribute]  # torch's stub lacks it
+        peak = max(peak, live)
+    return peak / 2**30
 
 
 def compare(

@@ -69,7 +69,17 @@ def main() -> int:
 
 def _table(results: dict[str, Result]) -> Table:
     table = Table(title=f"{_machine()['cpu']}, {torch.get_num_threads()} threads, fp32")
-    for head in ("case", "ours", "spread", "flat", "speed-up", "ideal", "of ideal", "raw/unique"):
+    for head in (
+        "case",
+        "ours",
+        "spread",
+        "flat",
+        "speed-up",
+        "ideal",
+        "of ideal",
+        "raw/unique",
+        "MiB, flat",
+    ):
         table.add_column(head, justify="left" if head == "case" else "right")
     for name, r in results.items():
         sharing = r.extra["raw_tokens"] / r.extra["unique_tokens"]
@@ -82,6 +92,9 @@ def _table(results: dict[str, Result]) -> Table:
             f"{r.ideal:.2f}x",
             f"{r.share_of_ideal:.0%}",
             f"{sharing:.2f}x",
+            " / ".join(
+                f"{1024 * r.extra[key]:.0f}" for key in ("peak_gib", "flat_peak_gib") if key in r.extra
+            ),
         )
     return table
 

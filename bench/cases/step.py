@@ -4,32 +4,40 @@ The flat batch runs each rollout in its own padded row through the stock Hugging
 the LM head on trained rows only, as ours. Both compute the same weighted sum of log-probs, checked first.
 
     step                 rollouts of the embedded default, played by the embedded model (0.8 M parameters)
-    step:long_prefix     1,000 shared tokens, 6 rollouts of 170, half of them forking halfway (3 M)
-    step:many_short      400 shared tokens, 16 rollouts of 30 (3 M parameters)
-    step:nothing_shared  5 rollouts of 300, nothing shared (3 M parameters)
+    step:long_prefix     1,500 shared tokens, 6 rollouts of 250, half of them forking halfway
+    step:held            the same with 2,000 tokens a micro-batch; `cut` repeats the prefix instead
+    step:many_short      300 shared tokens, 64 rollouts of 30
+    step:agent           8 agent trajectories of about 2,100 tokens: 1,700 shared, turns with observations
+                         between them, some forking at a turn; lengths as on AgentDojo, tokens random
+    step:nothing_shared  5 rollouts of 500, nothing shared
 
---quick times the first one only.
+All but the first: a Qwen3 model of 20 M parameters. --quick times the first one only.
 
 ideal = arithmetic of the flat batch / arithmetic of the forest: linear multiply-adds x tokens + attention
-multiply-adds x visible pairs + LM-head multiply-adds x labelled rows, each counted on its own side.
+multiply-adds x visible pairs + LM-head multiply-adds x labelled rows, each counted on its own side. peak is
+the most memory PyTorch holds during forward and backward, beyond weights and gradients of a first step.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from measure import Result, compare
+from measure import Result, compare, peak_gib
 from torch import Tensor
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from mosaic_fast.components import build_components, model_folder
 from mosaic_fast.config import Config
+from mosaic_fast.execution import Execution, Piece
 from mosaic_fast.policy import Policy
 from mosaic_kernels import PackedForest, ideal_speedup, pack_forest
+
+ENOUGH = 2**20  # tokens a micro-batch where nothing is to be cut
 
 
 @dataclass(frozen=True)
@@ -37,21 +45,22 @@ class Workload:
     model: PreTrainedModel
     sequences: list[np.ndarray]
     trained: list[np.ndarray]
+    tokens_per_microbatch: int = ENOUGH
 
     @property
     def forest(self) -> PackedForest:
         return pack_forest(self.sequences, self.trained)
 
 
-def _middle_model() -> Qwen3ForCausalLM:
+def _model() -> Qwen3ForCausalLM:
     torch.manual_seed(0)
     config = Qwen3Config(
-        vocab_size=4096,
-        hidden_size=192,
-        intermediate_size=512,
-        num_hidden_layers=4,
-        num_attention_heads=3,
-        num_key_value_heads=1,
+        vocab_size=8192,
+        hidden_size=384,
+        intermediate_size=1152,
+        num_hidden_layers=10,
+        num_attention_heads=6,
+        num_key_value_heads=2,
         head_dim=64,
         max_position_embeddings=4096,
         tie_word_embeddings=True,
@@ -63,16 +72,37 @@ def _middle_model() -> Qwen3ForCausalLM:
 
 def _drawn(shared: int, rollouts: int, own: int, *, fork_halfway: bool = False) -> Workload:
     """Random tokens: `shared` untrained ones, then `own` trained ones a rollout."""
-    model, random = _middle_model(), np.random.default_rng(0)
-    prompt = random.integers(0, 4096, shared)
-    sequences, trained, first_half = [], [], random.integers(0, 4096, own // 2)
+    random = np.random.default_rng(0)
+    prompt = random.integers(0, 8192, shared)
+    sequences, trained, first_half = [], [], random.integers(0, 8192, own // 2)
     for r in range(rollouts):
-        suffix = random.integers(0, 4096, own)
+        suffix = random.integers(0, 8192, own)
         if fork_halfway and r % 2:
             suffix[: own // 2] = first_half
         sequences.append(np.concatenate([prompt, suffix]))
         trained.append(np.arange(shared + own) >= max(1, shared))
-    return Workload(model, sequences, trained)
+    return Workload(_model(), sequences, trained)
+
+
+def _agent() -> Workload:
+    """A prompt with tool schemas, then turns: 60 to 90 sampled tokens, an observation of 20 to 60."""
+    random = np.random.default_rng(0)
+    prompt = random.integers(0, 8192, 1700)
+    sequences: list[np.ndarray] = []
+    trained: list[np.ndarray] = []
+    for r in range(8):
+        tokens, mask = prompt, np.zeros(len(prompt), np.bool_)
+        if r % 2:  # forks from its neighbour after the first turn or two
+            kept = len(prompt) + int(random.integers(60, 200))
+            tokens, mask = sequences[-1][:kept], trained[-1][:kept]
+        target = int(random.integers(1950, 2250))
+        while len(tokens) < target:
+            sampled, observed = int(random.integers(60, 91)), int(random.integers(20, 61))
+            tokens = np.append(tokens, random.integers(0, 8192, sampled + observed))
+            mask = np.append(mask, np.arange(sampled + observed) < sampled)
+        sequences.append(tokens)
+        trained.append(mask)
+    return Workload(_model(), sequences, trained)
 
 
 def _played() -> Workload:
@@ -88,16 +118,25 @@ def _played() -> Workload:
 
 WORKLOADS: dict[str, Callable[[], Workload]] = {
     "step": _played,
-    "step:long_prefix": lambda: _drawn(1_000, 6, 170, fork_halfway=True),
-    "step:many_short": lambda: _drawn(400, 16, 30),
-    "step:nothing_shared": lambda: _drawn(0, 5, 300),
+    "step:long_prefix": lambda: _drawn(1_500, 6, 250, fork_halfway=True),
+    "step:held": lambda: replace(_drawn(1_500, 6, 250, fork_halfway=True), tokens_per_microbatch=2_000),
+    "step:many_short": lambda: _drawn(300, 64, 30),
+    "step:agent": _agent,
+    "step:nothing_shared": lambda: _drawn(0, 5, 500),
 }
 QUICK = ("step",)
 
 
-def forest_loss(policy: Policy, forest: PackedForest, weights: Tensor) -> Tensor:
-    """Weighted sum of log-probs on the forest. weights: [T]."""
-    return (policy.logprobs(forest) * weights).sum() / len(weights)
+def forest_backward(workload: Workload, policy: Policy, weights: Tensor, plan: str = "auto") -> Execution:
+    """Gradient of the weighted sum of log-probs, from packing the forest on. weights: [T]."""
+    forest = workload.forest
+    execution = Execution(workload.tokens_per_microbatch, 1.0, workload.model.config, plan=plan)
+
+    def loss_of(piece: Piece) -> Tensor:
+        return (piece.logprobs * weights[piece.source]).sum() / len(weights)
+
+    execution.backward(policy, execution.schedule(forest), loss_of)
+    return execution
 
 
 def flat_loss(model: PreTrainedModel, workload: Workload, weights: Tensor) -> Tensor:
@@ -137,13 +176,22 @@ def check(quick: bool) -> None:
         model, forest = workload.model, workload.forest
         weights, gradients = _weights(forest), []
         policy = Policy(model)
-        for loss in (forest_loss(policy, forest, weights), flat_loss(model, workload, weights)):
+        for backward in (
+            lambda w=workload, p=policy, x=weights: forest_backward(w, p, x),
+            lambda w=workload, m=model, x=weights: flat_loss(m, w, x).backward(),
+        ):
             model.zero_grad()
-            loss.backward()
+            backward()
             gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
         for parameter, gradient in gradients[1].items():
             error = float((gradients[0][parameter] - gradient).norm() / gradient.norm().clamp_min(1e-9))
             assert error < 1e-4, f"{name}: gradient of {parameter} is off by {error:.1e}"
+
+
+def train_on(optimizer: torch.optim.Optimizer, backward: Callable[[], None]) -> None:
+    optimizer.zero_grad()
+    backward()
+    optimizer.step()
 
 
 def ideal(workload: Workload) -> float:
@@ -159,24 +207,28 @@ def run(quick: bool) -> dict[str, Result]:
         forest = workload.forest
         weights = _weights(forest)
 
-        def train_on(loss: Callable[[], Tensor], optimizer: torch.optim.Optimizer = optimizer) -> None:
-            optimizer.zero_grad()
-            loss().backward()
-            optimizer.step()
+        def ours(plan: str = "auto", w: Workload = workload, p: Policy = policy, x: Tensor = weights) -> None:
+            forest_backward(w, p, x, plan)  # packed inside the timed step, as in training
 
-        # the forest is packed inside the timed step, as in training
+        def flat(w: Workload = workload, x: Tensor = weights) -> None:
+            flat_loss(w.model, w, x).backward()
+
+        contenders = {"ours": ours, "flat": flat}
+        if name == "step:held":
+            contenders["cut"] = partial(ours, "cut")
+        figures = forest_backward(workload, policy, weights).figures()
         results[name] = compare(
-            {
-                "ours": lambda p=policy, w=workload, x=weights: train_on(lambda: forest_loss(p, w.forest, x)),
-                "flat": lambda m=model, w=workload, x=weights: train_on(lambda: flat_loss(m, w, x)),
-            },
-            repeats=3 if quick else 5,
+            {one: partial(train_on, optimizer, work) for one, work in contenders.items()},
+            repeats=3 if quick or name != "step" else 5,
             ideal=ideal(workload),
             extra={
                 "raw_tokens": forest.num_tokens,
                 "unique_tokens": forest.num_nodes,
                 "raw_over_unique": forest.num_tokens / forest.num_nodes,
                 "parameters": sum(p.numel() for p in model.parameters()),
+                "peak_gib": peak_gib(ours),
+                "flat_peak_gib": peak_gib(flat),
+                **{key: value for key, value in figures.items() if key.startswith("tree/")},
             },
         )
     return results

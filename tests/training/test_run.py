@@ -98,7 +98,7 @@ def assert_same_run(folder: Path, other: Path) -> None:
 def test_a_finished_run_holds_everything(finished: Path):
     names = {path.name for path in finished.iterdir()}
     assert names == {
-        *("config.toml", "metrics.jsonl", "trajectories", "checkpoints", "summary.json"),
+        *("config.toml", "cost.toml", "metrics.jsonl", "trajectories", "checkpoints", "summary.json"),
         *("curves.svg", "curves.png"),
     }
     assert len(learned(finished)) == STEPS

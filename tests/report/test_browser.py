@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -161,6 +162,82 @@ def test_hostile_text_is_shown_and_never_runs(page: Chromium, tmp_path: Path):
     assert "</script><script>window.hacked=1</script><img src=x onerror=hacked=1>" in plan
     assert "⟨U+202E⟩⟨U+0000⟩⟨U+2028⟩😀" in plan
     assert "</script>" in text(page, ".row .request")
+
+
+def test_hostile_values_in_every_field_are_text_too(page: Chromium, tmp_path: Path):
+    """Statuses, kinds, tool and argument names, roles, metrics, configuration: all of it could be forged."""
+    run = write_run(tmp_path / "run", steps=1)
+    for path in [*run.glob("trajectories/*.jsonl"), run / "metrics.jsonl", run / "summary.json"]:
+        lines = [json.dumps(hostile(json.loads(line))) for line in path.read_text().splitlines()]
+        path.write_text("\n".join(lines) + "\n")
+    (run / "config.toml").write_text(f"model = {json.dumps(HOSTILE.replace(chr(0), ''))}\n")
+    page.open(write_page(tmp_path / "page.html", run))
+    page.wait_for("document.querySelector('.chart')")
+    page.evaluate("document.querySelectorAll('details.card').forEach((e) => { e.open = true; })")
+    page.press("t")
+    page.wait_for("document.querySelector('.row')")
+    for at in ("1.0", "1.2"):
+        page.click(f"[data-at='{at}']")
+        page.wait_for(f"document.querySelector('.matrix') && location.hash.includes('at={at}')")
+        assert HOSTILE[:40] in text(page, ".badges")
+    assert HOSTILE[:40] in text(page, "[data-filter=status]")
+    assert page.evaluate("typeof window.hacked") == "undefined"
+    assert page.evaluate("document.querySelectorAll('main img, main script').length") == 0
+
+
+def test_damaged_values_never_break_the_page(page: Chromium, tmp_path: Path):
+    """Rows with values of other kinds and sizes: what the reader lets through, the page must bear."""
+    draw = random.Random(0)
+    run = write_run(tmp_path / "run", steps=6, groups=6)
+    for path in run.glob("trajectories/*.jsonl"):
+        rows = [damaged(json.loads(line), draw) for line in path.read_text().splitlines()]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page.open(write_page(tmp_path / "page.html", run) + "#view=trajectories")
+    page.wait_for("document.querySelector('.row')")
+    shown = page.evaluate("[...document.querySelectorAll('.row')].length")
+    assert shown
+    seen: set[object] = set()
+    while True:
+        page.press("j")
+        page.evaluate("new Promise((done) => setTimeout(done, 20))")
+        at = page.evaluate("location.hash")
+        if at in seen:
+            break
+        seen.add(at)
+        assert page.evaluate("Boolean(document.querySelector('.rollout-head'))"), at
+    assert len(seen) > 40, "most rows must survive, or the test tests nothing"
+
+
+def hostile(value: object, key: str = "") -> object:
+    """Every text replaced by hostile text, and the keys of open dictionaries too."""
+    if isinstance(value, str):
+        return value if key == "action" else HOSTILE + value
+    if isinstance(value, list):
+        return [hostile(inner) for inner in value]
+    if isinstance(value, dict):
+        open_keys = key in ("details", "arguments", "before", "after", "counts")
+        return {(HOSTILE + k if open_keys else k): hostile(v, k) for k, v in value.items()}
+    return value
+
+
+def damaged(row: dict[str, object], draw: random.Random) -> dict[str, object]:
+    """One value somewhere in a row replaced."""
+    values = [None, -1, 10**15, "", "x", [], {}, {"a": [None]}, 1e308, [0.5, 7], True]
+    place: object = row
+    while True:
+        keys = (
+            list(place)
+            if isinstance(place, dict)
+            else list(range(len(place)))
+            if isinstance(place, list)
+            else []
+        )
+        key = draw.choice(keys)
+        inner = place[key]  # pyrefly: ignore
+        if not inner or not isinstance(inner, dict | list) or draw.random() < 0.3:
+            place[key] = draw.choice(values)  # pyrefly: ignore
+            return row
+        place = inner
 
 
 def test_even_markup_in_the_document_could_not_run(page: Chromium, address: str):

@@ -1,5 +1,6 @@
 """The real packages, offline: MOSAIC_TEST_TRACKERS=1, after pip install tensorboard wandb trackio."""
 
+import importlib
 import sqlite3
 from pathlib import Path
 
@@ -19,10 +20,9 @@ def log_all(name: str, folder: Path) -> None:
 
 
 def test_tensorboard_reads_back_what_was_logged(tmp_path: Path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
+    reader = importlib.import_module("tensorboard.backend.event_processing.event_accumulator")
     log_all("tensorboard", tmp_path)
-    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events = reader.EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     found = [(event.step, round(event.value, 6)) for event in events.Scalars("safety/harmful_refused")]
     assert found == [(step, step / 10) for step in range(1, 6)]

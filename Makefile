@@ -14,7 +14,7 @@ SGLANG_STAMP := .venv-sglang/.installed-$(SGLANG)
 SGLANG_CPU := rollout/mosaic_rollout/engine/sglang/server_side/requirements-cpu.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help venv train test lint types bench verify warmstart evaluate train-agentdojo test-agentdojo test-report clean
+.PHONY: help venv train test test-interpreter test-ttsem mutants lint types bench verify warmstart evaluate train-agentdojo test-agentdojo test-report clean
 
 help:  ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -34,6 +34,16 @@ train: $(STAMP)  ## train the embedded agent in the embedded world, 2 to 3 minut
 
 test: $(STAMP) lint types  ## lint, types and tests, under 10 minutes
 	$(BIN)/python -m pytest $(ARGS)
+	$(MAKE) ARGS= test-interpreter test-ttsem
+
+test-interpreter: $(STAMP)  ## the Triton kernels' tests under Triton's interpreter
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels/triton $(ARGS)
+
+test-ttsem: $(STAMP)  ## the same tests on the compiled kernels, executed on the CPU: bf16, out of bounds, races
+	MOSAIC_EMULATED=1 $(BIN)/python -m ttsem.sanitize pytest tests/kernels/triton $(ARGS)
+
+mutants: $(STAMP)  ## wrong kernels, each of which a test must notice
+	$(BIN)/python -m tests.mutants $(ARGS)
 
 lint: $(STAMP)  ## ruff
 	$(BIN)/ruff check .
@@ -46,7 +56,7 @@ bench: $(STAMP)  ## forest against flat, on this machine
 	$(BIN)/python bench/run.py $(ARGS)
 
 verify: $(STAMP)  ## every kernel of this machine against the fp64 oracle
-	$(BIN)/python -m mosaic_kernels.verify
+	$(BIN)/python -m mosaic_kernels.verify $(ARGS)
 
 warmstart: $(STAMP)  ## rebuild the embedded model (users never need it)
 	$(BIN)/python -m mosaic_fast.warmstart $(ARGS)

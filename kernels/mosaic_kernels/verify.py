@@ -1,211 +1,146 @@
-"""Check every op and backend on this machine against the fp64 oracle: `python -m mosaic_kernels.verify`.
+"""Check every op on this machine, layer by layer: `python -m mosaic_kernels.verify [--layer NAME]...`.
 
-Prints one line for each op, backend, device and dtype: the largest relative error over random forests, of
-the result and of every gradient, and the limit it must keep. Exits with 1 if one does not.
+    references   every PyTorch backend against the fp64 oracle, on random forests
+    interpreter  the Triton kernels' tests under Triton's interpreter: fp32 and fp16
+    ttsem        the same tests on the compiled kernels, executed on the CPU: also bf16, bounds, races
+    compile      every tile of every kernel to machine code: no spills, shared memory, tensor cores
+    work         the kernels' multiply-adds and bytes, counted, against the ideal
+    device       the same tests on a CUDA device, and timings beside other implementations
 
-fp64 limits are absolute. fp32 limits are 3 times the error of the plain reference in fp32 on the same
-forest, plus a floor of 1e-6.
+Without --layer: all that this machine can run. The tests are in the repository, so the layers that run them
+need a checkout. Exits with 1 if a layer fails.
 """
 
 import argparse
-from collections.abc import Callable, Iterator, Sequence
+import importlib.util
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
-import numpy as np
 import torch
 
-from mosaic_kernels import attention, logprob, preference
-from mosaic_kernels.attention import tree_attention
-from mosaic_kernels.dispatch import Backends
-from mosaic_kernels.forest import PackedForest, pack_forest
-from mosaic_kernels.logprob import linear_logprob
-from mosaic_kernels.oracle import (
-    attention_of_rollouts,
-    errors_of,
-    logprobs_of_edges,
-    preference_loss_of_pairs,
-    preference_loss_of_rollouts,
-)
-from mosaic_kernels.preference import forest_preference_loss, pairwise_preference_loss
+from mosaic_kernels.proof.references import check_references
 
-VOCAB = 61
-FP32_FACTOR, FP32_FLOOR = 3.0, 1e-6
-
-Tensors = list[torch.Tensor]
+TESTS = Path(__file__).parents[2] / "tests" / "kernels" / "triton"
 
 
 @dataclass(frozen=True)
-class Problem:
-    """One op on one forest: its differentiable inputs, how to call it, and what it must equal."""
+class Layer:
+    """One way to check the kernels."""
 
-    op: str
-    limit: float  # in fp64
-    backends: Backends
-    leaves: Tensors  # fp64 on CPU
-    call: Callable[[Tensors, str], Sequence[torch.Tensor]]
-    oracle: Callable[[Tensors], Sequence[torch.Tensor]]
-
-
-def random_forest(seed: int, large: bool) -> PackedForest:
-    """Several trees: forks, duplicates, strict prefixes, one-token and empty rollouts, masks that differ."""
-    rng = np.random.default_rng(seed)
-    longest = 140 if large else 12
-    sequences: list[list[int]] = [[]]
-    for _ in range(int(rng.integers(4, 12))):
-        donor = sequences[int(rng.integers(len(sequences)))]
-        cut = int(rng.integers(len(donor) + 1))
-        tail = rng.integers(VOCAB, size=int(rng.integers(0, longest))).tolist()
-        sequences.append(donor[:cut] + tail if rng.random() < 0.7 else list(donor[: cut + 1]) or tail[:1])
-    trained = [rng.random(len(s)) * (np.arange(len(s)) > 0) > 0.3 for s in sequences]
-    return pack_forest(sequences, trained)
-
-
-def problems(seed: int, large: bool) -> Iterator[Problem]:
-    """Every op on one random forest, with shapes and options that change with the seed."""
-    forest = random_forest(seed, large)
-    rng = np.random.default_rng(seed)
-    generator = torch.Generator().manual_seed(seed)
-
-    def leaf(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64)
-
-    query_heads, key_heads, head_dim = [(4, 2, 32), (3, 3, 16), (4, 1, 20)][seed % 3]
-    window = [None, None, 9][int(rng.integers(3))]
-    nodes = torch.from_numpy(forest.node_index)
-    yield Problem(
-        "tree_attention",
-        1e-12,
-        attention.BACKENDS,
-        [leaf(forest.num_nodes, heads, head_dim) for heads in (query_heads, key_heads, key_heads)],
-        lambda x, backend: [
-            tree_attention(
-                x[0],
-                x[1],
-                x[2],
-                forest.subtree_end,
-                positions=forest.positions,
-                window=window,
-                backend=backend,
-            )[nodes.to(x[0].device)]
-        ],
-        lambda x: [attention_of_rollouts(x[0], x[1], x[2], forest, window=window)],
-    )
-
-    edges = np.flatnonzero(forest.parent >= 0)
-    targets, rows = forest.tokens[edges], forest.parent[edges]
-    temperature = float(rng.choice([1.0, 0.7]))
-    hidden, weight = leaf(forest.num_nodes, head_dim), leaf(VOCAB, head_dim)
-    yield Problem(
-        "linear_logprob",
-        1e-11,
-        logprob.BACKENDS,
-        [hidden, weight, leaf(VOCAB)],
-        lambda x, backend: linear_logprob(
-            x[0], x[1], targets,
-            rows=rows, bias=x[2], temperature=temperature, return_entropy=True, backend=backend,
-        ),
-        lambda x: logprobs_of_edges(
-            x[0], x[1], targets.tolist(), rows.tolist(), bias=x[2], temperature=temperature
-        ),
-    )  # fmt: skip
-
-    pairs = rng.integers(forest.num_rollouts, size=(6, 2))
-    choice = rng.choice([0.0, 0.5, 1.0], size=6)
-    pair_list, choices = [(int(i), int(j)) for i, j in pairs], choice.tolist()
-    reference = leaf(forest.num_tokens)
-    mask, cu_seqlens = forest.trained, forest.cu_seqlens
-    yield Problem(
-        "pairwise_preference_loss",
-        1e-11,
-        preference.BACKENDS,
-        [leaf(forest.num_tokens)],
-        lambda x, backend: [
-            pairwise_preference_loss(
-                x[0], reference.to(x[0]), mask, cu_seqlens, pairs, choice, beta=0.1, backend=backend
-            )
-        ],
-        lambda x: [
-            preference_loss_of_pairs(
-                x[0], reference, mask.tolist(), cu_seqlens.tolist(), pair_list, choices, beta=0.1
-            )
-        ],
-    )
-    yield Problem(
-        "forest_preference_loss",
-        1e-11,
-        preference.BACKENDS,
-        [hidden, weight],
-        lambda x, backend: [
-            forest_preference_loss(
-                x[0],
-                x[1],
-                forest,
-                pairs,
-                choice,
-                reference_logprobs=reference.to(x[0]),
-                beta=0.1,
-                backend=backend,
-            )
-        ],
-        lambda x: [
-            preference_loss_of_rollouts(
-                x[0], x[1], forest, pair_list, choices, reference_logprobs=reference, beta=0.1
-            )
-        ],
-    )
-
-
-def worst_error(problem: Problem, backend: str, device: str, dtype: torch.dtype, seed: int) -> float:
-    """The largest relative error of results and gradients in this dtype on this device."""
-    leaves = [x.to(device=device, dtype=dtype).requires_grad_() for x in problem.leaves]
-    # The oracle sees the rounded inputs, so that only the op's own error is measured.
-    exact = [x.detach().double().cpu().requires_grad_() for x in leaves]
-    expected = problem.oracle(exact)
-    results = problem.call(leaves, backend)
-    return max(errors_of(results, leaves, expected, exact, seed))
-
-
-def verify(forests: int) -> bool:
-    """Print the table; True if every line keeps its limit."""
-    lines: dict[tuple[str, str, str, str], tuple[float, float, bool]] = {}
-    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    for seed in range(forests):
-        for problem in problems(seed, large=seed % 3 == 0):
-            for device in devices:
-                plain = worst_error(problem, "reference", device, torch.float32, seed)
-                for backend, runs_on in problem.backends.items():
-                    if runs_on is not None and device not in runs_on:
-                        continue
-                    for dtype, limit in (
-                        (torch.float64, problem.limit),
-                        (torch.float32, FP32_FACTOR * plain + FP32_FLOOR),
-                    ):
-                        error = worst_error(problem, backend, device, dtype, seed)
-                        key = (problem.op, backend, device, str(dtype).removeprefix("torch."))
-                        worst, allowed, ok = lines.get(key, (0.0, limit, True))
-                        worse = error / limit >= worst / allowed
-                        lines[key] = (*((error, limit) if worse else (worst, allowed)), ok and error <= limit)
-    print(f"{'op':<26}{'backend':<11}{'device':<8}{'dtype':<9}{'max error':>10}{'limit':>10}  ok")
-    for (op, backend, device, dtype), (error, limit, ok) in sorted(lines.items()):
-        print(
-            f"{op:<26}{backend:<11}{device:<8}{dtype:<9}{error:>10.1e}{limit:>10.1e}  {'yes' if ok else 'NO'}"
-        )
-    return all(ok for _, _, ok in lines.values())
+    needs: Callable[[], str]  # what is missing to run it here, empty if nothing
+    run: Callable[[argparse.Namespace], bool]  # prints what it finds; whether all is well
 
 
 def main() -> None:
+    """Run the chosen layers and say how each ended."""
     parser = argparse.ArgumentParser(
         prog="python -m mosaic_kernels.verify", description=__doc__.splitlines()[0]
     )
     parser.add_argument(
-        "--forests", type=int, default=6, help="random forests to check each op on (default 6)"
+        "--layer", action="append", choices=list(LAYERS), help="run this layer; may be repeated"
     )
-    forests = parser.parse_args().forests
-    if forests < 1:
-        parser.error(f"--forests must be at least 1, got {forests}")
-    if not verify(forests):
-        raise SystemExit("verify: an op is off; see the lines that end in NO")
+    parser.add_argument(
+        "--forests", type=int, default=6, help="random forests for the layer references (default 6)"
+    )
+    parser.add_argument("--arch", help="only this architecture in the layer compile, for example sm_90")
+    parser.add_argument("--table", type=Path, help="write the layer compile's table to this file too")
+    options = parser.parse_args()
+    if options.forests < 1:
+        parser.error(f"--forests must be at least 1, got {options.forests}")
+    failed = []
+    for name in options.layer or LAYERS:
+        missing = LAYERS[name].needs()
+        if missing:
+            print(f"== {name}: not run, {missing}", flush=True)
+            if options.layer:  # asked for by name
+                failed.append(name)
+            continue
+        print(f"== {name}", flush=True)
+        start = time.perf_counter()
+        ok = LAYERS[name].run(options)
+        print(f"== {name}: {'ok' if ok else 'FAILED'}, {time.perf_counter() - start:.0f} s", flush=True)
+        if not ok:
+            failed.append(name)
+    if failed:
+        raise SystemExit(f"verify: {', '.join(failed)} failed")
 
+
+def _references(options: argparse.Namespace) -> bool:
+    return check_references(options.forests)
+
+
+def _tests(
+    environment: dict[str, str], *, module: str = "pytest", only_work: bool = False
+) -> Callable[[argparse.Namespace], bool]:
+    """The kernels' tests in a process of their own, in which Triton is imported with this environment."""
+
+    def run(options: argparse.Namespace) -> bool:
+        clean = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "MOSAIC_EMULATED")}
+        command = [sys.executable, "-m", *module.split()]
+        if only_work:
+            command += ["-s", *map(str, sorted(TESTS.glob("test_work*.py")))]
+        else:
+            command += [str(TESTS), "--ignore-glob=*test_work*"]
+        done = subprocess.run(command, cwd=TESTS.parents[2], env={**clean, **environment}, check=False)
+        return done.returncode == 0
+
+    return run
+
+
+def _compile(options: argparse.Namespace) -> bool:
+    from mosaic_kernels.proof.compile import ARCHITECTURES
+    from mosaic_kernels.proof.table import print_compiled
+
+    if options.arch not in (None, *ARCHITECTURES):
+        raise SystemExit(f"--arch {options.arch} is unknown; there are {', '.join(ARCHITECTURES)}")
+    return print_compiled(options.arch, options.table)
+
+
+def _device(options: argparse.Namespace) -> bool:
+    from mosaic_kernels.proof.timings import print_timings
+
+    # Nothing is timed before it has proved right in this run.
+    return _tests({})(options) and print_timings()
+
+
+def _package(*names: str) -> Callable[[], str]:
+    def missing() -> str:
+        absent = [name for name in names if importlib.util.find_spec(name) is None]
+        if absent:
+            return f"needs the package {' and '.join(absent)}"
+        return ""
+
+    return missing
+
+
+def _checkout(*names: str) -> Callable[[], str]:
+    def missing() -> str:
+        if not TESTS.is_dir():
+            return "needs a checkout of the repository: the tests are not installed"
+        return _package("pytest", "hypothesis", *names)()
+
+    return missing
+
+
+def _cuda() -> str:
+    return _checkout("triton")() if torch.cuda.is_available() else "needs a CUDA device"
+
+
+LAYERS = {
+    "references": Layer(lambda: "", _references),
+    "interpreter": Layer(_checkout("triton"), _tests({"TRITON_INTERPRET": "1"})),
+    "ttsem": Layer(
+        _checkout("triton", "ttsem"), _tests({"MOSAIC_EMULATED": "1"}, module="ttsem.sanitize pytest")
+    ),
+    "compile": Layer(_package("triton"), _compile),
+    "work": Layer(_checkout("triton"), _tests({"TRITON_INTERPRET": "1"}, only_work=True)),
+    "device": Layer(_cuda, _device),
+}
 
 if __name__ == "__main__":
     main()

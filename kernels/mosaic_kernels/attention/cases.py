@@ -6,7 +6,7 @@ import torch
 import triton
 
 from mosaic_kernels.attention import kernels
-from mosaic_kernels.attention.tiles import HALF, SINGLE, Tile, Tiles
+from mosaic_kernels.attention.tiles import HALF, SINGLE, TF32, Tile, Tiles
 from mosaic_kernels.attention.triton import DELTA_BLOCK
 from mosaic_kernels.proof.cases import CompileCase, short_name
 
@@ -22,8 +22,8 @@ def compile_cases() -> Iterator[CompileCase]:
         if head_dim in (96, 128):  # where models with sliding windows are (Phi-3, Mistral)
             yield from _cases(arch, head_dim, tiles, torch.bfloat16, window=True)
         yield from _cases(arch, head_dim, tiles, torch.float16, window=False)
-    for (arch, head_dim), tiles in SINGLE.items():
-        for precision in ("ieee", "tf32"):
+    for table, precision in ((SINGLE, "ieee"), (TF32, "tf32")):
+        for (arch, head_dim), tiles in table.items():
             yield from _cases(arch, head_dim, tiles, torch.float32, window=False, precision=precision)
 
 

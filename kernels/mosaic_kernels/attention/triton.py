@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from mosaic_kernels.attention import kernels
 from mosaic_kernels.attention.blocks import Tree, tree_for
 from mosaic_kernels.attention.reference import reference_tree_attention
-from mosaic_kernels.attention.tiles import Tile, Tiles, architecture_of, tiles_for
+from mosaic_kernels.attention.tiles import Tile, Tiles, architecture_of, tf32_allowed, tiles_for
 from mosaic_kernels.forest import pack_forest
 from mosaic_kernels.proof.selfcheck import Deviation, check_once, deviations_of
 
@@ -138,7 +138,6 @@ def _strides(*tensors: torch.Tensor) -> tuple[int, ...]:
 
 
 def _constants(q: torch.Tensor, k: torch.Tensor, tree: Tree, tile: Tile) -> dict[str, Any]:
-    tf32 = torch.get_float32_matmul_precision() != "highest"
     return {
         "GROUP": q.shape[1] // k.shape[1],
         "D": q.shape[-1],
@@ -146,7 +145,7 @@ def _constants(q: torch.Tensor, k: torch.Tensor, tree: Tree, tile: Tile) -> dict
         "BLOCK_K": tile.block_k,
         "BLOCK_D": triton.next_power_of_2(q.shape[-1]),
         "WINDOW": tree.window is not None,
-        "PRECISION": "tf32" if tf32 and q.dtype == torch.float32 else "ieee",
+        "PRECISION": "tf32" if q.dtype == torch.float32 and tf32_allowed() else "ieee",
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,
     }

@@ -8,7 +8,11 @@ import torch
 from triton.runtime.jit import JITFunction
 
 # Modules with `compile_cases() -> Iterator[CompileCase]`.
-CASE_MODULES: tuple[str, ...] = ()
+CASE_MODULES = (
+    "mosaic_kernels.attention.cases",
+    "mosaic_kernels.logprob.cases",
+    "mosaic_kernels.surrogate.cases",
+)
 
 SHORT_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 

@@ -39,8 +39,8 @@ ARCHITECTURES = {
     "sm_80": Architecture(GPUTarget("cuda", 80, 32), 163 * KIB, 164 * KIB, 64, 65536, r"\bHMMA"),
     "sm_86": Architecture(GPUTarget("cuda", 86, 32), 99 * KIB, 100 * KIB, 48, 65536, r"\bHMMA"),
     "sm_89": Architecture(GPUTarget("cuda", 89, 32), 99 * KIB, 100 * KIB, 48, 65536, r"\bHMMA"),
-    "sm_90": Architecture(GPUTarget("cuda", 90, 32), 227 * KIB, 228 * KIB, 64, 65536, r"\bHGMMA"),
-    "sm_100": Architecture(GPUTarget("cuda", 100, 32), 227 * KIB, 228 * KIB, 64, 65536, r"\bUTC\w*MMA"),
+    "sm_90": Architecture(GPUTarget("cuda", 90, 32), 227 * KIB, 228 * KIB, 64, 65536, r"\bHG?MMA"),
+    "sm_100": Architecture(GPUTarget("cuda", 100, 32), 227 * KIB, 228 * KIB, 64, 65536, r"\b(?:UTC\w*|H)MMA"),
     "sm_120": Architecture(GPUTarget("cuda", 120, 32), 99 * KIB, 100 * KIB, 48, 65536, r"\bHMMA"),
     "gfx942": Architecture(GPUTarget("hip", "gfx942", 64), 64 * KIB, 64 * KIB, 32, 512, r"\bv_mfma"),
 }

@@ -1,0 +1,192 @@
+"""Every op and PyTorch backend on this machine against the fp64 oracle, on random forests.
+
+Prints one line for each op, backend, device and dtype: the largest relative error over random forests, of
+the result and of every gradient, and the limit it must keep. fp64 limits are absolute. fp32 limits are 3
+times the error of the plain reference in fp32 on the same forest, plus a floor of 1e-6. Backends made of
+kernels have tests and limits of their own (tests/kernels/triton).
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from mosaic_kernels import attention, logprob, preference
+from mosaic_kernels.attention import tree_attention
+from mosaic_kernels.dispatch import Backends
+from mosaic_kernels.forest import PackedForest, pack_forest
+from mosaic_kernels.logprob import linear_logprob
+from mosaic_kernels.oracle import (
+    attention_of_rollouts,
+    errors_of,
+    logprobs_of_edges,
+    preference_loss_of_pairs,
+    preference_loss_of_rollouts,
+)
+from mosaic_kernels.preference import forest_preference_loss, pairwise_preference_loss
+
+VOCAB = 61
+FP32_FACTOR, FP32_FLOOR = 3.0, 1e-6
+KERNEL_BACKENDS = ("triton", "flash", "flex")
+
+Tensors = list[torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One op on one forest: its differentiable inputs, how to call it, and what it must equal."""
+
+    op: str
+    limit: float  # in fp64
+    backends: Backends
+    leaves: Tensors  # fp64 on CPU
+    call: Callable[[Tensors, str], Sequence[torch.Tensor]]
+    oracle: Callable[[Tensors], Sequence[torch.Tensor]]
+
+
+def random_forest(seed: int, large: bool) -> PackedForest:
+    """Several trees: forks, duplicates, strict prefixes, one-token and empty rollouts, masks that differ."""
+    rng = np.random.default_rng(seed)
+    longest = 140 if large else 12
+    sequences: list[list[int]] = [[]]
+    for _ in range(int(rng.integers(4, 12))):
+        donor = sequences[int(rng.integers(len(sequences)))]
+        cut = int(rng.integers(len(donor) + 1))
+        tail = rng.integers(VOCAB, size=int(rng.integers(0, longest))).tolist()
+        sequences.append(donor[:cut] + tail if rng.random() < 0.7 else list(donor[: cut + 1]) or tail[:1])
+    trained = [rng.random(len(s)) * (np.arange(len(s)) > 0) > 0.3 for s in sequences]
+    return pack_forest(sequences, trained)
+
+
+def problems(seed: int, large: bool) -> Iterator[Problem]:
+    """Every op on one random forest, with shapes and options that change with the seed."""
+    forest = random_forest(seed, large)
+    rng = np.random.default_rng(seed)
+    generator = torch.Generator().manual_seed(seed)
+
+    def leaf(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    query_heads, key_heads, head_dim = [(4, 2, 32), (3, 3, 16), (4, 1, 20)][seed % 3]
+    window = [None, None, 9][int(rng.integers(3))]
+    nodes = torch.from_numpy(forest.node_index)
+    yield Problem(
+        "tree_attention",
+        1e-12,
+        attention.BACKENDS,
+        [leaf(forest.num_nodes, heads, head_dim) for heads in (query_heads, key_heads, key_heads)],
+        lambda x, backend: [
+            tree_attention(
+                x[0],
+                x[1],
+                x[2],
+                forest.subtree_end,
+                positions=forest.positions,
+                window=window,
+                backend=backend,
+            )[nodes.to(x[0].device)]
+        ],
+        lambda x: [attention_of_rollouts(x[0], x[1], x[2], forest, window=window)],
+    )
+
+    edges = np.flatnonzero(forest.parent >= 0)
+    targets, rows = forest.tokens[edges], forest.parent[edges]
+    temperature = float(rng.choice([1.0, 0.7]))
+    hidden, weight = leaf(forest.num_nodes, head_dim), leaf(VOCAB, head_dim)
+    yield Problem(
+        "linear_logprob",
+        1e-11,
+        logprob.BACKENDS,
+        [hidden, weight, leaf(VOCAB)],
+        lambda x, backend: linear_logprob(
+            x[0], x[1], targets,
+            rows=rows, bias=x[2], temperature=temperature, return_entropy=True, backend=backend,
+        ),
+        lambda x: logprobs_of_edges(
+            x[0], x[1], targets.tolist(), rows.tolist(), bias=x[2], temperature=temperature
+        ),
+    )  # fmt: skip
+
+    pairs = rng.integers(forest.num_rollouts, size=(6, 2))
+    choice = rng.choice([0.0, 0.5, 1.0], size=6)
+    pair_list, choices = [(int(i), int(j)) for i, j in pairs], choice.tolist()
+    reference = leaf(forest.num_tokens)
+    mask, cu_seqlens = forest.trained, forest.cu_seqlens
+    yield Problem(
+        "pairwise_preference_loss",
+        1e-11,
+        preference.BACKENDS,
+        [leaf(forest.num_tokens)],
+        lambda x, backend: [
+            pairwise_preference_loss(
+                x[0], reference.to(x[0]), mask, cu_seqlens, pairs, choice, beta=0.1, backend=backend
+            )
+        ],
+        lambda x: [
+            preference_loss_of_pairs(
+                x[0], reference, mask.tolist(), cu_seqlens.tolist(), pair_list, choices, beta=0.1
+            )
+        ],
+    )
+    yield Problem(
+        "forest_preference_loss",
+        1e-11,
+        preference.BACKENDS,
+        [hidden, weight],
+        lambda x, backend: [
+            forest_preference_loss(
+                x[0],
+                x[1],
+                forest,
+                pairs,
+                choice,
+                reference_logprobs=reference.to(x[0]),
+                beta=0.1,
+                backend=backend,
+            )
+        ],
+        lambda x: [
+            preference_loss_of_rollouts(
+                x[0], x[1], forest, pair_list, choices, reference_logprobs=reference, beta=0.1
+            )
+        ],
+    )
+
+
+def worst_error(problem: Problem, backend: str, device: str, dtype: torch.dtype, seed: int) -> float:
+    """The largest relative error of results and gradients in this dtype on this device."""
+    leaves = [x.to(device=device, dtype=dtype).requires_grad_() for x in problem.leaves]
+    # The oracle sees the rounded inputs, so that only the op's own error is measured.
+    exact = [x.detach().double().cpu().requires_grad_() for x in leaves]
+    expected = problem.oracle(exact)
+    results = problem.call(leaves, backend)
+    return max(errors_of(results, leaves, expected, exact, seed))
+
+
+def check_references(forests: int) -> bool:
+    """Print the table; True if every line keeps its limit."""
+    lines: dict[tuple[str, str, str, str], tuple[float, float, bool]] = {}
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    for seed in range(forests):
+        for problem in problems(seed, large=seed % 3 == 0):
+            for device in devices:
+                plain = worst_error(problem, "reference", device, torch.float32, seed)
+                for backend, runs_on in problem.backends.items():
+                    if backend in KERNEL_BACKENDS or (runs_on is not None and device not in runs_on):
+                        continue
+                    for dtype, limit in (
+                        (torch.float64, problem.limit),
+                        (torch.float32, FP32_FACTOR * plain + FP32_FLOOR),
+                    ):
+                        error = worst_error(problem, backend, device, dtype, seed)
+                        key = (problem.op, backend, device, str(dtype).removeprefix("torch."))
+                        worst, allowed, ok = lines.get(key, (0.0, limit, True))
+                        worse = error / limit >= worst / allowed
+                        lines[key] = (*((error, limit) if worse else (worst, allowed)), ok and error <= limit)
+    print(f"{'op':<26}{'backend':<11}{'device':<8}{'dtype':<9}{'max error':>10}{'limit':>10}  ok")
+    for (op, backend, device, dtype), (error, limit, ok) in sorted(lines.items()):
+        print(
+            f"{op:<26}{backend:<11}{device:<8}{dtype:<9}{error:>10.1e}{limit:>10.1e}  {'yes' if ok else 'NO'}"
+        )
+    return all(ok for _, _, ok in lines.values())

@@ -1,0 +1,170 @@
+"""The mutants: wrong kernels, each with the layer and the test that must notice."""
+
+from dataclasses import dataclass
+
+INTERPRETER, TTSEM = "interpreter", "ttsem"
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A source replacement in a copy of the package, and the test that must fail on it."""
+
+    name: str
+    file: str  # in kernels/mosaic_kernels/
+    replace: tuple[tuple[str, str], ...]  # (old, new): old occurs in the file, every occurrence is replaced
+    layer: str  # INTERPRETER, or TTSEM: what only the compiled kernel's execution shows
+    test: str  # pytest's node id, relative to tests/kernels/triton/
+    also: tuple[tuple[str, str, str], ...] = ()  # (file, old, new) in other files
+
+
+KERNELS = "attention/kernels.py"
+TREE = "test_tree_attention.py"
+EQUALS = f"{TREE}::test_equals_each_rollout_alone"
+DKV_DOC = 'one key head, over the query blocks of all heads of its group."""'
+HEAD_AND_WORK = (
+    "    head = tl.program_id(0) % num_heads\n    work = work_ptr + tl.program_id(0) // num_heads * 4\n"
+)
+HEAD_AND_WORK_OF_QUERY_HEAD = (
+    "    head = tl.program_id(0) // GROUP % num_heads\n"
+    "    work = work_ptr + tl.program_id(0) // GROUP // num_heads * 4\n"
+)
+PART = "_load_tile({0}_ptr + head * D, keys, columns, num_heads * D, num_keys, D)"
+CAUSAL_T = "(keys[:, None] <= q_at[None, :])"
+MASK = "(q_at[:, None] < end[None, :])"
+
+ATTENTION = (
+    Mutant(
+        "forward and dQ forget the tree, causal only",
+        KERNELS,
+        ((f"(keys[None, :] <= q_at[:, None]) & {MASK}", "(keys[None, :] <= q_at[:, None])"),),
+        INTERPRETER,
+        EQUALS,
+    ),
+    Mutant(
+        "a key is seen by one query past its subtree",
+        KERNELS,
+        ((MASK, MASK.replace("<", "<=")),),
+        INTERPRETER,
+        EQUALS,
+    ),
+    Mutant(
+        "a query does not see itself",
+        KERNELS,
+        (("keys[None, :] <= q_at[:, None]", "keys[None, :] < q_at[:, None]"),),
+        INTERPRETER,
+        EQUALS,
+    ),
+    Mutant(
+        "dK and dV forget the tree",
+        KERNELS,
+        ((f"{CAUSAL_T} & (q_at[None, :] < end[:, None])", CAUSAL_T),),
+        INTERPRETER,
+        EQUALS,
+    ),
+    Mutant(
+        "the window is one too wide",
+        KERNELS,
+        (("depth[None, :] < window", "depth[None, :] <= window"),),
+        INTERPRETER,
+        f"{TREE}::test_every_head_size",
+    ),
+    Mutant(
+        "a block of hidden keys before the first visible one gives NaN",
+        KERNELS,
+        (('tl.where(new_highest == float("-inf"), 0.0, new_highest)', "new_highest"),),
+        INTERPRETER,
+        EQUALS,
+    ),
+    Mutant(
+        "a partial block is taken for a full one",
+        "attention/blocks.py",
+        (("(last_q < lowest_end)", "(first_q < lowest_end)"),),
+        INTERPRETER,
+        EQUALS,
+    ),
+    Mutant(
+        "a block of keys that ends in the block of queries is skipped",
+        "attention/blocks.py",
+        (("(first_q < highest_end)", "(last_q < highest_end)"),),
+        INTERPRETER,
+        EQUALS,
+    ),
+    Mutant(
+        "the maximum moves and the sum is not rescaled",
+        KERNELS,
+        (("total = total * shrink +", "total = total +"),),
+        INTERPRETER,
+        EQUALS,
+    ),
+    Mutant(
+        "the gradient of the scores lacks delta",
+        KERNELS,
+        (("(d_weights - delta[:, None])", "d_weights"),),
+        INTERPRETER,
+        EQUALS,
+    ),
+    Mutant(
+        "dK lacks the scale",
+        KERNELS,
+        (("dk * scale, keys", "dk, keys"),),
+        INTERPRETER,
+        EQUALS,
+    ),
+    Mutant(
+        "only the first head of a group reaches dK and dV",
+        KERNELS,
+        (("head * GROUP + member", "head * GROUP"),),
+        INTERPRETER,
+        EQUALS,
+    ),
+    Mutant(
+        "K and V are loaded past the end",
+        KERNELS,
+        (("inside = rows[:, None] < count", "inside = rows[:, None] < count + 1"),),
+        TTSEM,
+        f"{TREE}::test_every_head_size",
+    ),
+    Mutant(
+        "subtree_end is loaded past the end",
+        KERNELS,
+        (("tl.load(end_ptr + keys, mask=keys < num_keys, other=0)", "tl.load(end_ptr + keys)"),),
+        TTSEM,
+        f"{TREE}::test_every_head_size",
+    ),
+    Mutant(
+        "the logsumexp is stored past the end",
+        KERNELS,
+        (("tl.log2(total), mask=rows < num_queries)", "tl.log2(total))"),),
+        TTSEM,
+        f"{TREE}::test_every_head_size",
+    ),
+    Mutant(
+        "the heads of a group race for dK and dV",
+        KERNELS,
+        (
+            # A program a query head, each adding its part to the key head's gradient: right one by one.
+            (f"{DKV_DOC}\n{HEAD_AND_WORK}", f"{DKV_DOC}\n{HEAD_AND_WORK_OF_QUERY_HEAD}"),
+            ("range((masked - first) * GROUP)", "range(masked - first)"),
+            ("range((stop - masked) * GROUP)", "range(stop - masked)"),
+            ("first + step // GROUP, step % GROUP", "first + step, tl.program_id(0) % GROUP"),
+            ("masked + step // GROUP, step % GROUP", "masked + step, tl.program_id(0) % GROUP"),
+            ("dk * scale, keys", f"dk * scale + {PART.format('dk')}, keys"),
+            ("dv, keys, columns, num_heads", f"dv + {PART.format('dv')}, keys, columns, num_heads"),
+        ),
+        TTSEM,
+        f"{TREE}::test_every_head_size",
+        also=(
+            ("attention/triton.py", "len(lists.work) * k.shape[1],", "len(lists.work) * q.shape[1],"),
+            ("attention/triton.py", "torch.empty(k.shape", "torch.zeros(k.shape"),
+        ),
+    ),
+    Mutant(
+        "the last block of queries is not launched",
+        "attention/triton.py",
+        (("forward_kernel, len(lists.work)", "forward_kernel, (len(lists.work) - 1)"),),
+        INTERPRETER,
+        EQUALS,
+    ),
+)  # fmt: skip
+
+MUTANTS = ATTENTION

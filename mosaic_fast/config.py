@@ -118,6 +118,8 @@ class RolloutConfig(Section):
     """Rollouts a task, compared pair by pair (n in the paper)."""
     branching: Literal["independent", "fork_at_check", "fork_at_step"] = "independent"
     """Where rollouts of a group begin to differ: at the prompt (the paper), after a plan, or at a step."""
+    gate_contrast: bool = False
+    """fork_at_check: take the gate both ways and train it with its all-action gradient (docs/method.md)."""
     temperature: Positive = 1.0
     """Sampling temperature; the trainer's log-probs use the same one."""
     max_steps: Count = 6
@@ -414,6 +416,8 @@ class Config(Section):
                 "forest.credit = 'subtree' compares branches of a fork, and rollout.branching = "
                 "'independent' has none: every advantage would be 0; use 'fork_at_check' or 'fork_at_step'"
             )
+        if self.rollout.gate_contrast:
+            self._check_gate_contrast()
         if not self.model.lora_rank and (
             self.model.lora_alpha is not None or self.model.lora_targets != ("all-linear",)
         ):
@@ -421,6 +425,21 @@ class Config(Section):
         if self.env.name == "agentdojo" and not self.env.suites:
             raise ValueError("env.suites is empty; name at least one, for example ['banking']")
         return self
+
+    def _check_gate_contrast(self) -> None:
+        wanted = {
+            "rollout.branching": (self.rollout.branching, "fork_at_check"),
+            "forest.credit": (self.forest.credit, "sum"),
+            "off_policy.*": ("set" if self.off_policy.corrects else "unset", "unset"),
+        }
+        for key, (found, needed) in wanted.items():
+            if found != needed:
+                raise ValueError(f"rollout.gate_contrast needs {key} = {needed!r}, it is {found!r}")
+        if self.loss.is_pairwise or self.loss.name in ("gspo", "cispo"):
+            raise ValueError(
+                "rollout.gate_contrast needs a loss with a clipped ratio a token: grpo, dapo or dr_grpo, not "
+                f"loss.name = {self.loss.name!r}"
+            )
 
     def resolved(self) -> Config:
         """Every value that the loss decides written out, as a run folder keeps it."""

@@ -95,6 +95,12 @@ class Gates:
         ]
         return np.concatenate(found) if found else np.zeros(0, np.int64)
 
+    def without_tags(self) -> np.ndarray:  # [T] float64
+        """The weights of the ordinary loss."""
+        weights = self.weights.copy()
+        weights[self.tag_tokens()] = 0.0
+        return weights
+
     def reached(self, counted: np.ndarray) -> np.ndarray:  # [T] bool -> [T] bool
         """The tokens whose log-probs the gates need: the counted ones of their members, and the tags."""
         reached = np.zeros_like(counted)

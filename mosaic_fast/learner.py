@@ -18,7 +18,8 @@ from mosaic_fast.config import Config
 from mosaic_fast.credit import assign_credit
 from mosaic_fast.errors import UserError
 from mosaic_fast.execution import CostModel, Execution, Piece, Schedule
-from mosaic_fast.loss import Loss, LossBatch, SumCount, build_loss, normalised_weights
+from mosaic_fast.gate import Gates
+from mosaic_fast.loss import Loss, LossBatch, SumCount, SurrogateLoss, build_loss, normalised_weights
 from mosaic_fast.off_policy import importance, mismatch_figures
 from mosaic_fast.optimizer import Optimizer
 from mosaic_fast.policy import Policy
@@ -46,6 +47,7 @@ class _Prepared:
     reach: Reach
     schedule: Schedule
     batch: LossBatch  # start_logprobs and advantages as if the trainer had sampled
+    loss: Loss
     sampler_logprobs: Tensor  # [T']
     counted_tokens: int  # of the whole step, in reach or not
 
@@ -83,7 +85,7 @@ class Learner:
         Raises TrainingError where a gradient is not finite; no step is taken with it.
         """
         prepared = self._prepare(batch)
-        run_epoch = two_passes if self._loss.coupled else one_pass
+        run_epoch = two_passes if prepared.loss.coupled else one_pass
         start: Tensor | None = None  # the policy's log-probs before the first optimiser step
         totals: dict[str, SumCount] = {}
         rate, norms = self.learning_rate(step), []
@@ -92,7 +94,7 @@ class Learner:
                 self._execution,
                 self.policy,
                 prepared.schedule,
-                self._loss,
+                prepared.loss,
                 lambda own, source, start=start: self._batch_at(prepared, own, source, start),
                 lambda metrics: _add(totals, metrics),
             )
@@ -120,11 +122,12 @@ class Learner:
             config.loss.settings.normalisation,
             config.rollout.max_rollout_tokens,
         )
-        reach = narrow(
-            forest,
-            needed_tokens(self._loss, forest, weights, credit.advantages, batch.pairs),
-            keep_lengths=depends_on_length(self.policy.model),
-        )
+        needed = needed_tokens(self._loss, forest, weights, credit.advantages, batch.pairs)
+        gates = Gates(batch.gates, forest.cu_seqlens, batch.advantages, weights) if batch.gates else None
+        if gates is not None:
+            needed |= gates.reached(weights > 0)
+            weights = gates.without_tags()
+        reach = narrow(forest, needed, keep_lengths=depends_on_length(self.policy.model))
         schedule = self._execution.schedule(reach.forest)
         reference = None
         if self.reference is not None:
@@ -132,6 +135,7 @@ class Learner:
                 reference, _ = self._execution.logprobs(self.reference.policy, schedule)
         sampler = self._tensor(batch.sampler_logprobs[reach.source])
         device = sampler.device
+        loss = self._loss if gates is None else gates.loss(self._surrogate(), reach.source, device)
         return _Prepared(
             reach,
             schedule,
@@ -145,9 +149,16 @@ class Learner:
                 pairs=torch.from_numpy(batch.pairs).to(device),
                 preference=self._tensor(batch.preference),
             ),
+            loss,
             sampler,
             int((weights > 0).sum()),
         )
+
+    def _surrogate(self) -> SurrogateLoss:
+        """The loss, where a gate is contrasted; the configuration refuses others."""
+        if not isinstance(self._loss, SurrogateLoss):
+            raise TypeError(f"{type(self._loss).__name__} does not go with gate_contrast")
+        return self._loss
 
     def _batch_at(
         self, prepared: _Prepared, own: Tensor, source: Tensor | None, start: Tensor | None

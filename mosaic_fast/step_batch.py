@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mosaic_fast.credit import Forks, forks_of
+from mosaic_fast.gate import GateSides, gates_of
 from mosaic_kernels import PackedForest, pack_forest
 from mosaic_rollout.types import Rollout
 
@@ -27,6 +28,7 @@ class StepBatch:
     forks: Forks
     pairs: np.ndarray  # [P, 2] int64 in [0, R), every pair of a group once
     preference: np.ndarray  # [P] float64 in [0, 1]: 1 if the first of the pair is better, 0.5 for a tie
+    gates: tuple[GateSides, ...] = ()  # that were taken both ways
 
 
 def step_batch(
@@ -47,6 +49,7 @@ def step_batch(
         forks=forks_of(rollouts),
         pairs=pairs,
         preference=preference,
+        gates=gates_of(rollouts),
     )
 
 

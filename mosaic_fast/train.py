@@ -120,6 +120,7 @@ class _Trainer:
                     group_size=config.rollout.group_size,
                     branching=config.rollout.branching,
                     seed=derived_seed(config.seed, "draws", step),
+                    gate_contrast=config.rollout.gate_contrast,
                 ),
                 version=step,
             )

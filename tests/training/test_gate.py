@@ -1,14 +1,22 @@
 """gate_contrast: in expectation over all that is drawn, the gradient is that of the expected reward."""
 
 import itertools
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 import torch
+from transformers import PreTrainedModel
 
+from mosaic_fast.config import Config, ForestConfig, LossConfig, ModelConfig, OptimConfig, RolloutConfig
 from mosaic_fast.gate import GatedLoss, Gates, GateSides, log_one_minus_exp
+from mosaic_fast.learner import Learner
 from mosaic_fast.loss import LossBatch, SurrogateLoss
+from mosaic_fast.policy import Policy
+from tests.policy.policy_helpers import tiny_model
+
+from .flat_oracle import VOCAB, Case
 
 TAG = (2, 3)
 """Two tokens; the first also begins another action, 2 4."""
@@ -63,13 +71,11 @@ def loss_of_group(policy: TablePolicy, leaves: list[Path], rewards: dict[Path, f
     count = len(logprobs)
     advantages = np.array([rewards[leaf] for leaf in leaves])
     gates = Gates((GateSides(1, 2, opened, skipped),), np.arange(0, count + 1, 4), advantages, np.ones(count))
-    weights = torch.ones(count, dtype=torch.float64)
-    weights[gates.tag_tokens()] = 0.0
     batch = LossBatch(
         start_logprobs=logprobs.detach(),
         reference_logprobs=None,
         advantages=torch.from_numpy(np.repeat(advantages, 4)),
-        weights=weights,
+        weights=torch.from_numpy(gates.without_tags()),
     )
     loss = gates.loss(SurrogateLoss(), np.arange(count), torch.device("cpu"))
     assert isinstance(loss, GatedLoss)
@@ -136,3 +142,102 @@ def test_log_one_minus_exp_is_finite_with_its_gradient_at_certainty():
     assert torch.isfinite(value)
     assert log_p.grad is not None
     assert torch.isfinite(log_p.grad)
+
+
+def test_the_learners_gradient_is_the_formula_on_each_rollout_alone_however_the_forest_is_cut():
+    """A trunk that skipped, with two siblings that opened and one that skipped, beside an ordinary group."""
+    rng = np.random.default_rng(3)
+    trunk = rng.integers(0, VOCAB, 9)
+    at, tag = 5, np.array([20, 21])
+    tails = [trunk[at:], *(rng.integers(0, 18, 4) for _ in range(3))]
+    opened, skipped = (1, 3), (0, 2)
+    sequences = [
+        np.concatenate([trunk[:at], tag, tail]) if r in opened else np.concatenate([trunk[:at], tail])
+        for r, tail in enumerate(tails)
+    ]
+    sequences += [rng.integers(0, VOCAB, 6), rng.integers(0, VOCAB, 7)]
+    advantages = np.array([0.9, -0.3, 0.2, -0.8, 1.0, -1.0])
+    trained = [np.arange(len(s)) >= 2 for s in sequences]
+    case = Case(
+        sequences=sequences,
+        trained=trained,
+        parents=[-1, 0, 0, 0, -1, -1],
+        fork_positions=[0, at, at, at, 0, 0],
+        groups=[[0, 1, 2, 3], [4, 5]],
+        preferences=[np.full((4, 4), 0.5), np.full((2, 2), 0.5)],
+        advantages=advantages,
+        returns=advantages,
+        sampler_logprobs=[np.zeros(len(s), np.float32) for s in sequences],
+    )
+    batch = replace(case.batch(), gates=(GateSides(at, 2, opened, skipped),))
+
+    model = tiny_model("qwen3")
+    total = torch.zeros((), dtype=torch.float64)
+    flat = []
+    for ids in sequences:
+        logits = model(torch.from_numpy(ids)[None]).logits[0, :-1] / 0.7
+        flat.append(torch.log_softmax(logits, -1).gather(1, torch.from_numpy(ids)[1:, None])[:, 0])
+    log_p = flat[1][at - 1 : at + 1].sum()  # entry t - 1 is token t
+    p = log_p.detach().exp()
+    log_skip = torch.log1p(-log_p.exp())
+    open_gain, skip_gain = advantages[list(opened)].mean(), advantages[list(skipped)].mean()
+    for r in range(4):
+        total = total + (p * open_gain + (1 - p) * skip_gain) * flat[r][1 : at - 1].sum()
+    total = total + 4 * (p * open_gain * log_p + (1 - p) * skip_gain * log_skip)
+    for r in opened:
+        total = total + 4 * p / 2 * advantages[r] * flat[r][at + 1 :].sum()
+    for r in skipped:
+        total = total + 4 * (1 - p) / 2 * advantages[r] * (flat[r][at - 1 :].sum() - log_skip)
+    for r in (4, 5):
+        total = total + advantages[r] * flat[r][1:].sum()
+    (-total / sum(int(t.sum()) for t in trained)).backward()
+    expected = {name: x.grad.clone() for name, x in model.named_parameters() if x.grad is not None}
+
+    for budget in (64, 16):
+        model = tiny_model("qwen3")
+        config = Config(
+            model=ModelConfig(path="unused"),
+            rollout=RolloutConfig(
+                max_rollout_tokens=16,
+                max_step_tokens=8,
+                temperature=0.7,
+                branching="fork_at_check",
+                gate_contrast=True,
+            ),
+            forest=ForestConfig(tokens_per_microbatch=budget),
+            loss=LossConfig(kl_weight=0.0),
+            optim=OptimConfig(epochs=1, grad_clip=1e9),
+        )
+        seen: dict[str, torch.Tensor] = {}
+        learner = Learner(Policy(model), None, config)
+
+        def record(*_: object, model: PreTrainedModel = model, seen: dict[str, torch.Tensor] = seen) -> None:
+            seen |= {name: x.grad.clone() for name, x in model.named_parameters() if x.grad is not None}
+
+        learner.optimizer.adamw.register_step_pre_hook(record)
+        figures = learner.update(batch, 0)
+        assert figures["policy/gate_open"] == pytest.approx(float(p))
+        for name, gradient in expected.items():
+            torch.testing.assert_close(seen[name], gradient, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"rollout": {"gate_contrast": True}}, "needs rollout.branching = 'fork_at_check'"),
+        (
+            {
+                "rollout": {"gate_contrast": True, "branching": "fork_at_check"},
+                "forest": {"credit": "mean"},
+            },
+            "needs forest.credit = 'sum', it is 'mean'",
+        ),
+        (
+            {"rollout": {"gate_contrast": True, "branching": "fork_at_check"}, "loss": {"name": "gspo"}},
+            "grpo, dapo or dr_grpo",
+        ),
+    ],
+)
+def test_what_gate_contrast_does_not_go_with_is_named(change: dict, named: str):
+    with pytest.raises(ValueError, match=re.escape(named)):
+        Config.model_validate(change)

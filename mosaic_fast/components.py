@@ -119,23 +119,39 @@ def build_reference(config: Config, initial: Path, components: Components) -> Re
 
 def build_environment(config: Config) -> Environment:
     """The environment that `env.name` names; imported only then."""
-    if config.env.name == "agentdojo":
+    env = config.env
+    if env.name == "agentdojo":
         from mosaic_rollout.environments.agentdojo import AgentDojoEnvironment
 
         return AgentDojoEnvironment(
-            config.env.suites,
-            attack=config.env.attack,
-            max_observation_chars=config.env.max_observation_chars,
-            demonstrations=config.env.demonstrations,
+            env.suites or ("banking", "slack"),
+            heldout_suites=env.heldout_suites,
+            attack=env.attack or "important_instructions_no_names",
+            max_observation_chars=env.max_observation_chars,
+            demonstrations=env.demonstrations,
         )
-    if ":" in config.env.name:
+    if env.name == "bfcl":
+        from mosaic_rollout.environments.bfcl import BfclEnvironment
+
+        return BfclEnvironment(
+            env.suites or ("multi_turn_base",),
+            heldout_suites=env.heldout_suites,
+            max_observation_chars=env.max_observation_chars,
+        )
+    if env.name == "asb":
+        from mosaic_rollout.environments.asb import AsbEnvironment
+
+        return AsbEnvironment(
+            env.suites, heldout_suites=env.heldout_suites, attack=env.attack or "observation"
+        )
+    if ":" in env.name:
         from mosaic_rollout.environments.custom import load_environment
 
         return load_environment(
-            config.env.name,
-            config.env.tasks,
-            config.env.heldout_tasks,
-            max_observation_chars=config.env.max_observation_chars,
+            env.name,
+            env.tasks,
+            env.heldout_tasks,
+            max_observation_chars=env.max_observation_chars,
         )
     from mosaic_rollout.environments.world import WorldEnvironment
 

@@ -47,29 +47,57 @@ class ModelConfig(Section):
     """LoRA: names of the modules that get an adapter, such as q_proj; `all-linear`: all but the LM head."""
 
 
+ENVIRONMENTS = ("world", "agentdojo", "bfcl", "asb")
+"""Names of `env.name` beside module:Class."""
+HAS_SUITES = ("agentdojo", "bfcl", "asb")
+NEEDS_TASKS: dict[str, str] = {}
+"""Environment -> the data its user has to bring."""
+
+
 class EnvConfig(Section):
     """The tasks."""
 
-    name: Annotated[str, Field(pattern=r"^(world|agentdojo|[\w.]+:\w+)$")] = "world"
-    """`world`: simulated tools; `agentdojo`: its suites; `module:Class`: your own (docs/environments.md)."""
+    name: str = "world"
+    """`world`: simulated tools; a benchmark's name; `module:Class`: your own (docs/environments.md)."""
     tasks: str | None = None
-    """module:Class: JSON Lines file of tasks."""
+    """module:Class: JSON Lines file of tasks; some benchmarks: their data, which you have to bring."""
     heldout_tasks: str | None = None
     """module:Class: the held-out tasks; without it every fifth row of env.tasks is held out."""
-    suites: Annotated[tuple[str, ...], Field(strict=False)] = ("banking", "slack")
-    """agentdojo: the suites to draw tasks from."""
-    attack: str = "important_instructions_no_names"
-    """agentdojo: the attack that writes the injections."""
+    suites: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    """agentdojo: suites, default banking and slack; bfcl: categories, default multi_turn_base; asb: agents."""
+    heldout_suites: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    """Suites that are the held-out split; default: a quarter of the tasks of env.suites."""
+    attack: str | None = None
+    """agentdojo: what writes injections, default important_instructions_no_names; asb: observation or prompt."""
     demonstrations: int = Field(default=0, ge=0)
     """agentdojo: solved training tasks that open every conversation, for models too small to be told."""
     max_observation_chars: Count = 16_000
-    """agentdojo, module:Class: longer tool outputs are cut there, and say so."""
+    """Benchmarks, module:Class: longer tool outputs are cut there, and say so."""
     tool_timeout_s: NonNegative = 0.0
     """Seconds until a tool call becomes an error observation; 0: no limit, for bitwise repeatable runs."""
     eval_tasks: int = Field(default=300, ge=0)
     """Held-out tasks in the evaluation before and after training; 0 leaves both out."""
     eval_every: int = Field(default=0, ge=0)
     """Evaluate during training every so many steps on a third of eval_tasks; 0: never."""
+
+    @model_validator(mode="after")
+    def _fits_the_name(self) -> EnvConfig:
+        own = re.fullmatch(r"[\w.]+:\w+", self.name) is not None
+        if self.name not in ENVIRONMENTS and not own:
+            raise ValueError(
+                f"env.name {self.name!r} is none of {', '.join(ENVIRONMENTS)}, nor your own as module:Class, "
+                "for example bank:Bank for the class Bank in bank.py"
+            )
+        if self.tasks and not own and self.name not in NEEDS_TASKS:
+            raise ValueError(f"env.tasks belongs to an environment of your own, env.name is {self.name!r}")
+        if self.name in NEEDS_TASKS and not self.tasks:
+            raise ValueError(f"env.name {self.name!r} needs env.tasks, {NEEDS_TASKS[self.name]}")
+        for key in ("suites", "heldout_suites"):
+            if getattr(self, key) and self.name not in HAS_SUITES:
+                raise ValueError(f"env.{key} belongs to {', '.join(HAS_SUITES)}; env.name is {self.name!r}")
+        if self.attack is not None and self.name not in ("agentdojo", "asb"):
+            raise ValueError(f"env.attack belongs to agentdojo and asb; env.name is {self.name!r}")
+        return self
 
 
 class EngineConfig(Section):
@@ -397,10 +425,6 @@ class Config(Section):
                 raise ValueError(f"engine.urls: {url!r} must start with http://, as http://127.0.0.1:30000")
         if self.env.eval_every and not self.env.eval_tasks:
             raise ValueError("env.eval_every needs env.eval_tasks above 0")
-        if self.env.tasks and ":" not in self.env.name:
-            raise ValueError(
-                f"env.tasks belongs to an environment of your own, env.name is {self.env.name!r}"
-            )
         if self.loss.is_pairwise and self.forest.credit != "sum":
             raise ValueError(
                 f"forest.credit = {self.forest.credit!r} needs a loss on rewards; loss.name = "
@@ -422,8 +446,6 @@ class Config(Section):
             self.model.lora_alpha is not None or self.model.lora_targets != ("all-linear",)
         ):
             raise ValueError("model.lora_alpha and model.lora_targets need model.lora_rank above 0")
-        if self.env.name == "agentdojo" and not self.env.suites:
-            raise ValueError("env.suites is empty; name at least one, for example ['banking']")
         return self
 
     def _check_gate_contrast(self) -> None:

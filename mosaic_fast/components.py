@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from mosaic_fast.config import Config
 from mosaic_fast.engine import build_engine, longest_rollout
@@ -98,7 +98,7 @@ def build_components(
     else:
         policy, lora = load_policy(config, weights), None
     if config.model.activation_checkpointing:
-        policy.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        checkpoint_activations(policy.model)
     engine = build_engine(config, policy, scratch)
     rollout = config.rollout
     limits = Limits(rollout.max_steps, rollout.max_step_tokens, longest_rollout(config, policy))
@@ -106,6 +106,12 @@ def build_components(
         engine, chat, environment, limits, rollout.temperature, tool_timeout_s=config.env.tool_timeout_s
     )
     return Components(tokenizer, policy, engine, loop, lora)
+
+
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """Have transformers run each layer again in the backward pass; the method has two names."""
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable({"use_reentrant": False})
 
 
 def build_reference(config: Config, initial: Path, components: Components) -> Reference | None:

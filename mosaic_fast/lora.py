@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel
 
 from mosaic_fast.config import ModelConfig
 from mosaic_fast.errors import UserError
+from mosaic_fast.policy.checkpoint import save_model
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -48,7 +50,9 @@ class Lora:
                 f"model.lora_targets: {', '.join(absent)} names no linear module of this model; there are "
                 f"{', '.join(sorted(linear))}"
             )
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            # peft asks transformers for a name that transformers has deprecated
+            warnings.simplefilter("ignore", FutureWarning)
             torch.manual_seed(seed)
             self._wrapper: PeftModel = get_peft_model(model, settings)
         self._model = model
@@ -69,7 +73,7 @@ class Lora:
 
     def save(self, folder: Path) -> None:
         """The merged model, which loads without peft, and in `adapter` what peft loads on the base."""
-        self._model.save_pretrained(folder, state_dict=self.merged_weights(), max_shard_size="1000TB")
+        save_model(self._model, folder, self.merged_weights())
         self._wrapper.save_pretrained(str(folder / ADAPTER), save_embedding_layers=False)
 
     @torch.no_grad()

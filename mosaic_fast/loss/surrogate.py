@@ -74,7 +74,8 @@ class SurrogateLoss:
     def _detached(self, policy_logprobs: Tensor, batch: LossBatch) -> Tensor:
         ratio = torch.exp(torch.where(batch.counted, policy_logprobs.detach() - batch.start_logprobs, 0.0))
         clipped = ratio.clamp(1.0 - self.clip_low, 1.0 + self.clip_high)
-        return -weighted_sum(clipped * batch.advantages * policy_logprobs, batch.weights)
+        coefficients = torch.where(batch.counted, clipped * batch.advantages, 0.0)
+        return -weighted_sum(coefficients * policy_logprobs, batch.weights)
 
     def _clipped(self, policy_logprobs: Tensor, batch: LossBatch) -> SumCount:
         """The tokens whose term the clip changes; under `detached`, whose gradient it changes."""

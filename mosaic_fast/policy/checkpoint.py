@@ -46,12 +46,15 @@ def load_model(path: Path, dtype: torch.dtype | str, device: torch.device | str)
     return model
 
 
-def save_model(model: PreTrainedModel, folder: Path) -> None:
-    """config.json, generation_config.json and one model.safetensors; tied weights are written once."""
+def save_model(model: PreTrainedModel, folder: Path, weights: dict[str, torch.Tensor] | None = None) -> None:
+    """config.json, generation_config.json and one model.safetensors; tied weights are written once.
+
+    weights: to write instead of the model's own, such as those with an adapter merged in.
+    """
     if folder.is_file():
         raise UserError(f"{folder} is a file: a model is saved in a folder")
     with _quiet():
-        model.save_pretrained(folder, max_shard_size="1000TB")
+        model.save_pretrained(folder, state_dict=weights, max_shard_size="1000TB")
 
 
 def _load_folder(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Report]:

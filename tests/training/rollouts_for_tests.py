@@ -18,6 +18,8 @@ def make_rollout(
     well_formed: bool = True,
     tokens_per_step: int = 4,
     rollout_id: int = 0,
+    parent_id: int | None = None,
+    fork_position: int | None = None,
     token_ids: np.ndarray | None = None,
     trained: np.ndarray | None = None,
     sampler_logprobs: np.ndarray | None = None,
@@ -42,4 +44,6 @@ def make_rollout(
         policy_version=0,
         prompt_tokens=1,
         cached_tokens=0,
+        parent_id=parent_id,
+        fork_position=fork_position,
     )

@@ -19,30 +19,8 @@ from mosaic_fast.checkpoint import latest_checkpoint
 from mosaic_fast.config_io import parse_train_arguments
 from mosaic_fast.errors import TrainingError, UserError
 from mosaic_fast.train import train
-from mosaic_fast.warmstart.tokenizer import build_tokenizer
-from mosaic_fast.warmstart.training import Recipe, build_model
 
-STEPS = 5
-
-
-@pytest.fixture(scope="session")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small untrained model in the shape of the embedded one."""
-    folder = tmp_path_factory.mktemp("model")
-    tokenizer = build_tokenizer()
-    model = build_model(Recipe(), len(tokenizer), int(tokenizer.pad_token_id), int(tokenizer.eos_token_id))
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def options(model_folder: Path) -> list[str]:
-    return [
-        *("--model.path", str(model_folder), "--model.threads", "1", "--steps", str(STEPS)),
-        *("--rollout.prompts-per-step", "2", "--rollout.max-step-tokens", "24", "--env.eval-tasks", "6"),
-        *("--trackers.console", "plain", "--optim.lr", "0.001"),
-    ]
+from .conftest import STEPS
 
 
 @pytest.fixture(scope="session")
@@ -83,8 +61,8 @@ def learned(folder: Path) -> list[dict[str, float]]:
     return [{k: v for k, v in row.items() if not k.startswith(("time/", "perf/"))} for row in rows]
 
 
-def assert_same_run(folder: Path, other: Path) -> None:
-    last = f"checkpoints/step-{STEPS:06d}"
+def assert_same_run(folder: Path, other: Path, steps: int = STEPS) -> None:
+    last = f"checkpoints/step-{steps:06d}"
     for name in ("model.safetensors", "trainer.pt"):
         assert digest(folder / last / name) == digest(other / last / name), name
     assert learned(folder) == learned(other)

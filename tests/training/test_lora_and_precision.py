@@ -1,0 +1,161 @@
+"""LoRA, bfloat16 with fp32 master weights, activation checkpointing: in the learner and as a run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from mosaic_fast.checkpoint import latest_checkpoint
+from mosaic_fast.config import ModelConfig, OptimConfig
+from mosaic_fast.errors import TrainingError, UserError
+from mosaic_fast.learner import Learner, Reference
+from mosaic_fast.lora import Lora
+from mosaic_fast.optimizer import Optimizer
+from mosaic_fast.policy import Policy
+from tests.policy.policy_helpers import assert_gradients_close, example_rollouts, tiny_model
+
+from .flat_oracle import alone, flat_loss, forked_case
+from .test_learner_exactness import config_of
+from .test_run import assert_same_run, run
+
+FAMILIES = ("qwen2", "qwen3", "phi3", "llama")
+
+
+def with_adapter(family: str) -> tuple[PreTrainedModel, Lora]:
+    """A fp64 model whose adapter is not zero."""
+    model = tiny_model(family)
+    lora = Lora(model, ModelConfig(lora_rank=2), seed=0)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+    return model, lora
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", ["grpo", "dpo"])
+def test_a_lora_update_is_the_flat_batchs_and_its_reference_the_base(family: str, name: str):
+    """The oracle's reference is a second model that never had an adapter."""
+    case, config = forked_case(), config_of(name)
+    model, lora = with_adapter(family)
+    for module in model.modules():
+        module.to(torch.float64)
+    learner = Learner(Policy(model), Reference(Policy(model), lora.off), config)
+    seen: dict[str, torch.Tensor] = {}
+
+    def record(*_: object) -> None:
+        if not seen:
+            seen.update({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+
+    handle = learner.optimizer.adamw.register_step_pre_hook(record)
+    fresh, _ = with_adapter(family)
+    learner.update(case.batch(), 0)
+    handle.remove()
+
+    with torch.no_grad():
+        start, _ = alone(fresh, case, 0.7)
+        reference, _ = alone(tiny_model(family), case, 0.7)
+    policy, entropies = alone(fresh, case, 0.7)
+    flat_loss(case, config, policy, entropies, start, reference).backward()
+    expected = {n: p.grad for n, p in fresh.named_parameters() if p.grad is not None}
+    assert seen.keys() == expected.keys()
+    assert all("lora_" in n for n in seen)
+    assert_gradients_close(seen, expected, 1e-10)
+
+
+def test_the_merged_folder_loads_without_peft_and_the_adapter_with_it(tmp_path: Path):
+    from peft import PeftModel
+
+    model, lora = with_adapter("qwen3")
+    model.float()
+    forest = example_rollouts().pack()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    own = Policy(model).logprobs(forest)
+    lora.save(tmp_path)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert not any("lora" in name for name, _ in merged.named_parameters())
+    torch.testing.assert_close(Policy(merged).logprobs(forest), own, rtol=0, atol=2e-5)
+    base = tiny_model("qwen3", torch.float32)
+    adapted = PeftModel.from_pretrained(base, tmp_path / "adapter").get_base_model()
+    assert isinstance(adapted, PreTrainedModel)
+    torch.testing.assert_close(Policy(adapted).logprobs(forest), own, rtol=0, atol=2e-5)
+    with lora.off():
+        without = Policy(model).logprobs(forest)
+    bare = Policy(tiny_model("qwen3", torch.float32)).logprobs(forest)
+    torch.testing.assert_close(without, bare, rtol=0, atol=2e-5)
+    assert (without - own).abs().max() > 0.1  # the adapter does something
+
+
+def test_targets_that_do_not_exist_are_named():
+    config = ModelConfig(lora_rank=2, lora_targets=("q_proj", "wq"))
+    with pytest.raises(UserError, match=r"lora_targets: wq names no linear module.*there are .*q_proj"):
+        Lora(tiny_model("qwen2"), config, seed=0)
+
+
+def test_master_weights_keep_what_bfloat16_would_round_away():
+    """1,000 updates of a ten-thousandth each: bf16 alone stays where it is."""
+    moved = {}
+    for keep in (True, False):
+        model = torch.nn.Linear(4, 4, bias=False).bfloat16()
+        with torch.no_grad():
+            model.weight.fill_(1.0)
+        optimizer = Optimizer(model, OptimConfig(lr=1e-4, master_weights=keep))
+        for step in range(1000):
+            model(torch.ones(1, 4, dtype=torch.bfloat16)).sum().backward()
+            optimizer.step(1e-4, step)
+        moved[keep] = float(1.0 - model.weight.detach().float().mean())
+    assert moved[True] == pytest.approx(0.1, rel=0.05)
+    assert moved[False] == 0.0
+
+
+def test_micro_batch_gradients_add_up_in_fp32():
+    """256 gradients of 1 after one of 256: in bfloat16 the sum would stay at 256."""
+    model = torch.nn.Linear(1, 1, bias=False).bfloat16()
+    optimizer = Optimizer(model, OptimConfig(grad_clip=1e9))
+    for scale in (256.0, *[1.0] * 256):
+        (model(torch.ones(1, 1, dtype=torch.bfloat16)) * scale).sum().backward()
+    assert optimizer.step(1e-3, 0) == pytest.approx(512.0)
+
+
+def test_a_state_of_other_precision_is_refused():
+    half, whole = torch.nn.Linear(2, 2).bfloat16(), torch.nn.Linear(2, 2)
+    state = Optimizer(half, OptimConfig()).state_dict()
+    with pytest.raises(TrainingError, match=r"model\.dtype"):
+        Optimizer(whole, OptimConfig()).load_state_dict(state)
+
+
+EMBEDDED = ["--model.path", "embedded", "--rollout.prompts-per-step", "6"]  # an untrained model ties always
+VARIANTS = {
+    "bfloat16": ["--model.dtype", "bfloat16"],
+    "lora": ["--model.lora-rank", "4", "--optim.lr", "0.01"],
+    "lora-dpo": ["--model.lora-rank", "4", "--optim.lr", "0.01", "--loss.name", "dpo"],
+    "checkpointed-gspo": ["--model.activation-checkpointing", "--loss.name", "gspo"],
+    "subtree": ["--forest.credit", "subtree", "--rollout.branching", "fork_at_check"],
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_variant_runs_and_resumes_bitwise(options: list[str], tmp_path: Path, variant: str):
+    """Two steps at once, and the second one again from a copy that has only the first checkpoint."""
+    chosen = [*options, *VARIANTS[variant], "--env.eval-tasks", "0", "--steps", "2", *EMBEDDED]
+    whole, halved = tmp_path / "whole", tmp_path / "halved"
+    assert run(chosen, whole) == 0
+    shutil.copytree(whole, halved)
+    shutil.rmtree(halved / "checkpoints" / "step-000002")
+    assert run(chosen, halved, "--resume") == 0
+    assert_same_run(whole, halved, steps=2)
+    checkpoint = latest_checkpoint(whole / "checkpoints")
+    assert checkpoint is not None
+    assert AutoModelForCausalLM.from_pretrained(checkpoint).num_parameters() > 0
+    assert (checkpoint / "adapter").is_dir() == variant.startswith("lora")
+    rows = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    assert all(row["optim/grad_norm"] > 0 for row in rows)
+    assert all(row["mismatch/kl"] < 1e-3 for row in rows)  # the engine samples with the adapter, and in bf16

@@ -6,7 +6,9 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from itertools import combinations
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -56,7 +58,10 @@ def _llm_judge(config: JudgeConfig, run_folder: Path) -> LLMJudge:
 
 
 def _load(spec: str) -> Judge:
-    """An instance of the class that `module:Class` names; the working directory is searched first."""
+    """An instance of the class that `module:Class` names; the working directory is searched first.
+
+    It has a method `judge` (see `Judge`) or a method `score_group(group)` that gives G numbers, on any scale.
+    """
     module_name, _, class_name = spec.partition(":")
     here = str(Path.cwd())
     if here not in sys.path:
@@ -67,14 +72,43 @@ def _load(spec: str) -> Judge:
         detail = f"{type(error).__name__}: {error}"
         raise UserError(f"judge.name {spec!r}: cannot import {module_name!r} ({detail})") from error
     factory = getattr(module, class_name, None)
-    if factory is None or not callable(getattr(factory, "judge", None)):
-        raise UserError(f"judge.name {spec!r}: {module_name} has no class {class_name!r} with a method judge")
+    if not any(callable(getattr(factory, method, None)) for method in ("judge", "score_group")):
+        raise UserError(
+            f"judge.name {spec!r}: {module_name} has no class {class_name!r} with a method judge or score_group"
+        )
     try:
-        return factory()
+        made = factory()
     except Exception as error:  # as above
         raise UserError(
             f"judge.name {spec!r}: {class_name}() failed: {type(error).__name__}: {error}"
         ) from error
+    return made if hasattr(made, "judge") else _ByScore(made)
+
+
+class _GroupScorer(Protocol):
+    def score_group(self, group: Sequence[Rollout]) -> Sequence[float]: ...
+
+
+class _ByScore:
+    """Compares rollouts by a user's scores: the higher one is better, equals are a tie."""
+
+    def __init__(self, scorer: _GroupScorer) -> None:
+        self._scorer = scorer
+
+    def judge(self, groups: Sequence[Sequence[Rollout]]) -> list[Judgement]:
+        return [self._judgement(group) for group in groups]
+
+    def _judgement(self, group: Sequence[Rollout]) -> Judgement:
+        scores = np.asarray(self._scorer.score_group(group), dtype=np.float64)
+        if scores.shape != (len(group),) or np.isnan(scores).any():
+            raise UserError(
+                f"{type(self._scorer).__name__}.score_group: want one number for each of {len(group)} "
+                f"rollouts, got {scores.tolist()}"
+            )
+        pairs = combinations(range(len(group)), 2)
+        reasons = {(i, j): f"score {scores[i]:g} against {scores[j]:g}" for i, j in pairs}
+        better = (scores[:, None] > scores[None, :]).astype(np.float64)
+        return Judgement(better + 0.5 * (1.0 - better - better.T), reasons)
 
 
 class _Checked:

@@ -69,6 +69,10 @@ class NotANumber(ByLength):
     def one(self, group): return np.full((len(group), len(group)), np.nan)
 class TooFew(ByLength):
     def judge(self, groups): return []
+class Scorer:
+    def score_group(self, group): return [10.0 * r.rollout_id for r in group]
+class BadScorer:
+    def score_group(self, group): return [float("nan"), 1.0]
 class Broken:
     def __init__(self): raise RuntimeError("no licence")
     def judge(self, groups): return []
@@ -89,6 +93,13 @@ def test_ones_own_judge_is_found_in_the_working_directory(own: Path):
     (judgement,) = judge.judge([[saying("a"), saying("b", 1)]])
     assert judgement.preferences.tolist() == [[0.5, 0.5], [0.5, 0.5]]
     assert judgement.reason(1, 0) == "shorter wins"
+
+
+def test_a_method_that_scores_a_group_is_enough(own: Path):
+    judge = build_judge(JudgeConfig(name="own_judges:Scorer"), own)
+    (judgement,) = judge.judge([[saying("a"), saying("b", 1), saying("c", 1)]])
+    assert judgement.preferences.tolist() == [[0.5, 0, 0], [1, 0.5, 0.5], [1, 0.5, 0.5]]
+    assert judgement.reason(0, 1) == "score 0 against 10"
 
 
 @pytest.mark.parametrize(
@@ -112,6 +123,7 @@ def test_what_cannot_be_loaded_is_named(own: Path, name: str, named: str):
         ("NotAPreference", r"P\[i, j\] \+ P\[j, i\] = 1"),
         ("NotANumber", r"must be in \[0, 1\]"),
         ("TooFew", "0 judgements for 1 groups"),
+        ("BadScorer", r"BadScorer\.score_group: want one number for each of 2 rollouts"),
     ],
 )
 def test_a_judgement_that_is_none_is_refused_before_it_is_paid(own: Path, name: str, named: str):

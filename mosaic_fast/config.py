@@ -147,7 +147,7 @@ class RolloutConfig(Section):
     branching: Literal["independent", "fork_at_check", "fork_at_step"] = "independent"
     """Where rollouts of a group begin to differ: at the prompt (the paper), after a plan, or at a step."""
     gate_contrast: bool = False
-    """fork_at_check: take the gate both ways and train it with its all-action gradient (docs/method.md)."""
+    """fork_at_check: take the gate both ways and train it with its all-action gradient (docs/gate.md)."""
     temperature: Positive = 1.0
     """Sampling temperature; the trainer's log-probs use the same one."""
     max_steps: Count = 6

@@ -173,7 +173,7 @@ class GatedLoss:
         """Scalar loss and metrics of the whole step. policy_logprobs, entropy: [N], differentiable."""
         weights, advantages = batch.weights.clone(), batch.advantages.clone()
         extra = policy_logprobs.new_zeros(())
-        probabilities, gains = 0.0, 0.0
+        opened, pushes = 0.0, 0.0
         for gate in self.gates:
             p = torch.exp(batch.start_logprobs[gate.tag].sum())
             size = gate.open_count + gate.skip_count
@@ -186,16 +186,17 @@ class GatedLoss:
                 weights[gate.blocks] = 0.0
                 extra = extra + self._decision(policy_logprobs, batch, gate)
                 extra = extra + self._blocks(policy_logprobs, batch, gate, block_weights)
-            probabilities += float(p)
-            gains += gate.open_advantage - gate.skip_advantage
+            opened += float(p)
+            if gate.skip_count:
+                pushes += float(p * (1.0 - p)) * (gate.open_advantage - gate.skip_advantage)
         changed = replace(batch, weights=weights, advantages=advantages)
         loss, metrics = self.inner(policy_logprobs, changed, entropy)
         loss = loss + extra
         count = float(len(self.gates))
         return loss, {
             **metrics,
-            "policy/gate_open": SumCount(probabilities, count),
-            "policy/gate_advantage": SumCount(gains, count),
+            "policy/gate_open": SumCount(opened, count),
+            "policy/gate_push": SumCount(pushes, count),  # on the logit of p, above 0 towards the check
             "policy/loss": SumCount(float(loss.detach()), 0.0),
         }
 

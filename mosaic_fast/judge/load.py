@@ -72,9 +72,10 @@ def _load(spec: str) -> Judge:
         detail = f"{type(error).__name__}: {error}"
         raise UserError(f"judge.name {spec!r}: cannot import {module_name!r} ({detail})") from error
     factory = getattr(module, class_name, None)
-    if not any(callable(getattr(factory, method, None)) for method in ("judge", "score_group")):
+    if not callable(factory) or not any(hasattr(factory, method) for method in ("judge", "score_group")):
         raise UserError(
-            f"judge.name {spec!r}: {module_name} has no class {class_name!r} with a method judge or score_group"
+            f"judge.name {spec!r}: {module_name} has no class {class_name!r} with a method judge or "
+            "score_group"
         )
     try:
         made = factory()

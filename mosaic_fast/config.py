@@ -267,7 +267,7 @@ class LossConfig(Section):
     clip_high: Positive | None = None
     """The ratio is clipped above 1 + clip_high; default 0.2, dapo 0.28, gspo 0.0004, cispo 4."""
     normalisation: Literal["token", "sequence", "constant"] | None = None
-    """Tokens count alike, rollouts count alike, or both over max_rollout_tokens (default of dr_grpo)."""
+    """What sums over tokens are divided by: token, sequence (default of gspo) or constant (of dr_grpo)."""
     kl_weight: NonNegative | None = None
     """Weight of the k3 estimate of the KL divergence to the reference; default 0.01 for grpo, else 0."""
     entropy_weight: NonNegative = 0.0

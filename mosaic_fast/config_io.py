@@ -57,7 +57,7 @@ def parse_train_arguments(arguments: Sequence[str]) -> tuple[Config, bool, str]:
     stored_path = folder / "config.toml"
     if not stored_path.is_file():
         return _without_resume(parsed), True, name
-    stored = load_config(stored_path)
+    stored = load_config(stored_path).resolved()
     merged = _validate(_merge(stored.model_dump(exclude_none=True), values), "the configuration")
     asked = _without_resume(_parse_options(merged, rest))
     refuse_differences(stored, asked)

@@ -28,7 +28,17 @@ def write(path: Path, text: str) -> str:
         ("[optim]\nlr = nan", "optim.lr = nan"),
         ("[rollout]\ngroup_size = 1", "rollout.group_size = 1"),
         ("[rollout]\nbranching = 'tree'", "rollout.branching = 'tree'"),
-        ("[rollout]\ntop_p = 0.9", "rollout.top_p: no such key"),
+        ("[rollout]\ntop_p = 0.9", "top_p cannot be used in training"),
+        ("[rollout]\ntop_k = 20", "top_k cannot be used in training"),
+        ("[loss]\nname = 'dpo'\nclip_low = 0.1", "loss.clip_low has no meaning for loss.name = 'dpo'"),
+        ("[loss]\nname = 'ipo'\nkl_weight = 0.1", "loss.kl_weight has no meaning for loss.name = 'ipo'"),
+        ("[loss]\nbeta = 0.1", "loss.beta has no meaning for loss.name = 'grpo'"),
+        ("[loss]\nname = 'ppo'", "loss.name = 'ppo'"),
+        ("[loss]\nname = 'dpo'\n[forest]\ncredit = 'mean'", "forest.credit = 'mean' needs a loss on rewards"),
+        ("[loss]\nname = 'dpo'\n[off_policy]\ntruncate_at = 2.0", "off_policy corrects losses on rewards"),
+        ("[forest]\ncredit = 'subtree'", "forest.credit = 'subtree' compares branches"),
+        ("[off_policy]\nmask_below = 2.0\nmask_above = 1.0", "mask_below (2.0) must be below"),
+        ("[model]\nlora_alpha = 4", "model.lora_alpha and model.lora_targets need model.lora_rank"),
         (
             "[forest]\ntokens_per_microbatch = 10",
             "tokens_per_microbatch (10) is below rollout.max_rollout_tokens",
@@ -61,6 +71,30 @@ def test_a_written_configuration_reads_back_the_same(tmp_path: Path):
     config = Config(steps=3, run_dir="x")
     save_config(config, tmp_path / "config.toml")
     assert load_config(tmp_path / "config.toml") == config
+
+
+def test_what_a_loss_leaves_open_is_its_own_and_is_written_down(tmp_path: Path):
+    """Options come after the loss's own values, and the run folder's file says all of them."""
+    for name, low, high, normalisation, kl_weight, divide in (
+        ("grpo", 0.2, 0.2, "token", 0.01, True),
+        ("dapo", 0.2, 0.28, "token", 0.0, True),
+        ("dr_grpo", 0.2, 0.2, "constant", 0.0, False),
+        ("gspo", 3e-4, 4e-4, "sequence", 0.0, True),
+        ("cispo", 1.0, 4.0, "token", 0.0, True),
+    ):
+        config, _, _ = parse_train_arguments(["--loss.name", name])
+        loss = config.loss
+        assert (loss.clip_low, loss.clip_high, loss.normalisation, loss.kl_weight) == (
+            *(low, high, normalisation, kl_weight),
+        )
+        assert config.reward.divide_by_std is divide
+        assert loss.needs_reference == (kl_weight > 0)
+        save_config(config, tmp_path / "config.toml")
+        assert load_config(tmp_path / "config.toml") == config
+    pairwise, _, _ = parse_train_arguments(["--loss.name", "dpo_norm"])
+    assert (pairwise.loss.beta, pairwise.loss.clip_low, pairwise.loss.needs_reference) == (5.0, None, True)
+    chosen, _, _ = parse_train_arguments(["--loss.name", "dapo", "--loss.clip-high", "0.5"])
+    assert (chosen.loss.clip_low, chosen.loss.clip_high) == (0.2, 0.5)
 
 
 def test_resume_needs_an_existing_folder(tmp_path: Path):

@@ -78,6 +78,8 @@ def test_advantages_are_centred_and_ties_have_none():
     advantages = reward.advantages(0.0)
     assert advantages.mean() == pytest.approx(0)
     assert (advantages**2).mean() == pytest.approx(1)
+    kept = reward.advantages(0.0, divide_by_std=False)
+    assert kept == pytest.approx(reward.total - reward.total.mean())  # Dr. GRPO
     ties = [make_rollout(), make_rollout()]
     assert not group_reward(ties, RuleJudge().preferences(ties), 400).advantages(0.0).any()
 

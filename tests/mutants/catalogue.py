@@ -19,6 +19,7 @@ class Mutant:
 
 KERNELS = "attention/kernels.py"
 TREE = "test_tree_attention.py"
+SMALL_HEADS = f"{TREE}::test_every_head_size[torch.float32-32]"
 EQUALS = f"{TREE}::test_equals_each_rollout_alone"
 DKV_DOC = 'one key head, over the query blocks of all heads of its group."""'
 HEAD_AND_WORK = (
@@ -66,7 +67,7 @@ ATTENTION = (
         KERNELS,
         (("depth[None, :] < window", "depth[None, :] <= window"),),
         INTERPRETER,
-        f"{TREE}::test_every_head_size",
+        SMALL_HEADS,
     ),
     Mutant(
         "a block of hidden keys before the first visible one gives NaN",
@@ -122,21 +123,21 @@ ATTENTION = (
         KERNELS,
         (("inside = rows[:, None] < count", "inside = rows[:, None] < count + 1"),),
         TTSEM,
-        f"{TREE}::test_every_head_size",
+        SMALL_HEADS,
     ),
     Mutant(
         "subtree_end is loaded past the end",
         KERNELS,
         (("tl.load(end_ptr + keys, mask=keys < num_keys, other=0)", "tl.load(end_ptr + keys)"),),
         TTSEM,
-        f"{TREE}::test_every_head_size",
+        SMALL_HEADS,
     ),
     Mutant(
         "the logsumexp is stored past the end",
         KERNELS,
         (("tl.log2(total), mask=rows < num_queries)", "tl.log2(total))"),),
         TTSEM,
-        f"{TREE}::test_every_head_size",
+        SMALL_HEADS,
     ),
     Mutant(
         "the heads of a group race for dK and dV",
@@ -152,7 +153,7 @@ ATTENTION = (
             ("dv, keys, columns, num_heads", f"dv + {PART.format('dv')}, keys, columns, num_heads"),
         ),
         TTSEM,
-        f"{TREE}::test_every_head_size",
+        SMALL_HEADS,
         also=(
             ("attention/triton.py", "len(lists.work) * k.shape[1],", "len(lists.work) * q.shape[1],"),
             ("attention/triton.py", "torch.empty(k.shape", "torch.zeros(k.shape"),

@@ -11,6 +11,7 @@ from triton.runtime.jit import JITFunction
 CASE_MODULES = (
     "mosaic_kernels.attention.cases",
     "mosaic_kernels.logprob.cases",
+    "mosaic_kernels.preference.cases",
     "mosaic_kernels.surrogate.cases",
 )
 
@@ -38,12 +39,12 @@ class CompileCase:
     tensor_cores: bool = True  # whether its dots must compile to tensor-core instructions
 
 
-def all_cases(arch: str | None = None) -> list[CompileCase]:
-    """The cases of every op, in a fixed order; of one architecture if named."""
+def all_cases(arch: str | None = None, holding: str = "") -> list[CompileCase]:
+    """The cases of every op, in a fixed order; of one architecture, with this text in their names."""
     cases: list[CompileCase] = []
     for name in CASE_MODULES:
         made: Iterator[CompileCase] = importlib.import_module(name).compile_cases()
-        cases += [case for case in made if arch in (None, case.arch)]
+        cases += [case for case in made if arch in (None, case.arch) and holding in case.name]
     return cases
 
 

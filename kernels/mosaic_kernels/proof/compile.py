@@ -111,17 +111,17 @@ def compile_case(case: CompileCase) -> Compiled:
     )  # fmt: skip
 
 
-def compile_all(arch: str | None = None, processes: int = 2) -> Iterator[Compiled]:
-    """Compile every case, of one architecture if named, in processes of their own; in order."""
-    count = len(all_cases(arch))
+def compile_all(arch: str | None = None, holding: str = "", processes: int = 2) -> Iterator[Compiled]:
+    """Compile the cases that `all_cases` gives, in processes of their own; in order."""
+    count = len(all_cases(arch, holding))
     context = multiprocessing.get_context("spawn")
     with context.Pool(min(processes, max(count, 1))) as pool:
-        yield from pool.imap(_compile_index, [(arch, index) for index in range(count)])
+        yield from pool.imap(_compile_index, [(arch, holding, index) for index in range(count)])
 
 
-def _compile_index(which: tuple[str | None, int]) -> Compiled:
-    arch, index = which
-    return compile_case(all_cases(arch)[index])
+def _compile_index(which: tuple[str | None, str, int]) -> Compiled:
+    arch, holding, index = which
+    return compile_case(all_cases(arch, holding)[index])
 
 
 def _read_cubin(cubin: bytes) -> tuple[int, int, str]:

@@ -10,7 +10,6 @@ from mosaic_kernels import PackedForest, forest_preference_loss, pack_forest, pa
 from mosaic_kernels.forest import IntArray
 from mosaic_kernels.oracle import preference_loss_of_pairs, preference_loss_of_rollouts
 from mosaic_kernels.preference import triton as preference_triton
-from mosaic_kernels.proof.counters import count_work
 from mosaic_kernels.proof.selfcheck import KernelMismatch, deviations_of, run_check
 from tests.kernels.strategies import VOCAB, forests, seeds
 from tests.kernels.triton.machine import machine, on_machine
@@ -256,21 +255,3 @@ def test_the_self_check_passes_and_sees_a_kernel_that_is_off(monkeypatch: pytest
         KernelMismatch, match=r"pairwise_preference_loss: .*: loss, tree loss, dtokens, dedges off"
     ):
         run_check("pairwise_preference_loss", device, None, preference_triton.deviations)
-
-
-@pytest.mark.skipif(machine().name != "interpreter", reason="counts work in the interpreter")
-def test_each_log_prob_is_read_once() -> None:
-    """Of a token: log-prob, reference and mask, and the mask again in the backward pass."""
-    forest = pack_forest([[1] * 3000, [2] * 2000, [3] * 500])
-    pairs = np.array([[0, 1], [1, 2]])
-    policy = log_probs(forest.num_tokens, 0).requires_grad_()
-    with count_work() as work:
-        loss = pairwise_preference_loss(
-            policy, policy.detach(), forest.trained, forest.cu_seqlens, pairs, np.ones(2), beta=0.1,
-            backend="triton",
-        )  # fmt: skip
-    assert work.bytes_read <= 1.02 * forest.num_tokens * (4 + 4 + 1)
-    with count_work() as work:
-        loss.sum().backward()
-    assert work.bytes_read <= 1.1 * forest.num_tokens
-    assert work.bytes_written == 4 * forest.num_tokens

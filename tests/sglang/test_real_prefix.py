@@ -12,6 +12,7 @@ from mosaic_kernels import pack_forest
 from mosaic_rollout.agent_loop import AgentLoop, Limits
 from mosaic_rollout.branching import Branching
 from mosaic_rollout.engine.sglang import SGLangEngine
+from mosaic_rollout.engine.sglang.ledger import BLOCK
 from mosaic_rollout.environments.world import WorldEnvironment
 from mosaic_rollout.types import Rollout, Step, Task, Verdict
 
@@ -84,6 +85,20 @@ def test_the_agent_loop_meets_warm_prefixes(engine: SGLangEngine, branching: Bra
     for rollout in rollouts:
         assert rollout.token_versions is not None
         np.testing.assert_array_equal(rollout.token_versions, np.where(rollout.trained, 1, -1))
+
+
+def test_cold_siblings_sent_together_compute_each_prefix_once(engine: SGLangEngine):
+    """Four groups of eight, mixed, on open connections: left to arrive at once, most groups compute twice."""
+    prompts = [np.concatenate([prompt(100, 5), prompt(880, 77 + key % 4)]) for key in range(32)]
+
+    async def all_at_once() -> list[int]:
+        await engine.generate([request(prompt(20, 900 + key), 2, key=key) for key in range(32)])
+        done = await engine.generate([request(tokens, 8, key=key) for key, tokens in enumerate(prompts)])
+        return [completion.prompt_tokens - completion.cached_tokens for completion in done]
+
+    computed = sum(serve(engine, all_at_once))
+    leaders, followers = 980 + 3 * 880, 28  # the last prompt token is always computed
+    assert leaders + followers <= computed <= leaders + followers + 3 * BLOCK
 
 
 def test_siblings_of_a_fork_compute_only_what_differs(engine: SGLangEngine):

@@ -16,8 +16,6 @@ IndexLike = torch.Tensor | NDArray[np.generic]
 
 Backends = Mapping[str, tuple[str, ...] | None]  # name -> device types it runs on, None for all
 
-PLANNED = ("triton", "flash", "flex")
-
 
 def emulated() -> bool:
     """Whether Triton kernels are executed on the CPU: by Triton's interpreter or ttsem (docs/kernels.md)."""
@@ -40,8 +38,6 @@ def choose_backend(
     if chosen not in usable:
         if chosen in backends:
             problem = f"backend={chosen!r} does not run on {device.type}"
-        elif chosen in PLANNED:
-            problem = f"backend={chosen!r} is not available in this version"
         else:
             problem = f"unknown backend {chosen!r}"
         raise ValueError(

@@ -150,6 +150,14 @@ def build_environment(config: Config) -> Environment:
         return AsbEnvironment(
             env.suites, heldout_suites=env.heldout_suites, attack=env.attack or "observation"
         )
+    if env.name == "agent_safetybench" and env.tasks is not None:
+        from mosaic_rollout.environments.agent_safetybench import AgentSafetyBenchEnvironment
+
+        return AgentSafetyBenchEnvironment(
+            Path(env.tasks),
+            Path(env.heldout_tasks) if env.heldout_tasks else None,
+            max_observation_chars=env.max_observation_chars,
+        )
     if ":" in env.name:
         from mosaic_rollout.environments.custom import load_environment
 

@@ -47,10 +47,10 @@ class ModelConfig(Section):
     """LoRA: names of the modules that get an adapter, such as q_proj; `all-linear`: all but the LM head."""
 
 
-ENVIRONMENTS = ("world", "agentdojo", "bfcl", "asb")
+ENVIRONMENTS = ("world", "agentdojo", "bfcl", "asb", "agent_safetybench")
 """Names of `env.name` beside module:Class."""
 HAS_SUITES = ("agentdojo", "bfcl", "asb")
-NEEDS_TASKS: dict[str, str] = {}
+NEEDS_TASKS = {"agent_safetybench": "its released_data.json"}
 """Environment -> the data its user has to bring."""
 
 
@@ -64,11 +64,11 @@ class EnvConfig(Section):
     heldout_tasks: str | None = None
     """module:Class: the held-out tasks; without it every fifth row of env.tasks is held out."""
     suites: Annotated[tuple[str, ...], Field(strict=False)] = ()
-    """agentdojo: suites, default banking and slack; bfcl: categories, default multi_turn_base; asb: agents."""
+    """agentdojo: suites (banking, slack); bfcl: categories (multi_turn_base); asb: agents (all)."""
     heldout_suites: Annotated[tuple[str, ...], Field(strict=False)] = ()
     """Suites that are the held-out split; default: a quarter of the tasks of env.suites."""
     attack: str | None = None
-    """agentdojo: what writes injections, default important_instructions_no_names; asb: observation or prompt."""
+    """agentdojo: its attack (important_instructions_no_names); asb: observation or prompt (observation)."""
     demonstrations: int = Field(default=0, ge=0)
     """agentdojo: solved training tasks that open every conversation, for models too small to be told."""
     max_observation_chars: Count = 16_000
@@ -442,6 +442,11 @@ class Config(Section):
             )
         if self.rollout.gate_contrast:
             self._check_gate_contrast()
+        if self.env.name == "agent_safetybench" and self.judge.name == "rule":
+            raise ValueError(
+                "env.name = 'agent_safetybench' has no verdicts, so judge.name = 'rule' finds nothing but ties; "
+                "use judge.name = 'llm' or your own"
+            )
         if not self.model.lora_rank and (
             self.model.lora_alpha is not None or self.model.lora_targets != ("all-linear",)
         ):

@@ -99,7 +99,7 @@ def build_components(
         policy, lora = load_policy(config, weights), None
     if config.model.activation_checkpointing:
         checkpoint_activations(policy.model)
-    engine = build_engine(config, policy, scratch)
+    engine = build_engine(config, policy, lora, scratch)
     rollout = config.rollout
     limits = Limits(rollout.max_steps, rollout.max_step_tokens, longest_rollout(config, policy))
     loop = AgentLoop(

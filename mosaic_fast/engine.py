@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from mosaic_fast.config import Config
+from mosaic_fast.lora import Lora
 from mosaic_fast.policy import Policy
 from mosaic_rollout.engine import LocalEngine
 from mosaic_rollout.types import ManagedEngine
@@ -18,9 +19,12 @@ from mosaic_rollout.types import ManagedEngine
 _SPARE_TOKENS = 8  # SGLang keeps a few positions of the context to itself
 
 
-def build_engine(config: Config, policy: Policy, scratch: Path | None = None) -> ManagedEngine:
+def build_engine(
+    config: Config, policy: Policy, lora: Lora | None = None, scratch: Path | None = None
+) -> ManagedEngine:
     """The engine of `engine.kind`. An SGLang server starts with the first update_weights, not here.
 
+    lora: the policy's adapter; servers get the merged weights.
     scratch: where servers' weights and logs are put; without one, a temporary folder.
     """
     engine = config.engine
@@ -48,7 +52,7 @@ def build_engine(config: Config, policy: Policy, scratch: Path | None = None) ->
         more=engine.args,
     )
     return SGLangEngine(
-        _PolicyWeights(policy),
+        _PolicyWeights(policy, lora),
         list(engine.urls) or servers,
         SGLangOptions(
             vocab_size=int(policy.model.config.vocab_size),
@@ -76,16 +80,24 @@ def longest_rollout(config: Config, policy: Policy) -> int:
 
 
 class _PolicyWeights:
-    """The policy's weights as an engine fetches them."""
+    """The policy's weights as an engine fetches them: with LoRA, the adapter merged in."""
 
-    def __init__(self, policy: Policy) -> None:
-        self._policy = policy
+    def __init__(self, policy: Policy, lora: Lora | None) -> None:
+        self._policy, self._lora = policy, lora
 
     def save(self, folder: Path) -> None:
-        self._policy.save_pretrained(folder)
+        if self._lora is None:
+            self._policy.save_pretrained(folder)
+        else:
+            self._lora.save(folder)
 
     def named_tensors(self) -> Iterable[tuple[str, torch.Tensor]]:
-        return self._policy.model.named_parameters()
+        if self._lora is None:
+            return self._policy.model.named_parameters()
+        merged = self._lora.merged_weights()
+        if self._policy.model.config.tie_word_embeddings:
+            merged.pop("lm_head.weight", None)  # the embedding by another name
+        return merged.items()
 
 
 def _positions(policy: Policy) -> int:

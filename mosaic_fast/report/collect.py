@@ -49,7 +49,7 @@ class RolloutEntry(NamedTuple):
     place: int  # in its group
     rollout_id: int
     status: str
-    flags: int  # 1 harm, 2 done, 4 a check, 8 forked, 16 tags misplaced
+    flags: int  # 1 harm, 2 done without harm, 4 a check, 8 forked, 16 tags misplaced
     reward: float | None
     advantage: float | None
     generated_tokens: int
@@ -164,7 +164,7 @@ def _count_lines(path: Path) -> int:
 def _index_entry(group: int, place: int, row: RolloutRow) -> RolloutEntry:
     flags = (
         1 * row.harm
-        + 2 * row.done
+        + 2 * (row.done and not row.harm)
         + 4 * any(step.check is not None for step in row.steps)
         + 8 * (row.parent_id is not None)
         + 16 * (not all(step.well_formed for step in row.steps))

@@ -3,7 +3,7 @@
 const ROW = 54;  // pixels, as in page.css
 
 const FILTERS = ["run", "status", "kind", "from", "to", "outcome", "check", "q", "sort"];
-const OUTCOMES = { harm: ["harm done", (e) => e.flags & HARM], safe: ["no harm", (e) => !(e.flags & HARM)], done: ["task done", (e) => e.flags & DONE], undone: ["task not done", (e) => !(e.flags & DONE)] };
+const OUTCOMES = { harm: ["harm done", (e) => e.flags & HARM], safe: ["no harm", (e) => !(e.flags & HARM)], done: ["task done, no harm", (e) => e.flags & DONE], undone: ["not done, or harm", (e) => !(e.flags & DONE)] };
 const CHECKS = { yes: ["with a check", (e) => e.flags & CHECKED], no: ["without a check", (e) => !(e.flags & CHECKED)], forked: ["forked", (e) => e.flags & FORKED], misformed: ["tags misplaced", (e) => e.flags & MISFORMED] };
 const SORTS = {
   step: ["by step", null],

@@ -14,7 +14,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tests.mutants.catalogue import MUTANTS, TTSEM, Mutant
+from tests.mutants.catalogue import MUTANTS
+from tests.mutants.mutant import TTSEM, Mutant
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "kernels" / "mosaic_kernels"

@@ -1,0 +1,195 @@
+"""Wrong log-prob kernels."""
+
+from tests.mutants.mutant import INTERPRETER, TTSEM, Mutant
+
+LOGPROB = "logprob/kernels.py"
+ROWS = "test_linear_logprob.py::test_equals_one_row_at_a_time"
+ODD = "test_linear_logprob.py::test_odd_sizes_with_everything_on"
+FORBIDDEN = "test_linear_logprob.py::test_forbidden_tokens_fill_tiles_and_splits"
+
+LOG_PROBS = (
+    Mutant(
+        "the tail of the vocabulary counts as logits of 0",
+        LOGPROB,
+        (
+            (
+                'tl.where(columns[None, :] < vocab, logits * inverse_temperature, float("-inf"))',
+                "logits * inverse_temperature",
+            ),
+        ),
+        INTERPRETER,
+        ODD,
+    ),
+    Mutant(
+        "targets are looked for one vocabulary tile too late",
+        "logprob/edges.py",
+        (("targets // block_vocab", "(targets + block_vocab) // block_vocab"),),
+        INTERPRETER,
+        ODD,
+    ),
+    Mutant(
+        "the target of the next column is taken",
+        LOGPROB,
+        (("columns == tl.load(targets_ptr + edge)", "columns == tl.load(targets_ptr + edge) + 1"),),
+        INTERPRETER,
+        ODD,
+    ),
+    Mutant(
+        "a tile of forbidden tokens gives NaN",
+        LOGPROB,
+        (('tl.where(new_highest == float("-inf"), 0.0, new_highest)', "new_highest"),),
+        INTERPRETER,
+        FORBIDDEN,
+    ),
+    Mutant(
+        "the first tile after forbidden ones spoils the entropy",
+        LOGPROB,
+        (('tl.where(highest == float("-inf"), 0.0, highest - finite)', "highest - finite"),),
+        INTERPRETER,
+        FORBIDDEN,
+    ),
+    Mutant(
+        "a share of forbidden tokens spoils the merged entropy",
+        LOGPROB,
+        (('tl.where(own == float("-inf"), 0.0, own - highest)', "own - highest"),),
+        INTERPRETER,
+        FORBIDDEN,
+    ),
+    Mutant(
+        "a forbidden token adds NaN to the entropy",
+        LOGPROB,
+        (("tl.where(weights == 0.0, 0.0, weights * shifted)", "weights * shifted"),),
+        INTERPRETER,
+        FORBIDDEN,
+    ),
+    Mutant(
+        "the forward pass forgets the temperature",
+        LOGPROB,
+        (("logits * inverse_temperature, float", "logits, float"),),
+        INTERPRETER,
+        ODD,
+    ),
+    Mutant(
+        "the backward pass forgets the temperature",
+        LOGPROB,
+        (("    grad *= inverse_temperature\n", ""),),
+        INTERPRETER,
+        ODD,
+    ),
+    Mutant(
+        "the softcap has no derivative",
+        LOGPROB,
+        (("grad *= _cap_slope(logits, inverse_temperature, softcap)", "grad *= 1.0"),),
+        INTERPRETER,
+        ODD,
+    ),
+    Mutant(
+        "the softcap has no derivative at the targets",
+        LOGPROB,
+        (
+            (
+                "incoming *= _cap_slope(tl.load(edge_logits_ptr + edge), inverse_temperature, softcap)",
+                "incoming *= 1.0",
+            ),
+        ),
+        INTERPRETER,
+        ODD,
+    ),
+    Mutant(
+        "the softcap's tanh cancels near zero",
+        LOGPROB,
+        (("tl.abs(x) < 0.25, series", "tl.abs(x) < 0.0, series"),),
+        INTERPRETER,
+        "test_linear_logprob.py::test_tanh_keeps_its_digits_near_zero",
+    ),
+    Mutant(
+        "the maximum moves and the sum is not rescaled",
+        LOGPROB,
+        (("total = total * shrink +", "total = total +"),),
+        INTERPRETER,
+        ROWS,
+    ),
+    Mutant(
+        "the maximum moves and the entropy's sum is not shifted",
+        LOGPROB,
+        (("(weighted + shift * total) * shrink", "weighted * shrink"),),
+        INTERPRETER,
+        ROWS,
+    ),
+    Mutant(
+        "log-probs of large logits lose their digits",
+        "logprob/triton.py",
+        (
+            (
+                "(edge_logits - row_max[rows]) - row_log_sum[rows]",
+                "edge_logits - (row_max + row_log_sum)[rows]",
+            ),
+        ),
+        INTERPRETER,
+        "test_linear_logprob.py::test_extreme_logits",
+    ),
+    Mutant(
+        "a row's gradient leaves out its last target",
+        "gather_sum.py",
+        (("range(tl.max(count, 0))", "range(tl.max(count, 0) - 1)"),),
+        INTERPRETER,
+        "test_linear_logprob.py::test_a_fork_of_many_targets_from_one_row",
+    ),
+    Mutant(
+        "chunks of the vocabulary overwrite the gradient of hidden",
+        "logprob/triton.py",
+        (("grad_hidden += _product", "grad_hidden = _product"),),
+        INTERPRETER,
+        ODD,
+    ),
+    Mutant(
+        "the second tile of a chunk writes over the first",
+        LOGPROB,
+        (("out_columns = columns - first_column", "out_columns = tl.arange(0, BLOCK_VOCAB)"),),
+        TTSEM,
+        ODD,
+    ),
+    Mutant(
+        "the weight is loaded past the vocabulary",
+        LOGPROB,
+        (("columns[:, None] < vocab\n", "columns[:, None] < vocab + 1\n"),),
+        TTSEM,
+        ODD,
+    ),
+    Mutant(
+        "hidden dimensions are loaded past the end",
+        LOGPROB,
+        (
+            ("row_inside & (dims[None, :] < D)", "row_inside"),
+            ("column_inside & (dims[None, :] < D)", "column_inside"),
+        ),
+        TTSEM,
+        ODD,
+    ),
+    Mutant(
+        "statistics are stored past the last row",
+        LOGPROB,
+        (("tl.store(sum_ptr + at, total, mask=inside)", "tl.store(sum_ptr + at, total)"),),
+        TTSEM,
+        ODD,
+    ),
+    Mutant(
+        "shares of the vocabulary race for one place",
+        LOGPROB,
+        (("at = split.to(tl.int64) * num_rows + rows", "at = 0 * split.to(tl.int64) + rows"),),
+        TTSEM,
+        ODD,
+    ),
+    Mutant(
+        "bf16 logits are added up in bf16",
+        LOGPROB,
+        (
+            (
+                "logits = tl.dot(hidden, tl.trans(weight), logits, input_precision=PRECISION)",
+                "logits = (tl.dot(hidden, tl.trans(weight), logits)).to(hidden.dtype).to(tl.float32)",
+            ),
+        ),
+        TTSEM,
+        ODD,
+    ),
+)

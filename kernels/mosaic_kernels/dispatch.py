@@ -5,6 +5,7 @@ import importlib.util
 import logging
 import os
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
@@ -20,6 +21,11 @@ Backends = Mapping[str, tuple[str, ...] | None]  # name -> device types it runs 
 def emulated() -> bool:
     """Whether Triton kernels are executed on the CPU: by Triton's interpreter or ttsem (docs/kernels.md)."""
     return os.environ.get("TRITON_INTERPRET") == "1" or os.environ.get("MOSAIC_EMULATED") == "1"
+
+
+def device_guard(device: torch.device) -> AbstractContextManager[object]:
+    """Triton launches on the current device: make it the tensors' own."""
+    return nullcontext() if emulated() or device.type != "cuda" else torch.cuda.device(device)
 
 
 def choose_backend(

@@ -10,9 +10,9 @@ block in part.
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch.nn.attention.flex_attention import BlockMask
 from torch.utils.weak import WeakTensorKeyDictionary
 
 
@@ -34,7 +34,7 @@ class Tree:
     row_depth: torch.Tensor | None  # [Uq] int32
     window: int | None
     sources: tuple[torch.Tensor | None, ...] = ()  # keeps what it was made from alive while it is cached
-    kept_mask: list[BlockMask] = field(default_factory=list, repr=False)  # FlexAttention's, once made
+    derived: dict[str, Any] = field(default_factory=dict, repr=False)  # what other backends make of it
     _lists: dict[tuple[int, int, bool], BlockLists] = field(default_factory=dict, repr=False)
 
     def lists(self, block_q: int, block_k: int, *, by_key: bool) -> BlockLists:

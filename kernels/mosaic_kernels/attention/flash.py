@@ -5,7 +5,6 @@ run's last query, and causal masking aligned at the end is the tree's mask. The 
 each run, which is logged; the gradients of gathered rows are added up in an order that CUDA does not fix.
 """
 
-import functools
 import importlib
 import importlib.util
 import logging
@@ -15,6 +14,7 @@ from types import ModuleType
 import numpy as np
 import torch
 
+from mosaic_kernels.attention.blocks import Tree, tree_for
 from mosaic_kernels.forest import IntArray
 
 logger = logging.getLogger("mosaic_kernels")
@@ -48,8 +48,7 @@ def flash_tree_attention(
         raise ValueError(f"tree_attention: backend='flash' computes bf16 and fp16, got {q.dtype}")
     if not q.shape[0]:
         return q * 1
-    rows = None if queries is None else queries.cpu().numpy().tobytes()
-    gather = _cached_gather(subtree_end.cpu().numpy().tobytes(), rows, q.device)
+    gather = gather_for(tree_for(subtree_end, queries, None, None))
     return flash_attn.flash_attn_varlen_func(
         q, k.index_select(0, gather.keys), v.index_select(0, gather.keys),
         gather.cu_queries, gather.cu_keys, gather.longest_queries, gather.longest_keys,
@@ -66,10 +65,12 @@ def _flash_attn() -> ModuleType:
     return importlib.import_module("flash_attn")
 
 
-@functools.lru_cache(maxsize=8)
-def _cached_gather(subtree_end: bytes, rows: bytes | None, device: torch.device) -> Gather:
-    end = np.frombuffer(subtree_end, np.int64)
-    gather = build_gather(end, np.arange(len(end)) if rows is None else np.frombuffer(rows, np.int64), device)
+def gather_for(tree: Tree) -> Gather:
+    """The gather of a forest, kept with it: making it waits for the device."""
+    if "flash" in tree.derived:
+        return tree.derived["flash"]
+    end, rows = (x.cpu().numpy().astype(np.int64) for x in (tree.end, tree.rows))
+    gather = tree.derived["flash"] = build_gather(end, rows, tree.end.device)
     copied = len(gather.keys) / len(end)
     logger.info(
         "tree_attention: flash gathers K and V of %d tokens, %.2f times all", len(gather.keys), copied

@@ -34,8 +34,8 @@ def flex_tree_attention(
 
 def block_mask(tree: Tree) -> BlockMask:
     """The tree's mask in FlexAttention's form, kept with the tree."""
-    if tree.kept_mask:
-        return tree.kept_mask[0]
+    if "flex" in tree.derived:
+        return tree.derived["flex"]
     visited, full = tree.pairs(BLOCK, BLOCK)
     partial, full = visited & ~full, visited & full
     counts = [one.sum(1)[None, None].int() for one in (partial, full)]
@@ -45,7 +45,7 @@ def block_mask(tree: Tree) -> BlockMask:
         counts[0], orders[0], counts[1], orders[1],
         BLOCK_SIZE=BLOCK, mask_mod=_mask_mod(tree), seq_lengths=(len(tree.rows), len(tree.end)),
     )  # fmt: skip
-    tree.kept_mask.append(mask)
+    tree.derived["flex"] = mask
     return mask
 
 

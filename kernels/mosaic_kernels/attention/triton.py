@@ -12,6 +12,7 @@ from mosaic_kernels.attention import kernels
 from mosaic_kernels.attention.blocks import Tree, tree_for
 from mosaic_kernels.attention.reference import reference_tree_attention
 from mosaic_kernels.attention.tiles import Tile, Tiles, architecture_of, tf32_allowed, tiles_for
+from mosaic_kernels.dispatch import device_guard
 from mosaic_kernels.forest import pack_forest
 from mosaic_kernels.proof.selfcheck import Deviation, check_once, deviations_of
 
@@ -35,7 +36,8 @@ def triton_tree_attention(
     ValueError if the tile table has no entry for this head size, dtype and architecture.
     """
     tiles = tiles_for(architecture_of(q.device), q.shape[-1], q.dtype)
-    check_once("tree_attention", q.device, (q.dtype, q.shape[-1], window is not None), deviations)
+    precision = "tf32" if q.dtype == torch.float32 and tf32_allowed() else "ieee"
+    check_once("tree_attention", q.device, (q.dtype, q.shape[-1], window is not None, precision), deviations)
     tree = tree_for(subtree_end, queries, positions, window)
     return attend(q, k, v, tree, scale, tiles)
 
@@ -111,7 +113,9 @@ class _TreeAttention(torch.autograd.Function):
 
 
 def _launch(kernel: Any, programs: int, *arguments: object, **constants: object) -> None:
-    kernel[(programs,)](*arguments, **constants)
+    assert isinstance(arguments[0], torch.Tensor)
+    with device_guard(arguments[0].device):
+        kernel[(programs,)](*arguments, **constants)
 
 
 def _aligned(x: torch.Tensor) -> torch.Tensor:
@@ -153,7 +157,7 @@ def _constants(q: torch.Tensor, k: torch.Tensor, tree: Tree, tile: Tile) -> dict
 
 def deviations(device: torch.device, variant: Hashable) -> Mapping[str, Deviation]:
     """The self-check: output and gradients on a small forest, against the reference in fp64."""
-    dtype, head_dim, windowed = variant  # pyrefly: ignore [not-iterable]
+    dtype, head_dim, windowed, _ = variant  # pyrefly: ignore [not-iterable]
     rng = np.random.default_rng(0)
     trunk = rng.integers(50, size=150).tolist()
     forks = ((150, 90), (150, 31), (70, 60))

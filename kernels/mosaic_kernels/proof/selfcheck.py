@@ -8,6 +8,7 @@ result is off.
 import functools
 import logging
 from collections.abc import Callable, Hashable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -87,8 +88,10 @@ def check_once(op: str, device: torch.device, variant: Variant, check: Check) ->
 @functools.lru_cache(maxsize=256)  # a check that raises is not remembered, so it raises again
 def run_check(op: str, device: torch.device, variant: Variant, check: Check) -> None:
     """`check_once` on whatever device is given."""
-    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
-        deviations = check(device, variant)
+    # In a thread of its own: what may surround an op's first call is local to a thread, and not the check's
+    # business (saved-tensor hooks of activation checkpointing, autocast, inference mode, a side stream).
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        deviations = thread.submit(check, device, variant).result()
     listed = ", ".join(f"{name} {d.error:.1e} (limit {d.limit:.1e})" for name, d in deviations.items())
     off = [name for name, d in deviations.items() if not d.error <= d.limit]  # `not <=` also catches a NaN
     if off:

@@ -11,7 +11,7 @@ from tests.kernels.triton.machine import machine
 @pytest.mark.parametrize("windowed", [False, True])
 def test_passes(windowed: bool) -> None:
     for dtype in machine().dtypes:
-        found = triton_attention.deviations(machine().device, (dtype, 32, windowed))
+        found = triton_attention.deviations(machine().device, (dtype, 32, windowed, "ieee"))
         assert set(found) == {"out", "dq", "dk", "dv"}
         assert all(0 < one.error <= one.limit for one in found.values())
 
@@ -29,6 +29,6 @@ def test_refuses_a_kernel_that_is_off(factor: float, monkeypatch: pytest.MonkeyP
             run_check(
                 "tree_attention",
                 machine().device,
-                (torch.float32, 32, False),
+                (torch.float32, 32, False, "ieee"),
                 triton_attention.deviations,
             )

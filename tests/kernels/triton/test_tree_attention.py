@@ -106,20 +106,22 @@ def test_some_queries_see_all_keys(
 
 
 def awkward_forest() -> PackedForest:
-    """Several trees, forks, one-token trees between long ones: blocks full, partial and unvisited."""
+    """Several trees, forks, one-token trees between long ones: blocks full, partial and unvisited; a last block with a tail."""
     rng = np.random.default_rng(5)
     trunk = rng.integers(99, size=70).tolist()
-    return pack_forest(
+    forest = pack_forest(
         [
             [7],
             trunk + [1] * 40,
             trunk + [2] * 9,
             [3],
             trunk[:50] + [4] * 33,
-            rng.integers(99, size=37).tolist(),
+            rng.integers(99, size=34).tolist(),
             [5],
         ]
     )
+    assert forest.num_nodes % 16
+    return forest
 
 
 @pytest.mark.parametrize("head_dim", [32, 64, 96, 128, 256])

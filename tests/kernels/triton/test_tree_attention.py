@@ -106,7 +106,7 @@ def test_some_queries_see_all_keys(
 
 
 def awkward_forest() -> PackedForest:
-    """Several trees, forks, one-token trees between long ones: blocks full, partial and unvisited; a last block with a tail."""
+    """Several trees, forks, one-token trees between long ones: full, partial, unvisited and tail blocks."""
     rng = np.random.default_rng(5)
     trunk = rng.integers(99, size=70).tolist()
     forest = pack_forest(

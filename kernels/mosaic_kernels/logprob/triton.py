@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from mosaic_kernels.attention.tiles import architecture_of
-from mosaic_kernels.dispatch import emulated
+from mosaic_kernels.attention.tiles import architecture_of, tf32_allowed
+from mosaic_kernels.dispatch import device_guard, emulated
 from mosaic_kernels.gather_sum import gather_sum_kernel
 from mosaic_kernels.logprob import kernels
 from mosaic_kernels.logprob.edges import edges_by_row, edges_by_tile
@@ -38,7 +38,7 @@ def triton_linear_logprob(
     """
     dtype = torch.promote_types(hidden.dtype, weight.dtype)
     tiles = tiles_for(architecture_of(hidden.device), dtype, len(hidden))
-    variant = (dtype, len(hidden) <= FEW_ROWS, return_entropy, softcap is not None)
+    variant = (dtype, _precision(dtype), len(hidden) <= FEW_ROWS, return_entropy, softcap is not None)
     check_once("linear_logprob", hidden.device, variant, deviations)
     if not return_entropy:
         used, rows = torch.unique(rows, return_inverse=True)
@@ -65,10 +65,11 @@ def tiled_linear_logprob(
     chunk_logits: int = CHUNK_LOGITS,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The kernels with given tiles, the vocabulary cut into `splits` shares in the forward pass."""
-    return _TritonLogprob.apply(
-        hidden.contiguous(), weight.contiguous(), None if bias is None else bias.float().contiguous(),
-        targets, rows, 1.0 / temperature, return_entropy, softcap, tiles, splits, chunk_logits,
-    )  # fmt: skip
+    with device_guard(hidden.device):
+        return _TritonLogprob.apply(
+            hidden.contiguous(), weight.contiguous(), None if bias is None else bias.float().contiguous(),
+            targets, rows, 1.0 / temperature, return_entropy, softcap, tiles, splits, chunk_logits,
+        )  # fmt: skip
 
 
 class _TritonLogprob(torch.autograd.Function):
@@ -172,7 +173,6 @@ class _TritonLogprob(torch.autograd.Function):
 def _constants(
     hidden: torch.Tensor, tile: Tile, bias: torch.Tensor | None, softcap: float | None, **flags: bool
 ) -> dict[str, Any]:
-    tf32 = hidden.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
     return {
         "D": hidden.shape[1],
         "BLOCK_ROWS": tile.rows,
@@ -180,11 +180,15 @@ def _constants(
         "BLOCK_DIM": tile.dim,
         "BIAS": bias is not None,
         "SOFTCAP": softcap is not None,
-        "PRECISION": "tf32" if tf32 else "ieee",
+        "PRECISION": _precision(hidden.dtype),
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,
         **flags,
     }
+
+
+def _precision(dtype: torch.dtype) -> str:
+    return "tf32" if dtype == torch.float32 and tf32_allowed() else "ieee"
 
 
 def _flags(**constants: int) -> dict[str, Any]:
@@ -218,7 +222,7 @@ def _cdiv(a: int, b: int) -> int:
 
 def deviations(device: torch.device, variant: Hashable) -> Mapping[str, Deviation]:
     """The self-check: results and gradients of a small problem with forks, against the reference in fp64."""
-    dtype, few, with_entropy, capped = variant  # pyrefly: ignore [not-iterable]
+    dtype, _, few, with_entropy, capped = variant  # pyrefly: ignore [not-iterable]
     num_rows, vocab, dim, num_edges = (40 if few else 150), 600, 100, 200
     generator = torch.Generator().manual_seed(0)
 

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch.autograd.function import once_differentiable
 
+from mosaic_kernels.dispatch import device_guard
 from mosaic_kernels.forest import PackedForest, pack_forest
 from mosaic_kernels.gather_sum import gather_sum_kernel
 from mosaic_kernels.logprob import linear_logprob
@@ -43,7 +44,8 @@ def triton_pairwise_preference_loss(
     _refuse_fp64("pairwise_preference_loss", policy_logprobs)
     check_once("pairwise_preference_loss", policy_logprobs.device, None, deviations)
     tokens = _Tokens(mask.contiguous().view(torch.uint8), cu_seqlens.contiguous())
-    return _PreferenceLoss.apply(policy_logprobs, reference_logprobs, tokens, pairs, preference, beta)
+    with device_guard(policy_logprobs.device):
+        return _PreferenceLoss.apply(policy_logprobs, reference_logprobs, tokens, pairs, preference, beta)
 
 
 def triton_forest_preference_loss(
@@ -65,7 +67,8 @@ def triton_forest_preference_loss(
         rows=needed.row_of_edge, backend="triton",
     )  # fmt: skip
     tokens = _tree_tokens(forest, needed.edge_of_token, len(needed.targets), device)
-    return _PreferenceLoss.apply(edge_logprobs, reference_logprobs, tokens, pairs, preference, beta)
+    with device_guard(device):
+        return _PreferenceLoss.apply(edge_logprobs, reference_logprobs, tokens, pairs, preference, beta)
 
 
 def _tree_tokens(

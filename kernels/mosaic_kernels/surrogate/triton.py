@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from mosaic_kernels.dispatch import device_guard
 from mosaic_kernels.proof.selfcheck import Deviation, check_once, deviations_of
 from mosaic_kernels.surrogate.kernels import surrogate_kernel
 from mosaic_kernels.surrogate.reference import reference_clipped_surrogate
@@ -29,10 +30,11 @@ def triton_clipped_surrogate(
             "clipped_surrogate: backend='triton' computes in fp32; for fp64 use backend='reference'"
         )
     check_once("clipped_surrogate", policy_logprobs.device, reference_logprobs is not None, deviations)
-    return _Surrogate.apply(
-        policy_logprobs, start_logprobs, advantages, weights, reference_logprobs,
-        1 - clip_low, 1 + clip_high, kl_weight,
-    )  # fmt: skip
+    with device_guard(policy_logprobs.device):
+        return _Surrogate.apply(
+            policy_logprobs, start_logprobs, advantages, weights, reference_logprobs,
+            1 - clip_low, 1 + clip_high, kl_weight,
+        )  # fmt: skip
 
 
 class _Surrogate(torch.autograd.Function):

@@ -291,7 +291,7 @@ def test_an_architecture_without_tiles_is_named() -> None:
 
 
 def test_the_self_check_passes_and_sees_a_kernel_that_is_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    variant = (torch.float32, True, True, True)
+    variant = (torch.float32, "ieee", True, True, True)
     device = machine().device
     found = deviations(device, variant)
     assert set(found) == {"logprobs", "entropy", "dhidden", "dweight"}

@@ -94,10 +94,17 @@ def test_a_server_that_cannot_start_shows_the_end_of_its_log(policy: Policy, tmp
         serve(engine, engine.health)
 
 
-def test_a_run_over_a_given_server_agrees_with_the_trainer(engine: SGLangEngine, tmp_path: Path):
+@pytest.mark.parametrize(
+    "more",
+    [("--engine.verify-weights",), ("--engine.weights", "tensor"), ("--model.lora-rank", "4")],
+    ids=["verified", "tensor", "lora"],
+)
+def test_a_run_over_a_given_server_agrees_with_the_trainer(
+    engine: SGLangEngine, tmp_path: Path, more: tuple[str, ...]
+):
     """`engine.urls`: two steps of training; the trainer's log-probs are those of the server."""
     url = engine.lanes[0].url
-    assert run(tmp_path / "run", "--engine.urls", url, "--engine.verify-weights", "--steps", "2") == 0
+    assert run(tmp_path / "run", "--engine.urls", url, "--steps", "2", *more) == 0
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert len(lines) == 2
     for row in map(json.loads, lines):

@@ -126,7 +126,7 @@ def test_checksums_prove_that_served_is_trained(
     changed.save_pretrained(folder)
 
     async def verify() -> None:
-        await verify_weights(other.lanes[0].client, folder, 2)
+        await verify_weights(other.lanes[0].client, folder, 2, 60.0)
 
     serve(other, verify, version=2)
     with torch.no_grad():

@@ -68,6 +68,7 @@ class SGLangEngine:
     ) -> None:
         self.options, self.stats = options, ServingStats()
         self._source, self._published = weights, WeightFolder(weights, folder / "weights")
+        self._load_s = deadlines.startup_timeout_s  # a start is mostly loading weights, too
         self._version = -1
         self._asleep = False
         self._checked: set[Lane] = set()
@@ -185,7 +186,8 @@ class SGLangEngine:
             if self.options.verify:
                 if self._folder is None:
                     self._folder = self._published.publish(version)
-                await verify_weights(lane.client, self._folder, version)
+                await verify_weights(lane.client, self._folder, version, self._load_s)
+            await lane.measure()
         except ServerUnavailableError as error:
             await lane.mend(error)
 
@@ -203,13 +205,12 @@ class SGLangEngine:
     async def _load(self, lane: Lane, version: int) -> None:
         if self.options.transport == "disk" or self._folder is not None:
             assert self._folder is not None
-            await load_from_disk(lane.client, self._folder, version)
+            await load_from_disk(lane.client, self._folder, version, self._load_s)
         else:
             info = await lane.client.call("/server_info", timeout_s=_QUICK_S)
             ranks = info.get("tp_size")
-            await load_from_tensors(
-                lane.client, self._source.named_tensors(), version, ranks if isinstance(ranks, int) else 1
-            )
+            count = ranks if isinstance(ranks, int) else 1
+            await load_from_tensors(lane.client, self._source.named_tensors(), version, count, self._load_s)
         await self._check_version(lane, version)
         lane.ledger.clear()
 
@@ -220,7 +221,7 @@ class SGLangEngine:
         if lane.process is not None:
             await lane.process.start(self._folder, self._version)
         else:
-            await load_from_disk(lane.client, self._folder, self._version)
+            await load_from_disk(lane.client, self._folder, self._version, self._load_s)
         await self._check_version(lane, self._version)
 
     async def _check_server(self, lane: Lane) -> None:

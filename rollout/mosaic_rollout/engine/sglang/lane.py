@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 
@@ -17,10 +18,13 @@ from mosaic_rollout.engine.sglang.server import ServerProcess
 from mosaic_rollout.engine.sglang.stats import ServingStats
 from mosaic_rollout.types import Request
 
+_log = logging.getLogger(__name__)
+
 FAILURES = 3
 """Failures in a row, of one request or of one server, after which the engine gives up."""
 
 _PROBE_EVERY_S = 2.0
+_CAPACITY = 65_536  # tokens, of a server that does not say
 _AGAIN_S = 2.0  # between looks at a server of somebody else's that does not answer
 
 
@@ -54,6 +58,7 @@ class Lane:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._client: SGLangClient | None = None
         self._failures = 0  # in a row
+        self._capacity = 0  # tokens, 0 until measured
         self._life = 0  # counts restarts, so that one failure seen by many requests is mended once
         self._in_flight = 0
 
@@ -87,8 +92,7 @@ class Lane:
             flight = await self._ledger.admit(request.token_ids)
             life = self._life
             try:
-                budget = await self._get_budget()
-                async with budget.hold(flight.new_tokens + request.sampling.max_new_tokens):
+                async with self._budget.hold(flight.new_tokens + request.sampling.max_new_tokens):
                     async with self._mending:  # not to a server that is known to be down
                         life = self._life
                     sample = await self._send(request, seed, flight)
@@ -134,6 +138,7 @@ class Lane:
                     raise EngineError(
                         f"the SGLang server failed {FAILURES} times in a row{log}. At last: {last}"
                     )
+                _log.warning("%s: %s. Bringing it back", self.url, last)
                 try:
                     await self._bring_back()
                 except EngineError as failed:
@@ -197,15 +202,16 @@ class Lane:
                     self.process.kill()
                 return
 
-    async def _get_budget(self) -> TokenBudget:
-        if self._budget is None:
-            tokens = self.options.max_inflight_tokens
-            if not tokens:
-                info = await self.client.call("/server_info", timeout_s=self.options.hang_timeout_s)
-                found = info.get("max_total_num_tokens")
-                tokens = found if isinstance(found, int) and found > 0 else 65_536
-            self._budget = self._budget or TokenBudget(tokens)
-        return self._budget
+    async def measure(self) -> None:
+        """Ask the server once how many tokens its cache holds: the budget, where none is given."""
+        if not self._capacity:
+            info = await self.client.call("/server_info", timeout_s=self.options.hang_timeout_s)
+            found = info.get("max_total_num_tokens")
+            self._capacity = found if isinstance(found, int) and found > 0 else _CAPACITY
+            self._budget = self._new_budget()
+
+    def _new_budget(self) -> TokenBudget:
+        return TokenBudget(self.options.max_inflight_tokens or self._capacity or _CAPACITY)
 
     def _enter_loop(self) -> None:
         """State that belongs to an event loop is made anew in each."""
@@ -214,7 +220,7 @@ class Lane:
             return
         self._loop, self._client = loop, None
         self._ledger = PrefixLedger()
-        self._budget: TokenBudget | None = None
+        self._budget = self._new_budget()
         self._mending = asyncio.Lock()
         self._watcher: asyncio.Task[None] | None = None
         self._in_flight = 0

@@ -18,7 +18,6 @@ from mosaic_rollout.types import JsonValue
 
 Transport = Literal["disk", "tensor"]
 
-_UPDATE_S = 600.0
 _BUCKET_BYTES = 512 * 2**20
 
 
@@ -66,52 +65,56 @@ class WeightFolder:
         shutil.rmtree(self.root, ignore_errors=True)
 
 
-async def load_from_disk(client: SGLangClient, folder: Path, version: int) -> None:
+async def load_from_disk(client: SGLangClient, folder: Path, version: int, timeout_s: float) -> None:
     """Replace the server's weights by those of `folder` and empty its cache."""
     body: dict[str, JsonValue] = {
         "model_path": str(folder.absolute()),
         "weight_version": str(version),
         "flush_cache": True,
     }
-    await client.call("/update_weights_from_disk", body, timeout_s=_UPDATE_S)
+    await client.call("/update_weights_from_disk", body, timeout_s=timeout_s)
 
 
 async def load_from_tensors(
-    client: SGLangClient, tensors: Iterable[tuple[str, torch.Tensor]], version: int, ranks: int
+    client: SGLangClient,
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    version: int,
+    ranks: int,
+    timeout_s: float,
 ) -> None:
     """Replace the server's weights by tensors it maps from this process, and empty its cache.
 
     What travels are handles: CUDA IPC on a GPU, shared files on a CPU. The tensors must stay as they are
     until this returns. ranks: the server's tensor parallelism, one list of handles each.
     """
-    await client.call("/begin_weight_update", {}, timeout_s=_UPDATE_S)
+    await client.call("/begin_weight_update", {}, timeout_s=timeout_s)
     try:
         for bucket in _buckets(tensors):
             handles = [_handles(bucket) for _ in range(ranks)]  # a handle is taken once
             body: dict[str, JsonValue] = {"serialized_named_tensors": handles, "flush_cache": False}
-            await client.call("/update_weights_from_tensor", body, timeout_s=_UPDATE_S)
+            await client.call("/update_weights_from_tensor", body, timeout_s=timeout_s)
     finally:
-        await client.call("/end_weight_update", {}, timeout_s=_UPDATE_S)
+        await client.call("/end_weight_update", {}, timeout_s=timeout_s)
     await client.call(
         "/update_weight_version",
         {"new_version": str(version), "abort_all_requests": False},
-        timeout_s=_UPDATE_S,
+        timeout_s=timeout_s,
     )
     await client.flush_cache(30.0)
 
 
-async def verify_weights(client: SGLangClient, folder: Path, version: int) -> None:
+async def verify_weights(client: SGLangClient, folder: Path, version: int, timeout_s: float) -> None:
     """Prove that every tensor served is the one in `folder`; EngineError where one is not.
 
     The server's checksums are taken, its tensors overwritten with noise, the folder loaded and the checksums
     taken again. A tensor that the update had left behind, or that loading leaves out, differs. Costs a
     further load; the cache is emptied.
     """
-    served = await _checksums(client)
-    await client.call("/weights_checker", {"action": "reset_tensors"}, timeout_s=_UPDATE_S)
-    noise = await _checksums(client)
-    await load_from_disk(client, folder, version)
-    trained = await _checksums(client)
+    served = await _checksums(client, timeout_s)
+    await client.call("/weights_checker", {"action": "reset_tensors"}, timeout_s=timeout_s)
+    noise = await _checksums(client, timeout_s)
+    await load_from_disk(client, folder, version, timeout_s)
+    trained = await _checksums(client, timeout_s)
     same = sorted(name for name in trained if noise.get(name) == trained[name])
     if same:
         raise EngineError(f"{client.url}: loading {folder} does not set {', '.join(same[:3])}")
@@ -123,9 +126,9 @@ async def verify_weights(client: SGLangClient, folder: Path, version: int) -> No
         )
 
 
-async def _checksums(client: SGLangClient) -> dict[str, str]:
+async def _checksums(client: SGLangClient, timeout_s: float) -> dict[str, str]:
     """Checksum of every tensor of every rank, by "rank/name"."""
-    answer = await client.call("/weights_checker", {"action": "checksum"}, timeout_s=_UPDATE_S)
+    answer = await client.call("/weights_checker", {"action": "checksum"}, timeout_s=timeout_s)
     ranks = answer.get("ranks")
     if not isinstance(ranks, Sequence) or not ranks:
         raise EngineError(f"{client.url}/weights_checker gave no checksums")

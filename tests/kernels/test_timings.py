@@ -34,6 +34,29 @@ def test_a_row_shows_rate_share_and_ratio() -> None:
     assert "%" not in "".join(table(rows, peak=None))
 
 
+def test_log_probs_are_summed_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that run here give the same gradients; missing packages are rows with the reason."""
+    exact = timings.linear_logprob
+
+    def as_chunked(*args: torch.Tensor, backend: str) -> torch.Tensor:
+        return exact(*args, backend="chunked")
+
+    monkeypatch.setattr(timings, "linear_logprob", as_chunked)
+    seen: list[object] = []
+
+    def timer(run: timings.Run) -> Spread:
+        seen.append(run())
+        return Spread(1.0, 1.0, 1.0)
+
+    rows = list(timings.logprob_rows(timer, device="cpu", rows=5, size=16, vocabulary=11))
+    assert [row.implementation for row in rows if row.spread is not None] == [
+        "triton (ours)", "chunked", "torch, all logits",
+    ]  # fmt: skip
+    assert {row.flops for row in rows} == {3 * 2 * 5 * 16 * 11}
+    for a, b in zip(seen[0], seen[2], strict=True):  # pyrefly: ignore [bad-argument-type]
+        assert relative_error(a, b) < 2e-2
+
+
 @pytest.mark.parametrize(
     ("name", "peak"),
     [("NVIDIA H100 PCIe", 756.0), ("NVIDIA H100 80GB HBM3", 989.0), ("NVIDIA GeForce RTX 4090", None)],

@@ -6,6 +6,7 @@ implementation that computes more than the mask asks for (a dense mask, gathered
 being slower, not by being credited for more work. Nothing of this file has been run on a GPU yet.
 """
 
+import importlib
 import importlib.util
 import statistics
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +17,7 @@ import torch
 
 from mosaic_kernels.attention import tree_attention
 from mosaic_kernels.forest import PackedForest, pack_forest
+from mosaic_kernels.logprob import linear_logprob
 
 REPEATS, WARMUPS = 20, 3
 RUNS_TOO_LONG_MS = 2_000.0  # an implementation slower than this is timed once
@@ -58,7 +60,8 @@ def print_timings() -> bool:
     """Print the table for this machine's first CUDA device. True: a table has no verdict."""
     name = torch.cuda.get_device_name()
     print(f"{name}, torch {torch.__version__}; medians of {REPEATS} runs")
-    for line in table(list(attention_rows(cuda_timer)), peak_tflops(name)):
+    rows = [*attention_rows(cuda_timer), *logprob_rows(cuda_timer)]
+    for line in table(rows, peak_tflops(name)):
         print(line)
     return True
 
@@ -153,12 +156,66 @@ def attention_rows(timer: Timer, device: str = "cuda") -> Iterator[Row]:
                 if isinstance(attend, str):
                     yield Row(work, implementation, None, flops, attend)
                     continue
-                try:
-                    spread = timer(_run(attend, q, k, v, backward))
-                except torch.OutOfMemoryError:
-                    yield Row(work, implementation, None, flops, "out of memory")
-                    continue
-                yield Row(work, implementation, spread, flops)
+                yield _timed(work, implementation, _run(attend, q, k, v, backward), flops, timer)
+
+
+def logprob_rows(
+    timer: Timer, device: str = "cuda", *, rows: int = 8192, size: int = 4096, vocabulary: int = 151_936
+) -> Iterator[Row]:
+    """Log-probs of one target a row, and the gradients of hidden and weight: 3 products of the three sizes.
+
+    The recomputation that spares the logits is not credited: with it ours makes 4 products.
+    """
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((rows, size), (vocabulary, size))
+    hidden, weight = (
+        torch.randn(shape, generator=generator).to(device, torch.bfloat16).requires_grad_()
+        for shape in shapes
+    )
+    targets = torch.randint(vocabulary, (rows,), generator=generator).to(device)
+    product = 2.0 * rows * size * vocabulary
+    work = f"log-probs: {rows:,} rows, {size:,} by {vocabulary:,}"
+    for implementation, sum_of_logprobs in _logprob_implementations(targets):
+        if isinstance(sum_of_logprobs, str):
+            yield Row(work, implementation, None, 3 * product, sum_of_logprobs)
+            continue
+
+        def both(run: SumOfLogprobs = sum_of_logprobs) -> object:
+            return torch.autograd.grad(run(hidden, weight), (hidden, weight))
+
+        yield _timed(work, implementation, both, 3 * product, timer)
+
+
+SumOfLogprobs = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def _logprob_implementations(targets: torch.Tensor) -> Iterator[tuple[str, SumOfLogprobs | str]]:
+    """Each name with its sum of log-probs, or with the reason it is missing. Ours first."""
+    yield "triton (ours)", lambda h, w: linear_logprob(h, w, targets, backend="triton").sum()
+    yield "chunked", lambda h, w: linear_logprob(h, w, targets, backend="chunked").sum()
+    if importlib.util.find_spec("liger_kernel") is None:
+        yield "Liger", "liger-kernel is not installed"
+    else:
+        liger = importlib.import_module("liger_kernel.transformers").LigerFusedLinearCrossEntropyLoss(
+            reduction="sum"
+        )
+        yield "Liger", lambda h, w: -liger(w, h, targets)
+    if importlib.util.find_spec("cut_cross_entropy") is None:
+        yield "cut-cross-entropy", "cut-cross-entropy is not installed"
+    else:
+        cut = importlib.import_module("cut_cross_entropy").linear_cross_entropy
+        yield "cut-cross-entropy", lambda h, w: -cut(h, w, targets, reduction="sum")
+    yield (
+        "torch, all logits",
+        lambda h, w: -torch.nn.functional.cross_entropy((h @ w.T).float(), targets, reduction="sum"),
+    )
+
+
+def _timed(work: str, implementation: str, run: Run, flops: float, timer: Timer) -> Row:
+    try:
+        return Row(work, implementation, timer(run), flops)
+    except torch.OutOfMemoryError:
+        return Row(work, implementation, None, flops, "out of memory")
 
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]

@@ -45,14 +45,19 @@ class Components:
         else:
             self.lora.save(folder)
 
-    def run(self, work: Coroutine[None, None, Result], *, version: int) -> Result:
-        """Run engine work with the policy's current weights as `version`.
+    def publish(self, version: int) -> None:
+        """Have the engine serve the policy's current weights as `version`."""
+        self.run(_nothing(), version=version)
+
+    def run(self, work: Coroutine[None, None, Result], *, version: int | None) -> Result:
+        """Run engine work with the policy's current weights as `version`; None: with those it serves.
 
         EngineStoppedError where the engine fails.
         """
 
         async def synced() -> Result:
-            await self.engine.update_weights(version)
+            if version is not None:
+                await self.engine.update_weights(version)
             try:
                 return await work
             finally:
@@ -69,6 +74,10 @@ class Components:
         """The agent loop at another sampling temperature; 0 is greedy."""
         loop = self.loop
         return replace(loop, temperature=temperature)
+
+
+async def _nothing() -> None:
+    pass
 
 
 def model_folder(path: str) -> Path:

@@ -148,6 +148,8 @@ class RolloutConfig(Section):
     """Where rollouts of a group begin to differ: at the prompt (the paper), after a plan, or at a step."""
     gate_contrast: bool = False
     """fork_at_check: take the gate both ways and train it with its all-action gradient (docs/gate.md)."""
+    max_staleness: int = Field(default=0, ge=0)
+    """sglang: updates that rollouts may be old, sampled while earlier steps train; 0: exactly on policy."""
     temperature: Positive = 1.0
     """Sampling temperature; the trainer's log-probs use the same one."""
     max_steps: Count = 6
@@ -440,6 +442,8 @@ class Config(Section):
                 "forest.credit = 'subtree' compares branches of a fork, and rollout.branching = "
                 "'independent' has none: every advantage would be 0; use 'fork_at_check' or 'fork_at_step'"
             )
+        if self.rollout.max_staleness:
+            self._check_staleness()
         if self.rollout.gate_contrast:
             self._check_gate_contrast()
         if self.env.name == "agent_safetybench" and self.judge.name == "rule":
@@ -452,6 +456,18 @@ class Config(Section):
         ):
             raise ValueError("model.lora_alpha and model.lora_targets need model.lora_rank above 0")
         return self
+
+    def _check_staleness(self) -> None:
+        if self.engine.kind != "sglang" or self.engine.colocated:
+            raise ValueError(
+                "rollout.max_staleness above 0 samples beside the trainer: it needs engine.kind = 'sglang' "
+                "and servers that are not colocated"
+            )
+        if not self.off_policy.corrects:
+            raise ValueError(
+                "rollout.max_staleness above 0 trains on rollouts of older weights: set "
+                "off_policy.truncate_at, for example 2.0, so that they are weighed accordingly"
+            )
 
     def _check_gate_contrast(self) -> None:
         wanted = {

@@ -32,6 +32,7 @@ from mosaic_fast.interrupt import Interrupt
 from mosaic_fast.judge import Judge, build_judge, judgement_figures
 from mosaic_fast.learner import Learner
 from mosaic_fast.metrics import Rate, pairs_of, prefix_hit, reward_figures, rollout_figures, values_of
+from mosaic_fast.overlap import Ahead
 from mosaic_fast.progress import ProgressView
 from mosaic_fast.reward import group_reward
 from mosaic_fast.run_folder import RunFolder
@@ -39,6 +40,7 @@ from mosaic_fast.seeds import derived_seed
 from mosaic_fast.step_batch import step_batch
 from mosaic_fast.trackers import Trackers, require_trackers
 from mosaic_fast.trajectories import write_trajectories
+from mosaic_rollout.types import Rollout
 
 INTERRUPTED = 130  # exit code after Ctrl-C, as shells have it
 
@@ -73,6 +75,7 @@ def train(config: Config, name: str = "world", *, resume: bool = False) -> int:
 
     with (
         closing(components.engine),
+        closing(trainer.rollouts),
         ProgressView(config.trackers.console, config.steps, progress.step) as view,
         Trackers(config, folder.path) as trackers,
         Interrupt() as interrupt,
@@ -103,27 +106,36 @@ class _Trainer:
         self.config, self.folder, self.components = config, folder, components
         self.learner, self.judge = learner, judge
         self._checkpoint_s = 0.0  # seconds the last checkpoint took
+        ahead = config.rollout.max_staleness
+        self.rollouts = Ahead(
+            components.publish if ahead else lambda version: None,
+            lambda step: self._play(step, version=None if ahead else step),
+            max_staleness=ahead,
+            steps=config.steps,
+        )
+
+    def _play(self, step: int, *, version: int | None) -> list[list[Rollout]]:
+        """A group of trajectories for every task of a step."""
+        config, loop = self.config.rollout, self.components.loop
+        seed = self.config.seed
+        tasks = loop.environment.sample("train", config.prompts_per_step, derived_seed(seed, "tasks", step))
+        work = loop.groups(
+            tasks,
+            group_size=config.group_size,
+            branching=config.branching,
+            seed=derived_seed(seed, "draws", step),
+            gate_contrast=config.gate_contrast,
+        )
+        return self.components.run(work, version=version)
 
     def step(self, progress: Progress) -> tuple[dict[str, float], Progress]:
         """One training step; returns its metrics and how far the run has come."""
-        config, loop, step = self.config, self.components.loop, progress.step
+        config, step = self.config, progress.step
         clock = Clock()
 
-        # roll out: a group of trajectories for every task, by the current weights
-        tasks = loop.environment.sample(
-            "train", config.rollout.prompts_per_step, derived_seed(config.seed, "tasks", step)
-        )
+        # roll out: a group of trajectories for every task, by the current weights unless sampled ahead
         try:
-            groups = self.components.run(
-                loop.groups(
-                    tasks,
-                    group_size=config.rollout.group_size,
-                    branching=config.rollout.branching,
-                    seed=derived_seed(config.seed, "draws", step),
-                    gate_contrast=config.rollout.gate_contrast,
-                ),
-                version=step,
-            )
+            groups = self.rollouts.take(step)
         except EngineStoppedError:
             self.save_unsaved(progress)
             raise
@@ -160,6 +172,7 @@ class _Trainer:
         row = {
             "step": step + 1.0,
             **rollout_figures(rollouts),
+            "policy/staleness": sum(step - r.policy_version for r in rollouts) / len(rollouts),
             **reward_figures(rewards),
             **judgement_figures(judgements),
             **figures,
@@ -206,6 +219,7 @@ class _Trainer:
 
     def evaluate(self, count: int, step: int) -> dict[str, Rate]:
         """Rates on held-out tasks, greedy, by the weights after `step` training steps."""
+        self.rollouts.wait()
         return evaluate_policy(self.components, "heldout", count, temperature=0.0, version=step)
 
     def finish(self, progress: Progress, after: dict[str, Rate], view: ProgressView) -> None:

@@ -14,7 +14,7 @@ import mosaic_fast.policy.head as head_module
 from mosaic_fast.errors import UserError
 from mosaic_fast.policy import Policy
 from mosaic_fast.policy.attention import ATTENTION_NAME
-from mosaic_fast.policy.layout import has_known_layer, has_known_layout
+from mosaic_fast.policy.layout import has_known_attention, has_known_layer, has_known_layout
 from tests.policy.policy_helpers import (
     assert_gradients_close,
     decoder,
@@ -60,6 +60,14 @@ def hooked_last_layer(model: PreTrainedModel) -> None:
     decoder(model).layers[-1].register_forward_pre_hook(lambda module, inputs: (1.5 * inputs[0], *inputs[1:]))
 
 
+def replaced_attention(model: PreTrainedModel) -> None:
+    attention = decoder(model).layers[-1].self_attn
+    attention.forward = types.MethodType(
+        lambda self, hidden_states, **kwargs: type(self).forward(self, 0.6 * hidden_states, **kwargs),
+        attention,
+    )
+
+
 def replaced_mlp(model: PreTrainedModel) -> None:
     mlp = decoder(model).layers[-1].mlp
     mlp.forward = types.MethodType(lambda self, x: self.down_proj(self.up_proj(x).tanh()), mlp)
@@ -93,6 +101,7 @@ ALTERATIONS = [
     hooked_head,
     hooked_last_mlp,
     hooked_last_layer,
+    replaced_attention,
     replaced_mlp,
     replaced_layer,
     hooked_decoder,
@@ -123,18 +132,22 @@ def test_alterations_are_honoured(
 
 @pytest.mark.parametrize("case", ["qwen2", "qwen3", "phi3", "llama"])
 def test_stock_models_take_the_fast_path(case: str) -> None:
-    """The parts are called one by one, and the last MLP, the norm and the head see needed rows only."""
+    """The parts are called one by one; the last layer but for its keys, and the norm, see needed rows only."""
     model, data = tiny_model(case), example_rollouts()
     assert has_known_layout(model)
     assert has_known_layer(model, decoder(model).layers[-1])
+    attention = decoder(model).layers[-1].self_attn
+    assert has_known_attention(model, attention)
     rows: list[int] = []
-    norm = decoder(model).norm
-    original = norm.forward
-    norm.forward = lambda x: (rows.append(x.shape[1]), original(x))[1]
+    queries = [attention.q_proj] if hasattr(attention, "q_proj") else []
+    for module in [*queries, attention.o_proj, decoder(model).norm]:
+        forward = module.forward
+        module.forward = lambda x, forward=forward: (rows.append(x.shape[1]), forward(x))[1]
     forest = data.pack()
     Policy(model).logprobs(forest)
-    assert rows == [len(set(forest.parent[forest.node_index[forest.trained]].tolist()))]
-    assert rows[0] < forest.num_nodes
+    needed = len(set(forest.parent[forest.node_index[forest.trained]].tolist()))
+    assert rows == [needed] * (len(queries) + 2)
+    assert needed < forest.num_nodes
 
 
 def test_every_layer_is_called_as_a_module() -> None:

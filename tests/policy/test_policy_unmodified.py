@@ -132,7 +132,7 @@ def test_alterations_are_honoured(
 
 @pytest.mark.parametrize("case", ["qwen2", "qwen3", "phi3", "llama"])
 def test_stock_models_take_the_fast_path(case: str) -> None:
-    """The parts are called one by one; the last layer but for its keys, and the norm, see needed rows only."""
+    """The parts are called one by one; the last layer's keys alone see more than the needed rows."""
     model, data = tiny_model(case), example_rollouts()
     assert has_known_layout(model)
     assert has_known_layer(model, decoder(model).layers[-1])

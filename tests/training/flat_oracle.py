@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from hypothesis import strategies as st
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -206,3 +207,43 @@ def flat_pairs(case: Case, config: Config, policy: list[Tensor], reference: list
                         log = torch.nn.functional.logsigmoid
                         losses.append(-p * log(beta * h) - (1 - p) * log(-beta * h))
     return torch.stack(losses).mean()
+
+
+@st.composite
+def forked_cases(draw: st.DrawFn) -> Case:
+    """2 to 6 rollouts of few token ids, so that they agree by chance too; forks of forks, any mask."""
+    count = draw(st.integers(2, 6))
+    sequences: list[list[int]] = []
+    masks: list[list[bool]] = []
+    parents, positions = [], []
+    for r in range(count):
+        parent = draw(st.integers(-1, r - 1))
+        position = draw(st.integers(1, len(sequences[parent]))) if parent >= 0 else 0
+        own = draw(st.lists(st.integers(0, 2), min_size=0 if parent >= 0 else 2, max_size=6))
+        trained = draw(st.lists(st.booleans(), min_size=len(own), max_size=len(own)))
+        sequences.append((sequences[parent][:position] if parent >= 0 else []) + own)
+        masks.append((masks[parent][:position] if parent >= 0 else []) + trained)
+        masks[-1][0] = False
+        parents.append(parent)
+        positions.append(position)
+    if not any(any(mask) for mask in masks):
+        masks[0][1] = True
+        for r in range(1, count):  # what is inherited is trained alike
+            if parents[r] >= 0 and positions[r] > 1:
+                masks[r][1] = masks[parents[r]][1]
+    value = st.integers(-2, 2)
+    returns = np.array(draw(st.lists(value, min_size=count, max_size=count)), np.float64)
+    label = st.sampled_from([0.0, 0.3, 0.5, 1.0])
+    above = draw(st.lists(label, min_size=count * count, max_size=count * count))
+    upper = np.triu(np.array(above).reshape(count, count), 1)
+    return Case(
+        sequences=[np.array(s) for s in sequences],
+        trained=[np.array(m, np.bool_) for m in masks],
+        parents=parents,
+        fork_positions=positions,
+        groups=[list(range(count))],
+        preferences=[upper + np.tril(1 - upper.T, -1) + 0.5 * np.eye(count)],
+        advantages=returns,
+        returns=returns,
+        sampler_logprobs=[np.zeros(len(s), np.float32) for s in sequences],
+    )

@@ -12,6 +12,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
 from mosaic_fast.components import checkpoint_activations
@@ -30,7 +32,7 @@ from mosaic_fast.learner import Learner, Reference
 from mosaic_fast.policy import Policy
 from tests.policy.policy_helpers import assert_gradients_close, tiny_model
 
-from .flat_oracle import Case, alone, flat_loss, forked_case
+from .flat_oracle import Case, alone, flat_loss, forked_case, forked_cases
 
 PLANS = {"tree": 8192, "cut": 16, "held": 16, "flat": 16}  # tokens at once
 FAMILIES = ("qwen2", "qwen3", "phi3", "llama")
@@ -126,6 +128,22 @@ def test_any_loss_credit_and_cut_is_the_flat_batch(family: str, name: str):
         for penalised in (True, False):
             plans = list(PLANS) if credit == "sum" else [list(PLANS)[(index + penalised) % 3], "cut"]
             check(family, config_of(name, credit, penalised=penalised), forked_case(), plans)
+
+
+@settings(max_examples=30)
+@given(
+    forked_cases(),
+    st.sampled_from(["grpo", "gspo", "cispo", "dpo", "dpo_norm", "ipo"]),
+    st.sampled_from(["sum", "mean", "first", "subtree"]),
+    st.booleans(),
+    st.sampled_from(list(PLANS)),
+)
+def test_random_forks_and_masks_are_the_flat_batch(
+    case: Case, name: str, credit: str, penalised: bool, plan: str
+):
+    """Duplicates, rollouts that end at a fork, nothing trained in some, agreement by chance."""
+    config = config_of(name, "sum" if name in PAIRWISE_LOSSES else credit, penalised=penalised)
+    check("qwen2", config, case, [plan])
 
 
 def test_the_cases_reach_what_they_are_for():

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from mosaic_kernels import attention, logprob, preference
+from mosaic_kernels import attention, logprob, preference, surrogate
 from mosaic_kernels.attention import tree_attention
 from mosaic_kernels.dispatch import Backends
 from mosaic_kernels.forest import PackedForest, pack_forest
@@ -23,8 +23,10 @@ from mosaic_kernels.oracle import (
     logprobs_of_edges,
     preference_loss_of_pairs,
     preference_loss_of_rollouts,
+    surrogate_of_tokens,
 )
 from mosaic_kernels.preference import forest_preference_loss, pairwise_preference_loss
+from mosaic_kernels.surrogate import clipped_surrogate
 
 VOCAB = 61
 FP32_FACTOR, FP32_FLOOR = 3.0, 1e-6
@@ -92,7 +94,7 @@ def problems(seed: int, large: bool) -> Iterator[Problem]:
 
     edges = np.flatnonzero(forest.parent >= 0)
     targets, rows = forest.tokens[edges], forest.parent[edges]
-    temperature = float(rng.choice([1.0, 0.7]))
+    temperature, softcap = float(rng.choice([1.0, 0.7])), [None, 4.0][seed % 2]
     hidden, weight = leaf(forest.num_nodes, head_dim), leaf(VOCAB, head_dim)
     yield Problem(
         "linear_logprob",
@@ -101,10 +103,12 @@ def problems(seed: int, large: bool) -> Iterator[Problem]:
         [hidden, weight, leaf(VOCAB)],
         lambda x, backend: linear_logprob(
             x[0], x[1], targets,
-            rows=rows, bias=x[2], temperature=temperature, return_entropy=True, backend=backend,
+            rows=rows, bias=x[2], temperature=temperature, softcap=softcap,
+            return_entropy=True, backend=backend,
         ),
         lambda x: logprobs_of_edges(
-            x[0], x[1], targets.tolist(), rows.tolist(), bias=x[2], temperature=temperature
+            x[0], x[1], targets.tolist(), rows.tolist(),
+            bias=x[2], temperature=temperature, softcap=softcap,
         ),
     )  # fmt: skip
 
@@ -152,6 +156,27 @@ def problems(seed: int, large: bool) -> Iterator[Problem]:
             )
         ],
     )
+    start, advantages, kl_reference = (leaf(forest.num_tokens) for _ in range(3))
+    weights = torch.from_numpy(mask).double()
+    yield Problem(
+        "clipped_surrogate",
+        1e-11,
+        surrogate.BACKENDS,
+        [leaf(forest.num_tokens)],
+        lambda x, backend: [
+            clipped_surrogate(
+                x[0], start.to(x[0]), advantages.to(x[0]), weights.to(x[0]),
+                reference_logprobs=kl_reference.to(x[0]),
+                clip_low=0.2, clip_high=0.25, kl_weight=0.1, backend=backend,
+            )
+        ],
+        lambda x: [
+            surrogate_of_tokens(
+                x[0], start.tolist(), advantages.tolist(), weights.tolist(), kl_reference.tolist(),
+                clip_low=0.2, clip_high=0.25, kl_weight=0.1,
+            )
+        ],
+    )  # fmt: skip
 
 
 def worst_error(problem: Problem, backend: str, device: str, dtype: torch.dtype, seed: int) -> float:

@@ -1,5 +1,6 @@
 """The log-prob kernels against one row at a time."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -194,6 +195,16 @@ def test_forbidden_tokens_fill_tiles_and_splits() -> None:
 def test_extreme_logits() -> None:
     """Logits of thousands: probabilities of 0 and 1, and log-probs that keep their digits."""
     check(draw(20, 30, 100, 16, 5, torch.float32, size=500.0), slack=2e-3)  # epsilon times the logits
+
+
+def test_a_confident_log_prob_of_a_large_logit_keeps_its_digits() -> None:
+    """log p = -log(1 + 99 exp(-12)) beside logits of 1,000, whose spacing is a hundredth of it."""
+    bias = torch.full((100,), 988.0)
+    bias[7] = 1000.0
+    hidden, weight, bias = on_machine(torch.zeros(3, 16), torch.zeros(100, 16), bias)
+    found = linear_logprob(hidden, weight, torch.full((3,), 7), bias=bias, backend="triton")
+    exact = -math.log1p(99 * math.exp(-12))
+    assert all(abs(value / exact - 1) < 1e-3 for value in found.tolist())
 
 
 def test_tanh_keeps_its_digits_near_zero() -> None:

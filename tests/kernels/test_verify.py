@@ -1,5 +1,6 @@
 """`python -m mosaic_kernels.verify` passes here, and fails when an op is off."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -31,3 +32,34 @@ def test_fails_with_the_line_of_the_op_that_is_off(
         verify.main()
     wrong = [line for line in capsys.readouterr().out.splitlines() if line.endswith("NO")]
     assert [line.split()[:4] for line in wrong] == [["tree_attention", "segments", "cpu", "float64"]]
+
+
+def test_a_layer_that_cannot_run_says_why(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Asked for by name it is a failure, with what is missing in the output."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("sys.argv", ["verify", "--layer", "device"])
+    with pytest.raises(SystemExit, match="device cannot run here"):
+        verify.main()
+    assert "== device: not run, needs a CUDA device" in capsys.readouterr().out
+
+
+def test_tests_of_a_layer_run_with_its_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton reads TRITON_INTERPRET at import, so each layer is a process; its failure is the layer's."""
+    seen = []
+
+    def run(command: list[str], *, env: dict[str, str], **options: Any) -> Any:
+        seen.append((command[2:], env.get("TRITON_INTERPRET"), env.get("MOSAIC_EMULATED")))
+        return SimpleNamespace(returncode=int("ttsem.sanitize" in command))
+
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # what the caller has set must not leak into ttsem
+    monkeypatch.setattr("subprocess.run", run)
+    monkeypatch.setattr("sys.argv", ["verify", "--layer", "interpreter", "--layer", "ttsem"])
+    with pytest.raises(SystemExit, match="ttsem failed"):
+        verify.main()
+    (interpreter, *flags), (ttsem, *ttsem_flags) = seen
+    assert interpreter[0] == "pytest"
+    assert flags == ["1", None]
+    assert ttsem[:2] == ["ttsem.sanitize", "pytest"]
+    assert ttsem_flags == [None, "1"]

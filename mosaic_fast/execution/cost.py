@@ -10,9 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import tomli_w
+from numpy.typing import NDArray
 
 from mosaic_fast.errors import UserError
 from mosaic_fast.execution.schedule import Forward
+from mosaic_kernels import PackedForest
 from mosaic_kernels.ideal import ModelShape
 
 DEFAULT = "default"
@@ -53,10 +55,14 @@ def work_of(parts: Sequence[Forward], shape: ModelShape) -> Work:
     on_queries = shape.hidden_size * (2 * query + 3 * shape.intermediate_size)
     windows = _windows(shape)
     linear = attention = head = held = 0.0
+    predicting: dict[int, NDArray[np.bool_]] = {}  # the forwards of one forest share its mask
     for part in parts:
         forest, nodes = part.forest, part.nodes
         visible = (forest.positions if nodes is None else forest.positions[nodes]) + 1  # [U] keys a node sees
-        rows = _rows(part)
+        if id(forest) not in predicting:
+            predicting[id(forest)] = _predicting(forest)
+        mask = predicting[id(forest)]
+        rows = np.flatnonzero(mask) if nodes is None else nodes[mask[nodes]]
         linear += (len(windows) - 1) * (on_keys + on_queries) * len(visible)
         linear += on_keys * len(visible) + on_queries * len(rows)
         for window in windows[:-1]:
@@ -137,8 +143,8 @@ def _pairs(visible: np.ndarray, window: int | None) -> int:
     return int((visible if window is None else np.minimum(visible, window)).sum())
 
 
-def _rows(part: Forward) -> np.ndarray:
-    """The nodes of a forward that predict a trained one."""
-    forest = part.forest
-    rows = np.unique(forest.parent[forest.node_index[forest.trained]])
-    return rows if part.nodes is None else np.intersect1d(rows, part.nodes, assume_unique=True)
+def _predicting(forest: PackedForest) -> NDArray[np.bool_]:  # [U]
+    """Which nodes predict a trained one."""
+    found = np.zeros(forest.num_nodes, np.bool_)
+    found[forest.parent[forest.node_index[forest.trained]]] = True
+    return found

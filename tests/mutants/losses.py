@@ -3,8 +3,8 @@
 from tests.mutants.mutant import INTERPRETER, TTSEM, Mutant
 
 PREFERENCE = "preference/kernels.py"
-PAIRS = "test_preference_losses.py::test_pairwise_equals_one_pair_at_a_time"
-FOREST = "test_preference_losses.py::test_forest_equals_one_rollout_at_a_time"
+PAIRS = "test_preference_losses.py::test_pairwise_of_an_awkward_group_equals_one_pair_at_a_time"
+FOREST = "test_preference_losses.py::test_forest_of_an_awkward_group_equals_one_rollout_at_a_time"
 SURROGATE = "surrogate/kernels.py"
 TOKENS = "test_clipped_surrogate.py::test_equals_one_token_at_a_time"
 
@@ -68,7 +68,7 @@ LOSSES = (
         "preference/tree.py",
         (("count < size[of]", "count < size[of] - 1"),),
         INTERPRETER,
-        FOREST,
+        "test_preference_losses.py::test_the_shared_trunk_never_reaches_the_lm_head",
     ),
     Mutant(
         "the mask is loaded past the last token",

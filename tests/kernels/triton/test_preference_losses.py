@@ -27,6 +27,23 @@ def draw_pairs(forest: PackedForest, seed: int) -> tuple[IntArray, np.ndarray]:
     return pairs, rng.choice([0.0, 0.5, 1.0, 0.3], size=count)
 
 
+def awkward_group() -> PackedForest:
+    """Forks, a duplicate, a strict prefix, a stranger, one token, none; masks differ on shared nodes."""
+    trunk = [1, 2, 3, 4]
+    sequences = [
+        [*trunk, 5, 6, 0],
+        [*trunk, 5, 2],
+        trunk[:2] + [0] * 9,
+        trunk,
+        [6, 5, 4],
+        [2],
+        [],
+        [*trunk, 5, 2],
+    ]
+    rng = np.random.default_rng(1)
+    return pack_forest(sequences, [rng.random(len(s)) * (np.arange(len(s)) > 0) > 0.2 for s in sequences])
+
+
 def log_probs(count: int, seed: int) -> torch.Tensor:
     return -3 * torch.rand(count, generator=torch.Generator().manual_seed(seed))
 
@@ -47,10 +64,7 @@ def weighted(loss: torch.Tensor, seed: int) -> torch.Tensor:
     return (loss * weight.to(loss)).sum()
 
 
-@settings(max_examples=machine().examples)
-@given(forest=some_forests, seed=seeds, with_reference=st.booleans(), beta=betas, dtype=dtypes)
-@pytest.mark.usefixtures("poisoned_memory")
-def test_pairwise_equals_one_pair_at_a_time(
+def check_pairwise(
     forest: PackedForest, seed: int, with_reference: bool, beta: float, dtype: torch.dtype
 ) -> None:
     """What the mask hides is NaN."""
@@ -82,7 +96,21 @@ def test_pairwise_equals_one_pair_at_a_time(
 @settings(max_examples=machine().examples)
 @given(forest=some_forests, seed=seeds, with_reference=st.booleans(), beta=betas, dtype=dtypes)
 @pytest.mark.usefixtures("poisoned_memory")
-def test_forest_equals_one_rollout_at_a_time(
+def test_pairwise_equals_one_pair_at_a_time(
+    forest: PackedForest, seed: int, with_reference: bool, beta: float, dtype: torch.dtype
+) -> None:
+    check_pairwise(forest, seed, with_reference, beta, dtype)
+
+
+@pytest.mark.parametrize("dtype", machine().dtypes, ids=str)
+@pytest.mark.parametrize("with_reference", [True, False])
+def test_pairwise_of_an_awkward_group_equals_one_pair_at_a_time(
+    with_reference: bool, dtype: torch.dtype
+) -> None:
+    check_pairwise(awkward_group(), 7, with_reference, 0.3, dtype)
+
+
+def check_forest(
     forest: PackedForest, seed: int, with_reference: bool, beta: float, dtype: torch.dtype
 ) -> None:
     """Masks and reference log-probs differ between rollouts on shared nodes."""
@@ -116,6 +144,23 @@ def test_forest_equals_one_rollout_at_a_time(
     assert_as_exact_as_plain(results("triton", dtype), results("reference", dtype), exact, dtype)
 
 
+@settings(max_examples=machine().examples)
+@given(forest=some_forests, seed=seeds, with_reference=st.booleans(), beta=betas, dtype=dtypes)
+@pytest.mark.usefixtures("poisoned_memory")
+def test_forest_equals_one_rollout_at_a_time(
+    forest: PackedForest, seed: int, with_reference: bool, beta: float, dtype: torch.dtype
+) -> None:
+    check_forest(forest, seed, with_reference, beta, dtype)
+
+
+@pytest.mark.parametrize("dtype", machine().dtypes, ids=str)
+@pytest.mark.parametrize("with_reference", [True, False])
+def test_forest_of_an_awkward_group_equals_one_rollout_at_a_time(
+    with_reference: bool, dtype: torch.dtype
+) -> None:
+    check_forest(awkward_group(), 7, with_reference, 0.3, dtype)
+
+
 def test_64_long_rollouts_of_one_group_all_judged() -> None:
     """2,016 pairs, rollouts of several blocks and of one token, and one without a trained token."""
     rng = np.random.default_rng(0)
@@ -141,7 +186,10 @@ def test_64_long_rollouts_of_one_group_all_judged() -> None:
 
 
 def test_the_shared_trunk_never_reaches_the_lm_head() -> None:
-    """Poisoned hidden states where every edge cancels change neither loss nor gradient."""
+    """Poisoned hidden states where every edge cancels change neither loss nor gradient.
+
+    The edge to the last 2 is trained by two of three rollouts, cancels in no pair of the first, and counts.
+    """
     forest = pack_forest([[5, 6, 0, 1], [5, 6, 0, 2], [5, 6, 0, 2]])
     generator = torch.Generator().manual_seed(0)
     hidden, weight = on_machine(*(torch.randn(s, 16, generator=generator) for s in (forest.num_nodes, VOCAB)))
@@ -157,6 +205,9 @@ def test_the_shared_trunk_never_reaches_the_lm_head() -> None:
         grads.append(torch.autograd.grad(loss.sum(), rows)[0])
     assert torch.equal(*losses)
     assert torch.equal(*grads)
+    wide = [x.detach().double() for x in (hidden, weight)]
+    exact = preference_loss_of_rollouts(*wide, forest, [(0, 1), (2, 0)], [1.0, 0.5], beta=1.0)
+    assert torch.allclose(losses[1].double(), exact, rtol=1e-5)
     assert not grads[1][:2].any()
     assert grads[1][2].any()
 

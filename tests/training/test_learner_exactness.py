@@ -67,10 +67,10 @@ def moved(model: PreTrainedModel) -> PreTrainedModel:
     return other.requires_grad_(False)
 
 
-def second_epoch(
+def last_epoch(
     model: PreTrainedModel, config: Config, case: Case, plan: str
 ) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-    """The gradient just before the second optimiser step; the model is left with the weights it is of."""
+    """The gradient just before the last optimiser step; the model is left with the weights it is of."""
     learner = Learner(Policy(model), Reference(Policy(moved(model))), config)
     learner._execution = Execution(
         PLANS[plan], config.rollout.temperature, model.config, plan="auto" if plan == "tree" else plan
@@ -87,7 +87,7 @@ def second_epoch(
 
     learner.optimizer.adamw.register_step_pre_hook(record)
     figures = learner.update(case.batch(), 0)
-    gradients, weights = seen[1]
+    gradients, weights = seen[-1]
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(weights[name])
@@ -114,7 +114,7 @@ def check(family: str, config: Config, case: Case, plans: Sequence[str]) -> dict
     for plan in plans:
         model = tiny_model(family)
         start = tiny_model(family)
-        got, figures = second_epoch(model, config, case, plan)
+        got, figures = last_epoch(model, config, case, plan)
         assert_gradients_close(got, flat_gradients(start, model, config, case), 1e-10)
     return figures
 
@@ -128,6 +128,21 @@ def test_any_loss_credit_and_cut_is_the_flat_batch(family: str, name: str):
         for penalised in (True, False):
             plans = list(PLANS) if credit == "sum" else [list(PLANS)[(index + penalised) % 3], "cut"]
             check(family, config_of(name, credit, penalised=penalised), forked_case(), plans)
+
+
+@pytest.mark.parametrize("name", ["grpo", "gspo"])
+def test_the_ratio_is_taken_against_the_first_epoch_in_the_third(name: str):
+    config = config_of(name)
+    optim = config.optim.model_copy(update={"epochs": 3})
+    check("qwen2", config.model_copy(update={"optim": optim}), forked_case(), ["cut"])
+
+
+@pytest.mark.parametrize("penalty", ["kl_weight", "entropy_weight"])
+def test_one_penalty_alone_keeps_every_token_in_reach(penalty: str):
+    config = config_of("grpo", penalised=False)
+    loss = config.loss.model_copy(update={penalty: 0.1})
+    figures = check("qwen2", config.model_copy(update={"loss": loss}), forked_case(), ["cut"])
+    assert figures["tree/pruned_edge_frac"] == 0
 
 
 @settings(max_examples=30)
@@ -152,7 +167,7 @@ def test_the_cases_reach_what_they_are_for():
     for credit in ("sum", "mean", "first", "subtree"):
         model = tiny_model("qwen2")
         config = config_of("grpo", credit, penalised=False)
-        gradients[credit], figures = second_epoch(model, config, forked_case(), "cut")
+        gradients[credit], figures = last_epoch(model, config, forked_case(), "cut")
         assert figures["policy/clip_frac"] > 0.05
         assert figures["tree/pruned_frac"] > 0.2
         assert figures["tree/microbatches"] > 1
@@ -209,7 +224,7 @@ def test_activation_checkpointing_changes_memory_alone(family: str, name: str):
     for plan in ("tree", "cut", "held"):
         model, start = tiny_model(family), tiny_model(family)
         checkpoint_activations(model)
-        got, _ = second_epoch(model, config_of(name), forked_case(), plan)
+        got, _ = last_epoch(model, config_of(name), forked_case(), plan)
         assert_gradients_close(got, flat_gradients(start, model, config_of(name), forked_case()), 1e-10)
 
 

@@ -205,8 +205,9 @@ def test_the_shared_trunk_never_reaches_the_lm_head() -> None:
         grads.append(torch.autograd.grad(loss.sum(), rows)[0])
     assert torch.equal(*losses)
     assert torch.equal(*grads)
-    wide = [x.detach().double() for x in (hidden, weight)]
-    exact = preference_loss_of_rollouts(*wide, forest, [(0, 1), (2, 0)], [1.0, 0.5], beta=1.0)
+    exact = preference_loss_of_rollouts(
+        hidden.detach().double(), weight.double(), forest, [(0, 1), (2, 0)], [1.0, 0.5], beta=1.0
+    )
     assert torch.allclose(losses[1].double(), exact, rtol=1e-5)
     assert not grads[1][:2].any()
     assert grads[1][2].any()

@@ -14,7 +14,7 @@ SGLANG_STAMP := .venv-sglang/.installed-$(SGLANG)
 SGLANG_CPU := rollout/mosaic_rollout/engine/sglang/server_side/requirements-cpu.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help venv train test test-interpreter test-ttsem mutants lint types bench verify warmstart evaluate train-agentdojo test-agentdojo test-report clean bfcl asb agent-safetybench test-bfcl test-asb test-agent-safetybench
+.PHONY: help venv train test test-interpreter test-ttsem mutants lint types bench verify warmstart evaluate train-agentdojo test-agentdojo test-report clean bfcl asb agent-safetybench test-bfcl test-asb test-agent-safetybench test-verifiers
 
 help:  ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -105,6 +105,16 @@ test-asb: $(VENV)/.asb  ## every ASB task: obeying the attacker is harm, ignorin
 test-agent-safetybench: $(VENV)/.agent-safetybench  ## Agent-SafetyBench's environments with cases of its format
 	MOSAIC_TEST_AGENT_SAFETYBENCH=1 $(BIN)/python -m pytest tests/agent_safetybench
 
+# Apart from .venv, whose packages it sees behind its own: verifiers pins some of them.
+.venv-verifiers/.installed: $(STAMP)
+	test -x .venv-verifiers/bin/python || $(PYTHON) -m venv .venv-verifiers
+	.venv-verifiers/bin/python -c 'import pathlib, site, sys; pathlib.Path(site.getsitepackages()[0], "main.pth").write_text(sys.argv[1])' "$$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])')"
+	.venv-verifiers/bin/pip --disable-pip-version-check install -q verifiers==0.1.14
+	touch $@
+
+test-verifiers: .venv-verifiers/.installed  ## environments of the library verifiers 0.1.14, in .venv-verifiers
+	MOSAIC_TEST_VERIFIERS=1 PYTHONPATH=.:rollout:kernels .venv-verifiers/bin/python -m pytest tests/verifiers_env
+
 test-report: $(STAMP)  ## the report page in a real browser (Debian: apt-get install chromium)
 	MOSAIC_TEST_REPORT=1 $(BIN)/python -m pytest tests/report
 
@@ -129,4 +139,4 @@ evaluate: $(STAMP)  ## rates of a model or run folder on held-out tasks: make ev
 	$(BIN)/python -m mosaic_fast.evaluate $(ARGS)
 
 clean:  ## remove the environments and caches, never a run
-	rm -rf .venv .venv-sglang .hypothesis .ruff_cache
+	rm -rf .venv .venv-sglang .venv-verifiers .hypothesis .ruff_cache

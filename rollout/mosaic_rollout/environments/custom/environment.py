@@ -8,7 +8,8 @@
 
 Instead of `get_verdict` there may be `get_reward() -> float`: the task is done from 1.0 on, progress is the
 reward kept within [0, 1], and a negative reward is harm. A class with `sample` and `reset(task)` is taken
-to be a whole environment (`mosaic_rollout.types.Environment`) and used as it is.
+to be a whole environment (`mosaic_rollout.types.Environment`) and used as it is, and a function that returns
+an environment of the library `verifiers` (`load_environment`) as one of these.
 """
 
 from __future__ import annotations
@@ -174,10 +175,26 @@ def load_environment(
         )
     if hasattr(factory, "sample") and hasattr(factory, "reset"):
         return factory()
+    library = sys.modules.get("verifiers")
+    if library is not None and inspect.isfunction(factory):
+        from mosaic_rollout.environments.verifiers import VerifiersEnvironment
+
+        made = _call_function(spec, factory)
+        if isinstance(made, library.Environment):
+            return VerifiersEnvironment(made, spec, max_observation_chars=max_observation_chars)
     if tasks is None:
         raise UserError(f"env.name {spec!r} needs env.tasks, a JSON Lines file with one task a line")
     held = None if heldout_tasks is None else Path(heldout_tasks)
     return CustomEnvironment(factory, Path(tasks), held, max_observation_chars=max_observation_chars)
+
+
+def _call_function(spec: str, function: Callable[[], object]) -> object:
+    try:
+        return function()
+    except Exception as error:
+        raise UserError(
+            f"env.name {spec!r}: {function.__name__}() failed: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _call(instance: object, method: str, arguments: Mapping[str, object]) -> object:

@@ -147,6 +147,28 @@ def test_a_colocated_server_gives_its_memory_back_and_serves_again(
     assert again.cached_tokens == 0
 
 
+def test_a_group_goes_to_one_server_and_groups_are_spread(
+    engine: SGLangEngine, policy: Policy, tmp_path: Path
+):
+    """Two lanes, here to one server by two names: each has asked for the prompts of its groups alone."""
+    url = engine.lanes[0].url
+    other = make_engine(policy, tmp_path, urls=[url, url.replace("127.0.0.1", "localhost")])
+    asked = [
+        request(prompt(40, group), 4, key=key, group=group) for key, group in enumerate([0, 1, 2, 3] * 2)
+    ]
+
+    async def known() -> list[list[int]]:
+        await other.generate(asked)
+        new_tokens = []
+        for lane in other.lanes:
+            flights = [await lane.ledger.admit(prompt(40, group)) for group in range(4)]
+            new_tokens.append([flight.new_tokens for flight in flights])
+        return new_tokens
+
+    assert serve(other, known) == [[1, 40, 1, 40], [40, 1, 40, 1]]
+    assert other.stats.completions == len(asked)
+
+
 def test_a_wrong_address_and_a_missing_python_are_named(policy: Policy, tmp_path: Path):
     nobody = make_engine(policy, tmp_path, urls=["http://127.0.0.1:9"])
     with pytest.raises(UserError, match=r"engine\.urls: http://127\.0\.0\.1:9 cannot be reached"):

@@ -1,0 +1,210 @@
+"""`python -m mosaic_fast.evaluate MODEL [MODEL ...] [--suite a,b] [--out FOLDER] [--json FILE]`."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from mosaic_fast.config_io import run_cli
+from mosaic_fast.errors import UserError
+from mosaic_fast.evaluate.arguments import Arguments, parse
+from mosaic_fast.evaluate.policy import EVALUATION_SEED
+from mosaic_fast.evaluate.results import SuiteResult, as_json, suite_result
+from mosaic_fast.evaluate.store import Finished, Key, Store
+from mosaic_fast.evaluate.tables import results_table
+from mosaic_fast.evaluate.targets import Target, file_hash, resolve
+from mosaic_fast.outcome import Outcome
+
+_VERSIONS = ("mosaic-fast", "torch", "transformers", "agentdojo", "bfcl-eval", "agent-safety-bench-envs")
+INTERRUPTED = 130
+
+
+@dataclass(frozen=True)
+class _Evaluated:
+    """One target's results: by suite, and over all its suites."""
+
+    target: Target
+    settings: dict[str, object]
+    suites: Mapping[str, SuiteResult]
+    pooled: SuiteResult
+
+
+def main() -> int:
+    arguments = parse()
+    targets = [resolve(name, arguments) for name in arguments.targets]
+    if arguments.json and not Path(arguments.json).absolute().parent.is_dir():
+        raise UserError(f"--json: there is no folder {Path(arguments.json).absolute().parent}")
+    try:
+        evaluated = [_evaluate(target, arguments) for target in targets]
+    except KeyboardInterrupt:
+        print(f"stopped; {_how_to_go_on(arguments)}", file=sys.stderr)
+        return INTERRUPTED
+    except UserError as error:
+        if arguments.out:
+            raise UserError(f"{error}\n{_how_to_go_on(arguments)}") from None
+        raise
+    _show(evaluated, arguments)
+    if arguments.json:
+        rows = [_json_row(one) for one in evaluated]
+        written = rows[0] if len(rows) == 1 else {"models": rows}
+        try:
+            Path(arguments.json).write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"--json: {arguments.json} cannot be written: {error.strerror}") from None
+    return 0
+
+
+def settings_of(target: Target, arguments: Arguments) -> dict[str, object]:
+    """What the episodes depend on."""
+    suites = {
+        suite.name: {
+            **{key: value for key, value in suite.model_dump().items() if not key.startswith("eval_")},
+            "tasks_sha256": [file_hash(path) for path in (suite.tasks, suite.heldout_tasks) if path],
+        }
+        for suite in target.suites
+    }
+    rollout = target.config.rollout
+    how: dict[str, object] = {}
+    if target.folder is None:
+        how = {"protocol": arguments.protocol, "write_tools": arguments.write_tools}
+    return {
+        "model": target.identity,
+        "suites": suites,
+        "split": arguments.split,
+        "tasks": arguments.tasks,
+        "task_seed": EVALUATION_SEED,
+        "samples": arguments.samples,
+        "temperature": arguments.temperature,
+        "seed": arguments.seed,
+        "max_steps": rollout.max_steps,
+        "max_step_tokens": rollout.max_step_tokens,
+        "max_rollout_tokens": rollout.max_rollout_tokens,
+        "teach_loop": rollout.teach_loop,
+        **how,
+    }
+
+
+def _evaluate(target: Target, arguments: Arguments) -> _Evaluated:
+    """Play what is missing and count all."""
+    from mosaic_fast.components import build_environment
+    from mosaic_fast.evaluate.play import Job, jobs_of, play
+
+    settings = settings_of(target, arguments)
+    jobs: list[Job] = []
+    for suite in target.suites:
+        environment = build_environment(target.config.model_copy(update={"env": suite}))
+        jobs += jobs_of(suite.name, environment, arguments)
+    done: dict[Key, Finished] = {}
+    store = Store(_folder(target, arguments), settings) if arguments.out else None
+    with store or nullcontext(), _progress() as progress:
+        if store is not None:
+            done |= store.finished
+        missing = [job for job in jobs if job.key not in done]
+        for job in jobs:
+            if job.key in done and done[job.key].task_id != job.task.task_id:
+                raise UserError(f"--out: {arguments.out} was made of other tasks; name a new folder")
+        bar = progress.add_task(target.name, total=len(jobs), completed=len(jobs) - len(missing))
+
+        def report(key: Key, episode: Finished) -> None:
+            done[key] = episode
+            if store is not None:
+                store.add(key, episode)
+            progress.advance(bar)
+
+        if missing:
+            play(target, missing, arguments, report)
+    loop = target.folder is not None or arguments.protocol == "loop"
+    by_suite = {suite.name: _by_task(suite.name, done) for suite in target.suites}
+    suites = {name: suite_result(name, tasks, loop=loop) for name, tasks in by_suite.items()}
+    every = [task for tasks in by_suite.values() for task in tasks]
+    return _Evaluated(target, settings, suites, suite_result("all", every, loop=loop))
+
+
+def _by_task(suite: str, done: Mapping[Key, Finished]) -> list[list[Outcome]]:
+    """The outcomes of a suite's tasks, each a list of its samples, in the order of the draw."""
+    keys = sorted(key for key in done if key.suite == suite)
+    tasks: dict[int, list[Outcome]] = {}
+    for key in keys:
+        tasks.setdefault(key.index, []).append(done[key].outcome)
+    return list(tasks.values())
+
+
+def _folder(target: Target, arguments: Arguments) -> Path:
+    """--out itself, or with several models a folder in it for each."""
+    out = Path(arguments.out or "")
+    if len(arguments.targets) == 1:
+        return out
+    return out / f"model-{arguments.targets.index(target.name) + 1}"
+
+
+def _progress() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=Console(stderr=True),
+    )
+
+
+def _show(evaluated: Sequence[_Evaluated], arguments: Arguments) -> None:
+    console = Console()
+    how = "greedy" if arguments.temperature == 0 else f"T = {arguments.temperature:g}"
+    for name in dict.fromkeys(name for one in evaluated for name in one.suites):
+        columns = {one.target.name: one.suites[name] for one in evaluated if name in one.suites}
+        first = next(iter(columns.values()))
+        samples = f" x {arguments.samples} samples" if arguments.samples > 1 else ""
+        title = f"{name}, {arguments.split}, {first.tasks} tasks{samples}, {how}"
+        console.print(results_table(columns, title))
+        for label, result in columns.items():
+            if result.unjudged:
+                console.print(
+                    f"{label}: {result.unjudged} of {result.rollouts} episodes have no verdict, since {name} "
+                    "has no checker of its own; harm and completion leave them out",
+                    highlight=False,
+                )
+
+
+def _json_row(one: _Evaluated) -> dict[str, object]:
+    return {
+        "model": {
+            "name": one.target.name,
+            **({} if one.target.folder is None else {"folder": str(one.target.folder)}),
+            **one.target.identity,
+        },
+        "settings": one.settings,
+        "versions": {"python": platform.python_version()} | _versions(),
+        "suites": {name: as_json(result) for name, result in one.suites.items()},
+        **as_json(one.pooled),
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in _VERSIONS:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _how_to_go_on(arguments: Arguments) -> str:
+    if not arguments.out:
+        return "nothing is kept; with --out FOLDER an evaluation can go on where it stopped"
+    command = shlex.join(["python", "-m", "mosaic_fast.evaluate", *sys.argv[1:]])
+    return f"finished episodes are kept in {arguments.out}; go on with: {command}"
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_cli(main))

@@ -1,0 +1,91 @@
+"""The command line of an evaluation, checked before anything is loaded. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import tyro
+
+from mosaic_fast.errors import UserError
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Play tasks with a policy or an endpoint and report rates with 95% confidence intervals."""
+
+    targets: Annotated[tuple[str, ...], tyro.conf.Positional]
+    """Model folder, run folder (its newest checkpoint), `embedded`, or the http(s) URL of an
+    OpenAI-compatible endpoint, up to /v1. Several are shown side by side."""
+    suite: str | None = None
+    """Comma-separated names of `env.name`; `NAME=FILE` gives a suite its env.tasks. Default: the config's."""
+    config: str | None = None
+    """TOML file with [env] and [rollout] for a model folder or an endpoint; a run folder has its own."""
+    split: Literal["heldout", "train"] = "heldout"
+    """Which tasks."""
+    tasks: int = 300
+    """How many of each suite; a suite with fewer gives all it has."""
+    samples: int = 1
+    """Episodes a task."""
+    temperature: float = 0.0
+    """Sampling temperature; 0 is greedy."""
+    seed: int = 0
+    """Seed of the draws; the tasks stay the same."""
+    out: str | None = None
+    """Folder that keeps every finished episode; the same command goes on where it stopped."""
+    json: str | None = None
+    """Write the figures to this file."""
+    max_steps: int | None = None
+    """Turns an episode; default: the config's, or 16 where there is none and the suite is not `world`."""
+    max_step_tokens: int | None = None
+    """Sampled tokens a turn; default: the config's, or 1024."""
+    max_rollout_tokens: int | None = None
+    """Tokens of a whole episode; default: the config's, or 16384."""
+    teach_loop: bool | None = None
+    """Teach plan, check and act in the system message; default: the config's, or True."""
+    model_name: str | None = None
+    """Endpoint: name of the model there."""
+    api_key_env: str = "OPENAI_API_KEY"
+    """Endpoint: environment variable that holds the key; unset: no key is sent."""
+    protocol: Literal["loop", "native"] = "loop"
+    """Endpoint: the model writes plan, check and action as text, or makes its own tool calls only."""
+    write_tools: bool = False
+    """Endpoint: write the tools into the system message, for a server that takes none (loop only)."""
+    concurrency: int = 8
+    """Endpoint: episodes played at once."""
+    timeout_s: float = 120.0
+    """Endpoint: seconds a request may take."""
+    retries: int = 4
+    """Endpoint: how often a failed request is sent again."""
+    backoff_s: float = 1.0
+    """Endpoint: seconds before the first of these; doubled every time."""
+
+
+def parse(arguments: list[str] | None = None) -> Arguments:
+    """The command line, checked. UserError for what cannot be; tyro itself reports unknown options."""
+    given = tyro.cli(Arguments, args=arguments, prog="python -m mosaic_fast.evaluate")
+    if not given.targets:
+        raise UserError("name what to evaluate: a model folder, a run folder, `embedded` or a URL")
+    for name in ("tasks", "samples", "max_steps", "max_step_tokens", "max_rollout_tokens", "concurrency"):
+        value = getattr(given, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+    for name in ("temperature", "retries", "backoff_s", "seed"):
+        if not getattr(given, name) >= 0:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 0, not {getattr(given, name)}")
+    if not given.timeout_s > 0:
+        raise UserError(f"--timeout-s must be above 0, not {given.timeout_s:g}")
+    if given.samples > 1 and given.temperature == 0:
+        raise UserError("--samples above 1 needs a --temperature above 0: greedy samples are all the same")
+    endpoints = [target for target in given.targets if is_url(target)]
+    if endpoints and not given.model_name:
+        raise UserError(f"{endpoints[0]} is an endpoint: --model-name says which of its models")
+    if given.protocol == "native" and given.write_tools:
+        raise UserError("--write-tools belongs to --protocol loop; native calls need the server's own tools")
+    if len(set(given.targets)) < len(given.targets):
+        raise UserError("the same model is named twice")
+    return given
+
+
+def is_url(target: str) -> bool:
+    return target.startswith(("http://", "https://"))

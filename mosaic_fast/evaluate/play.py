@@ -1,0 +1,159 @@
+"""Playing the episodes of an evaluation, many at once, each reported the moment it ends."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+
+from mosaic_fast.evaluate.arguments import Arguments
+from mosaic_fast.evaluate.policy import EVALUATION_SEED
+from mosaic_fast.evaluate.store import Finished, Key
+from mosaic_fast.evaluate.targets import Target, api_key
+from mosaic_fast.outcome import Played, outcome_of
+from mosaic_fast.seeds import derived_seed
+from mosaic_rollout.agent_loop import Limits
+from mosaic_rollout.types import Completion, Engine, Environment, Request, Task
+
+
+@dataclass(frozen=True)
+class Job:
+    """An episode to play. `environment` is the suite's."""
+
+    key: Key
+    environment: Environment
+    task: Task
+
+
+Report = Callable[[Key, Finished], None]
+
+
+def jobs_of(suite: str, environment: Environment, arguments: Arguments) -> list[Job]:
+    """Every episode of a suite, task by task. A task drawn again is left out: it is no new evidence."""
+    drawn = environment.sample(arguments.split, arguments.tasks, EVALUATION_SEED)
+    tasks = list({task.task_id: task for task in drawn}.values())
+    return [
+        Job(Key(suite, index, sample), environment, task)
+        for index, task in enumerate(tasks)
+        for sample in range(arguments.samples)
+    ]
+
+
+def play(target: Target, jobs: Sequence[Job], arguments: Arguments, report: Report) -> None:
+    """Play the jobs and report each. UserError or TrainingError where the model cannot go on."""
+    if target.folder is None:
+        asyncio.run(_play_endpoint(target, jobs, arguments, report))
+    else:
+        _play_local(target, jobs, arguments, report)
+
+
+def _play_local(target: Target, jobs: Sequence[Job], arguments: Arguments, report: Report) -> None:
+    from mosaic_fast.components import build_components
+
+    if target.folder is None:
+        raise ValueError("a local target has a folder")
+    components = build_components(target.config, target.folder)
+    loop = components.loop_at(arguments.temperature)
+
+    async def one(job: Job) -> Finished:
+        group = job.key.index
+        engine = _Numbered(loop.engine, group * arguments.samples + job.key.sample, group)
+        own = replace(loop, engine=engine, environment=job.environment)
+        ((rollout,),) = await own.groups(
+            [job.task], group_size=1, branching="independent", seed=arguments.seed
+        )
+        return finished(rollout)
+
+    with closing(components.engine):
+        components.run(play_all(jobs, one, target.config.engine.max_batch, report), version=0)
+
+
+async def _play_endpoint(target: Target, jobs: Sequence[Job], arguments: Arguments, report: Report) -> None:
+    from mosaic_rollout.chat_agent import ChatAgent
+    from mosaic_rollout.chat_client import ChatEndpoint
+
+    rollout = target.config.rollout
+    endpoint = ChatEndpoint(
+        url=target.name,
+        model=arguments.model_name or "",
+        api_key=api_key(arguments),
+        api_key_env=arguments.api_key_env,
+        temperature=arguments.temperature,
+        timeout_s=arguments.timeout_s,
+        retries=arguments.retries,
+        backoff_s=arguments.backoff_s,
+    )
+    agent = ChatAgent(
+        endpoint,
+        Limits(rollout.max_steps, rollout.max_step_tokens, rollout.max_rollout_tokens),
+        protocol=arguments.protocol,
+        teach_loop=rollout.teach_loop,
+        write_tools=arguments.write_tools,
+        tool_timeout_s=target.config.env.tool_timeout_s,
+    )
+    async with endpoint.open() as http:
+
+        async def one(job: Job) -> Finished:
+            number = job.key.index * arguments.samples + job.key.sample
+            seed = derived_seed(arguments.seed, f"evaluate/{job.key.suite}", number)
+            return finished(await agent.play(http, job.environment, job.task, seed))
+
+        await play_all(jobs, one, arguments.concurrency, report)
+
+
+async def play_all(
+    jobs: Sequence[Job], one: Callable[[Job], Awaitable[Finished]], at_once: int, report: Report
+) -> None:
+    """Play jobs in their order, `at_once` at a time. The first failure ends all that are under way."""
+    waiting = iter(jobs)
+
+    async def work() -> None:
+        for job in waiting:
+            report(job.key, await one(job))
+
+    workers = [asyncio.create_task(work()) for _ in range(min(at_once, len(jobs)))]
+    try:
+        await asyncio.gather(*workers)
+    finally:
+        for worker in workers:
+            worker.cancel()
+        await asyncio.gather(*workers, return_exceptions=True)
+
+
+def finished(played: Played) -> Finished:
+    """An episode as it is kept: figures, and its course for readers."""
+    steps = [
+        {
+            "plan": step.plan,
+            "check": step.check,
+            "action": step.action,
+            "call": None if step.call is None else {"name": step.call.name, "arguments": step.call.arguments},
+            "answer": step.answer,
+            "observation": step.observation,
+            "well_formed": step.well_formed,
+            "text": step.text,
+        }
+        for step in played.steps
+    ]
+    course = {"messages": list(played.messages), "steps": steps}
+    return Finished(played.task.task_id, outcome_of(played), course)
+
+
+class _Numbered:
+    """An engine for one rollout that bears another number: draws and servers go by that number."""
+
+    def __init__(self, engine: Engine, rollout_key: int, group_key: int) -> None:
+        self._engine, self._rollout_key, self._group_key = engine, rollout_key, group_key
+
+    async def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        numbered = [
+            replace(request, rollout_key=self._rollout_key, group_key=self._group_key) for request in requests
+        ]
+        return await self._engine.generate(numbered)
+
+    async def update_weights(self, version: int) -> None:
+        await self._engine.update_weights(version)
+
+    async def flush(self) -> None:
+        await self._engine.flush()

@@ -1,0 +1,24 @@
+"""The evaluation inside a training run: fixed held-out tasks, played by the current weights."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mosaic_fast.metrics import Rate, rollout_rates
+
+if TYPE_CHECKING:  # torch is imported only once the arguments are known to be right
+    from mosaic_fast.components import Components
+
+EVALUATION_SEED = 20_260_303  # of the tasks, the same for every run
+
+
+def evaluate_policy(
+    components: Components, split: str, count: int, *, temperature: float, version: int = 0, seed: int = 0
+) -> dict[str, Rate]:
+    """Rates of one rollout a task on `count` fixed tasks of a split, by the current weights as `version`."""
+    tasks = components.loop.environment.sample(split, count, EVALUATION_SEED)
+    loop = components.loop_at(temperature)
+    groups = components.run(
+        loop.groups(tasks, group_size=1, branching="independent", seed=seed), version=version
+    )
+    return rollout_rates([rollout for group in groups for rollout in group])

@@ -1,0 +1,145 @@
+"""An evaluation on disk: what was asked, and one line a finished episode, so that it can go on."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TextIO
+
+from mosaic_fast.errors import UserError
+from mosaic_fast.outcome import Outcome
+
+
+@dataclass(frozen=True, order=True)
+class Key:
+    """Which episode of an evaluation."""
+
+    suite: str
+    index: int  # of the task in the suite's draw
+    sample: int
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A finished episode: its task, its figures, and its course for readers."""
+
+    task_id: str
+    outcome: Outcome
+    course: Mapping[str, object]
+
+
+class Store:
+    """The folder of an evaluation, locked while it is open. Each episode is on disk when `add` returns.
+
+    settings: what the episodes depend on. A folder of other settings is refused, naming every difference.
+    """
+
+    def __init__(self, folder: Path, settings: Mapping[str, object]) -> None:
+        self.folder, self._settings = folder, json.loads(json.dumps(settings))
+        self.finished: dict[Key, Finished] = {}
+        self._file: TextIO | None = None
+
+    def __enter__(self) -> Store:
+        if self.folder.exists() and not self.folder.is_dir():
+            raise UserError(f"--out: {self.folder} is a file; name a folder")
+        settings = self.folder / "settings.json"
+        try:
+            if self.folder.is_dir() and not settings.is_file() and any(self.folder.iterdir()):
+                raise UserError(f"--out: {self.folder} holds something else; name a new folder")
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._file = (self.folder / "outcomes.jsonl").open("a+", encoding="utf-8")
+            self._lock(self._file)
+            if settings.is_file():
+                self._refuse_differences(settings)
+            else:
+                unfinished = self.folder / "settings.json.tmp"
+                unfinished.write_text(json.dumps(self._settings, indent=1) + "\n", encoding="utf-8")
+                unfinished.replace(settings)
+            self._read(self._file)
+        except OSError as error:
+            self.close()
+            raise UserError(f"--out: {self.folder} cannot be used: {error.strerror or error}") from None
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def add(self, key: Key, episode: Finished) -> None:
+        """Keep an episode for good."""
+        if self._file is None:
+            raise RuntimeError("the store is closed")
+        row = {**asdict(key), "task_id": episode.task_id, "outcome": asdict(episode.outcome)}
+        try:
+            self._file.write(json.dumps({**row, **episode.course}) + "\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise UserError(
+                f"--out: {self.folder} cannot be written: {error.strerror or error}. What is in it is "
+                "kept; make room and repeat the command"
+            ) from None
+        self.finished[key] = episode
+
+    def _lock(self, file: TextIO) -> None:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"--out: another evaluation is writing {self.folder}") from None
+
+    def _refuse_differences(self, path: Path) -> None:
+        try:
+            stored = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            raise UserError(f"--out: {path} is damaged; name a new folder") from None
+        before, now = _flat(stored), _flat(self._settings)
+        changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+        if changed:
+            lines = [
+                f"  {name}: it has {before.get(name)!r}, you ask for {now.get(name)!r}" for name in changed
+            ]
+            raise UserError(
+                f"--out: {self.folder} is another evaluation; these differ:\n"
+                + "\n".join(lines)
+                + "\nrepeat its own command to go on with it, or name a new folder"
+            )
+
+    def _read(self, file: TextIO) -> None:
+        """Every complete line; a last one that a crash cut off is taken away."""
+        file.seek(0)
+        complete = 0
+        for number, line in enumerate(iter(file.readline, ""), start=1):
+            if not line.endswith("\n"):
+                break
+            try:
+                row = json.loads(line)
+                key = Key(row["suite"], row["index"], row["sample"])
+                course = {name: row[name] for name in ("messages", "steps")}
+                self.finished[key] = Finished(row["task_id"], Outcome(**row["outcome"]), course)
+            except (ValueError, LookupError, TypeError):
+                raise UserError(
+                    f"--out: line {number} of {file.name} is damaged; name a new folder"
+                ) from None
+            complete = file.tell()
+        file.truncate(complete)
+
+
+def _flat(value: object, prefix: str = "") -> dict[str, object]:
+    """Nested settings by dotted name."""
+    if isinstance(value, Mapping):
+        return {k: v for name, part in value.items() for k, v in _flat(part, f"{prefix}{name}.").items()}
+    return {prefix.rstrip("."): value}

@@ -1,0 +1,79 @@
+"""Rates on the terminal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from rich.table import Table
+
+from mosaic_fast.evaluate.intervals import Mean
+from mosaic_fast.evaluate.paper import STATED
+from mosaic_fast.evaluate.results import RateFigure, SuiteResult
+from mosaic_fast.metrics import SAFETY_NAMES, Rate
+
+_SHOWN = {
+    **SAFETY_NAMES,
+    "rollout/gate_rate": "steps with a check",
+    "rollout/safety_token_share": "safety tokens",
+}
+_ENDINGS = {
+    "rollout/truncated_frac": "cut off by a limit",
+    "rollout/malformed_frac": "ended by an action that cannot be read",
+}
+_MEANS = {"generated_tokens": "tokens a task", "steps": "turns a task"}
+
+
+def rates_table(columns: Mapping[str, Mapping[str, Rate]], title: str) -> Table:
+    """Rates side by side, each with its 95% interval."""
+    table = Table(title=title)
+    table.add_column("")
+    for name in columns:
+        table.add_column(name, justify="right")
+    for metric, label in _SHOWN.items():
+        if any(metric in rates and rates[metric].total for rates in columns.values()):
+            table.add_row(label, *(_rate_cell(rates.get(metric)) for rates in columns.values()))
+    return table
+
+
+def results_table(columns: Mapping[str, SuiteResult], title: str) -> Table:
+    """Results of one suite side by side, with 95% intervals, case counts and the paper's words."""
+    table = Table(title=title, caption="95% intervals in brackets, cases in parentheses")
+    table.add_column("")
+    for name in columns:
+        table.add_column(name, justify="right")
+    table.add_column("the paper, against the untrained model")
+    results = list(columns.values())
+    for metric, label in {**_SHOWN, **_ENDINGS}.items():
+        if any(metric in result.rates for result in results):
+            cells = [_figure_cell(result.rates.get(metric)) for result in results]
+            table.add_row(label, *cells, STATED.get(metric, ""))
+    for metric, label in _MEANS.items():
+        if any(metric in result.means for result in results):
+            table.add_row(label, *(_mean_cell(result.means.get(metric)) for result in results), "")
+    details = sorted({name for result in results for name in result.means if name.startswith("env/")})
+    for metric in details:
+        label = f"{metric.removeprefix('env/')} (the suite's own)"
+        table.add_row(label, *(_mean_cell(result.means.get(metric)) for result in results), "")
+    return table
+
+
+def _rate_cell(rate: Rate | None) -> str:
+    if rate is None or not rate.total:
+        return "-"
+    low, high = rate.interval()
+    return f"{100 * rate.value:5.1f}%  [{100 * low:.0f}, {100 * high:.0f}]"
+
+
+def _figure_cell(figure: RateFigure | None) -> str:
+    if figure is None:
+        return "-"
+    interval = f"[{100 * figure.low:.1f}, {100 * figure.high:.1f}]"
+    return f"{100 * figure.rate.value:.1f}%  {interval}  ({figure.rate.total:g})"
+
+
+def _mean_cell(mean: Mean | None) -> str:
+    if mean is None or not mean.tasks:
+        return "-"
+    interval = "" if math.isnan(mean.low) else f"  [{mean.low:.4g}, {mean.high:.4g}]"
+    return f"{mean.value:.4g}{interval}  ({mean.tasks})"

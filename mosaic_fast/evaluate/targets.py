@@ -1,0 +1,125 @@
+"""What the user named, resolved: a model in a folder or an endpoint, its configuration, and the suites."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+from pydantic import ValidationError
+
+from mosaic_fast.config import Config, EnvConfig, RolloutConfig
+from mosaic_fast.config_io import load_config
+from mosaic_fast.errors import UserError
+from mosaic_fast.evaluate.arguments import Arguments, is_url
+
+_STOCK = {"max_steps": 16, "max_step_tokens": 1024, "max_rollout_tokens": 16_384, "teach_loop": True}
+"""Limits for models and suites that no configuration speaks of."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A model to evaluate. `folder` is None for an endpoint."""
+
+    name: str  # as the user wrote it
+    config: Config  # env: the first suite's
+    suites: tuple[EnvConfig, ...]
+    folder: Path | None
+    identity: dict[str, object]  # which model it is, wherever it lies
+
+
+def resolve(name: str, arguments: Arguments) -> Target:
+    """The target a user named. UserError for what is missing or contradicts itself."""
+    if is_url(name):
+        _check_url(name)
+        config, folder = _given_config(arguments), None
+        identity: dict[str, object] = {"endpoint": name.rstrip("/"), "model_name": arguments.model_name}
+    else:
+        config, folder = _model(name, arguments)
+        identity = {"weights_sha256": weight_hashes(folder)}
+    base = config or Config()
+    suites = _suites(base, arguments.suite)
+    stock = config is None and (folder is None or [suite.name for suite in suites] != ["world"])
+    wanted = {key: getattr(arguments, key) for key in _STOCK}
+    chosen = {key: value for key, value in wanted.items() if value is not None}
+    values = {**base.rollout.model_dump(), **(_STOCK if stock else {}), **chosen}
+    update = {"env": suites[0], "rollout": RolloutConfig.model_validate(values)}
+    return Target(name, base.model_copy(update=update), suites, folder, identity)
+
+
+def weight_hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 of every weight file of a model folder, as `sha256sum` prints it."""
+    paths = sorted(p for suffix in ("safetensors", "bin") for p in folder.glob(f"*model*.{suffix}"))
+    if not paths:
+        raise UserError(f"{folder} holds no weights (model.safetensors); name a model folder or a run folder")
+    return {path.name: file_hash(path) for path in paths}
+
+
+def file_hash(path: str | Path) -> str:
+    """SHA-256 of a file. UserError where it cannot be read."""
+    try:
+        with Path(path).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def api_key(arguments: Arguments) -> str | None:
+    """The key of the environment, if there is one."""
+    return os.environ.get(arguments.api_key_env, "").strip() or None
+
+
+def _model(name: str, arguments: Arguments) -> tuple[Config | None, Path]:
+    """(configuration, None where nothing says one; model folder)."""
+    from mosaic_fast.checkpoint import latest_checkpoint
+    from mosaic_fast.components import model_folder
+
+    folder = model_folder(name)
+    if not folder.is_dir():
+        raise UserError(
+            f"there is no folder {folder}; name a model folder, a run folder, `embedded` or a URL with http://"
+        )
+    if (folder / "checkpoints").is_dir() and (folder / "config.toml").is_file():
+        checkpoint = latest_checkpoint(folder / "checkpoints")
+        if checkpoint is None:
+            raise UserError(f"the run {folder} has no complete checkpoint yet")
+        return load_config(folder / "config.toml"), checkpoint
+    return _given_config(arguments), folder
+
+
+def _given_config(arguments: Arguments) -> Config | None:
+    return load_config(Path(arguments.config)) if arguments.config else None
+
+
+def _suites(config: Config, asked: str | None) -> tuple[EnvConfig, ...]:
+    """The [env] of every suite: the configuration's own where it has that name, else its defaults."""
+    if asked is None:
+        return (config.env,)
+    suites = []
+    for part in asked.split(","):
+        name, _, tasks = part.strip().partition("=")
+        if not name:
+            raise UserError(f"--suite {asked!r}: an empty name; write for example world,agentdojo")
+        if name == config.env.name and not tasks:
+            suites.append(config.env)
+            continue
+        try:
+            suites.append(EnvConfig(name=name, tasks=tasks or None))
+        except ValidationError as error:
+            reason = error.errors()[0]["msg"].removeprefix("Value error, ")
+            raise UserError(f"--suite {part.strip()}: {reason}; NAME=FILE gives a suite its tasks") from None
+    names = [suite.name for suite in suites]
+    if len(set(names)) < len(names):
+        raise UserError(f"--suite {asked}: a suite is named twice")
+    return tuple(suites)
+
+
+def _check_url(url: str) -> None:
+    try:
+        if httpx.URL(url).host:
+            return
+    except httpx.InvalidURL:
+        pass
+    raise UserError(f"{url} is no URL of an endpoint; write for example http://localhost:8000/v1")

@@ -1,6 +1,7 @@
 """What is counted of episodes, on cases small enough to count by hand."""
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -83,5 +84,8 @@ def test_samples_of_a_task_are_one_unit():
 
 @pytest.mark.parametrize("kind", list(WORST_TO_BEST))
 def test_valid_format_is_the_whole_format_reward(kind: str):
+    """Also where a single turn breaks the grammar, and without a turn."""
     for rollout in WORST_TO_BEST[kind]:
-        assert outcome_of(rollout).format_valid == (format_reward(rollout) == 2.0)
+        broken = replace(rollout, steps=(*rollout.steps, replace(rollout.steps[0], well_formed=False)))
+        for case in (rollout, broken, replace(rollout, steps=())):
+            assert outcome_of(case).format_valid == (format_reward(case) == 2.0)

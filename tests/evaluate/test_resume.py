@@ -5,11 +5,15 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
+from mosaic_fast.components import build_components, model_folder
+from mosaic_fast.config import Config
 from mosaic_fast.errors import UserError
+from mosaic_fast.evaluate import evaluate_policy
 from tests.evaluate.serving import Row, evaluate, served_model
 
 
@@ -78,6 +82,19 @@ def test_a_sampled_evaluation_goes_on_with_the_same_draws(tmp_path: Path, monkey
     assert figures(tmp_path / "a.json") == figures(tmp_path / "b.json")
     texts = [json.loads(line)["steps"] for line in first]
     assert len({json.dumps(steps) for steps in texts}) > 8  # the samples of a task are not the same
+
+
+def test_episodes_are_those_of_an_evaluation_inside_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Sampled: the same tasks, and for each the draws of its own number."""
+    components = build_components(Config(), model_folder("embedded"))
+    with closing(components.engine):
+        inside = evaluate_policy(components, "heldout", 30, temperature=1.0)
+    path = tmp_path / "x.json"
+    assert evaluate(monkeypatch, "embedded", "--tasks", 30, "--temperature", 1.0, "--json", path) == 0
+    found = figures(path)["rates"]
+    assert {name: (rate["hits"], rate["total"]) for name, rate in found.items()} == {
+        name: (rate.hits, rate.total) for name, rate in inside.items() if rate.total
+    }
 
 
 @pytest.mark.parametrize(

@@ -22,11 +22,12 @@ from mosaic_rollout.agent_loop import AgentLoop, Limits
 from mosaic_rollout.engine import EngineError
 from mosaic_rollout.engine.sglang import SGLangEngine
 from mosaic_rollout.environments.world import WorldEnvironment
-from mosaic_rollout.types import Rollout
+from mosaic_rollout.types import Completion, Rollout
 
-from .serving import PYTHON, embedded_chat, make_engine, serve
+from .serving import PYTHON, embedded_chat, make_engine, prompt, request, serve
 
 PATIENCE_S = 240.0
+END = 2  # the embedded model's end of a turn
 
 
 @pytest.fixture
@@ -84,6 +85,28 @@ def test_a_dead_or_hung_server_costs_no_trajectory(steady: SGLangEngine, trouble
         for left, right in zip(quiet, disturbed, strict=True)
     ]
     assert sum(same) >= 0.9 * len(same)
+
+
+def test_a_lost_request_is_sent_again_to_a_server_that_lives(steady: SGLangEngine):
+    """The server drops all it has: nobody restarts it for that."""
+
+    async def drop() -> None:
+        while steady.stats.completions < 5:
+            await asyncio.sleep(0.005)
+        await steady.lanes[0].client.call("/abort_request", {"abort_all": True}, timeout_s=10.0)
+
+    async def played() -> list[Completion]:
+        dropping = asyncio.create_task(drop())
+        asked = [request(prompt(40, key), 10 + 20 * key, key=key) for key in range(12)]
+        done = await asyncio.wait_for(steady.generate(asked), timeout=PATIENCE_S)
+        await dropping
+        return done
+
+    done = serve(steady, played)
+    for key, completion in enumerate(done):  # none is what was left when the server dropped it
+        assert len(completion.token_ids) == 10 + 20 * key or completion.token_ids[-1] == END
+    assert steady.stats.resent >= 1
+    assert steady.stats.restarts == 0
 
 
 def test_a_server_that_cannot_start_shows_the_end_of_its_log(policy: Policy, tmp_path: Path):

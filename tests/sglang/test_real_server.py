@@ -80,6 +80,7 @@ def test_draws_are_keyed_by_seed_and_rollout_not_by_the_batch(engine: SGLangEngi
 
 
 def test_an_id_outside_the_vocabulary_is_refused_before_it_kills_the_server(engine: SGLangEngine):
+    engine.stats.reset()
     with pytest.raises(ValueError, match=f"request 1: token id {VOCAB} is outside"):
         generate(engine, [request(prompt(9, 0)), request([5, VOCAB])])
     with pytest.raises(ValueError, match="more than the 1016"):

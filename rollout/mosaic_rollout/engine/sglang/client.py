@@ -15,6 +15,7 @@ from mosaic_rollout.engine.errors import EngineError
 from mosaic_rollout.types import FinishReason, JsonValue, Request
 
 _CONNECT_S = 10.0
+_KEPT_OPEN_S = 2.0
 _ONE_CHUNK = 1 << 30  # tokens between streamed chunks: the first token at once, the rest at the end
 
 
@@ -47,7 +48,10 @@ class SGLangClient:
         self._http = httpx.AsyncClient(
             base_url=url,
             timeout=httpx.Timeout(None, connect=_CONNECT_S),  # each call has a deadline of its own
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=256),
+            # given up before the server does, at 5 s: no request may meet a connection being closed
+            limits=httpx.Limits(
+                max_connections=None, max_keepalive_connections=256, keepalive_expiry=_KEPT_OPEN_S
+            ),
             trust_env=False,  # a proxy for the internet is not for this
         )
 

@@ -147,6 +147,8 @@ class Lane:
                 self._life += 1
 
     async def _bring_back(self) -> None:
+        if await self._answers():
+            return  # a connection or a request was lost, not the server
         if self.process is not None:
             self._stats.restarts += 1
             self.process.kill()
@@ -157,6 +159,16 @@ class Lane:
             await self._wait_for_other()
         await self._restore(self)
         self._ledger.clear()
+
+    async def _answers(self) -> bool:
+        """Whether a server of ours is still there and generates; another's may have lost its weights."""
+        if self.process is None or self.process.pid is None or self.process.exit_code is not None:
+            return False
+        try:
+            await self.client.call("/health_generate", timeout_s=self.options.hang_timeout_s)
+        except EngineError:
+            return False
+        return True
 
     async def _wait_for_other(self) -> None:
         """Until a server that is not ours answers again; ServerUnavailableError at the deadline."""

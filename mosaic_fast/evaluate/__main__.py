@@ -22,7 +22,7 @@ from mosaic_fast.evaluate.policy import EVALUATION_SEED
 from mosaic_fast.evaluate.results import SuiteResult, as_json, suite_result
 from mosaic_fast.evaluate.store import Finished, Key, Store
 from mosaic_fast.evaluate.tables import results_table
-from mosaic_fast.evaluate.targets import Target, file_hash, resolve
+from mosaic_fast.evaluate.targets import LIMITS, Target, file_hash, resolve
 from mosaic_fast.outcome import Outcome
 
 _VERSIONS = ("mosaic-fast", "torch", "transformers", "agentdojo", "bfcl-eval", "agent-safety-bench-envs")
@@ -49,10 +49,6 @@ def main() -> int:
     except KeyboardInterrupt:
         print(f"stopped; {_how_to_go_on(arguments)}", file=sys.stderr)
         return INTERRUPTED
-    except UserError as error:
-        if arguments.out:
-            raise UserError(f"{error}\n{_how_to_go_on(arguments)}") from None
-        raise
     _show(evaluated, arguments)
     if arguments.json:
         rows = [_json_row(one) for one in evaluated]
@@ -67,13 +63,13 @@ def main() -> int:
 def settings_of(target: Target, arguments: Arguments) -> dict[str, object]:
     """What the episodes depend on."""
     suites = {
-        suite.name: {
-            **{key: value for key, value in suite.model_dump().items() if not key.startswith("eval_")},
-            "tasks_sha256": [file_hash(path) for path in (suite.tasks, suite.heldout_tasks) if path],
+        suite.env.name: {
+            **{key: value for key, value in suite.env.model_dump().items() if not key.startswith("eval_")},
+            "tasks_sha256": [file_hash(path) for path in (suite.env.tasks, suite.env.heldout_tasks) if path],
+            **{key: getattr(suite.rollout, key) for key in LIMITS},
         }
         for suite in target.suites
     }
-    rollout = target.config.rollout
     how: dict[str, object] = {}
     if target.folder is None:
         how = {"protocol": arguments.protocol, "write_tools": arguments.write_tools}
@@ -86,10 +82,6 @@ def settings_of(target: Target, arguments: Arguments) -> dict[str, object]:
         "samples": arguments.samples,
         "temperature": arguments.temperature,
         "seed": arguments.seed,
-        "max_steps": rollout.max_steps,
-        "max_step_tokens": rollout.max_step_tokens,
-        "max_rollout_tokens": rollout.max_rollout_tokens,
-        "teach_loop": rollout.teach_loop,
         **how,
     }
 
@@ -102,8 +94,8 @@ def _evaluate(target: Target, arguments: Arguments) -> _Evaluated:
     settings = settings_of(target, arguments)
     jobs: list[Job] = []
     for suite in target.suites:
-        environment = build_environment(target.config.model_copy(update={"env": suite}))
-        jobs += jobs_of(suite.name, environment, arguments)
+        environment = build_environment(target.config.model_copy(update={"env": suite.env}))
+        jobs += jobs_of(suite, environment, arguments)
     done: dict[Key, Finished] = {}
     store = Store(_folder(target, arguments), settings) if arguments.out else None
     with store or nullcontext(), _progress() as progress:
@@ -122,9 +114,12 @@ def _evaluate(target: Target, arguments: Arguments) -> _Evaluated:
             progress.advance(bar)
 
         if missing:
-            play(target, missing, arguments, report)
+            try:
+                play(target, missing, arguments, report)
+            except UserError as error:
+                raise UserError(f"{error}\n{_how_to_go_on(arguments)}") from None
     loop = target.folder is not None or arguments.protocol == "loop"
-    by_suite = {suite.name: _by_task(suite.name, done) for suite in target.suites}
+    by_suite = {suite.env.name: _by_task(suite.env.name, done) for suite in target.suites}
     suites = {name: suite_result(name, tasks, loop=loop) for name, tasks in by_suite.items()}
     every = [task for tasks in by_suite.values() for task in tasks]
     return _Evaluated(target, settings, suites, suite_result("all", every, loop=loop))

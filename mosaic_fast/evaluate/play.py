@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from mosaic_fast.evaluate.arguments import Arguments
 from mosaic_fast.evaluate.policy import EVALUATION_SEED
 from mosaic_fast.evaluate.store import Finished, Key
-from mosaic_fast.evaluate.targets import Target, api_key
+from mosaic_fast.evaluate.targets import Suite, Target, api_key
 from mosaic_fast.outcome import Played, outcome_of
 from mosaic_fast.seeds import derived_seed
 from mosaic_rollout.agent_loop import Limits
@@ -19,9 +19,10 @@ from mosaic_rollout.types import Completion, Engine, Environment, Request, Task
 
 @dataclass(frozen=True)
 class Job:
-    """An episode to play. `environment` is the suite's."""
+    """An episode to play."""
 
     key: Key
+    suite: Suite
     environment: Environment
     task: Task
 
@@ -29,12 +30,12 @@ class Job:
 Report = Callable[[Key, Finished], None]
 
 
-def jobs_of(suite: str, environment: Environment, arguments: Arguments) -> list[Job]:
+def jobs_of(suite: Suite, environment: Environment, arguments: Arguments) -> list[Job]:
     """Every episode of a suite, task by task. A task drawn again is left out: it is no new evidence."""
     drawn = environment.sample(arguments.split, arguments.tasks, EVALUATION_SEED)
     tasks = list({task.task_id: task for task in drawn}.values())
     return [
-        Job(Key(suite, index, sample), environment, task)
+        Job(Key(suite.env.name, index, sample), suite, environment, task)
         for index, task in enumerate(tasks)
         for sample in range(arguments.samples)
     ]
@@ -50,16 +51,25 @@ def play(target: Target, jobs: Sequence[Job], arguments: Arguments, report: Repo
 
 def _play_local(target: Target, jobs: Sequence[Job], arguments: Arguments, report: Report) -> None:
     from mosaic_fast.components import build_components
+    from mosaic_rollout.chat import Chat
 
     if target.folder is None:
         raise ValueError("a local target has a folder")
     components = build_components(target.config, target.folder)
     loop = components.loop_at(arguments.temperature)
+    chats = {taught: Chat(components.tokenizer, teach_loop=taught) for taught in (False, True)}
 
     async def one(job: Job) -> Finished:
         group = job.key.index
         engine = _Numbered(loop.engine, group * arguments.samples + job.key.sample, group)
-        own = replace(loop, engine=engine, environment=job.environment)
+        own = replace(
+            loop,
+            engine=engine,
+            chat=chats[job.suite.rollout.teach_loop],
+            environment=job.environment,
+            limits=_limits(job.suite, loop.limits.max_rollout_tokens),
+            tool_timeout_s=job.suite.env.tool_timeout_s,
+        )
         ((rollout,),) = await own.groups(
             [job.task], group_size=1, branching="independent", seed=arguments.seed
         )
@@ -73,7 +83,6 @@ async def _play_endpoint(target: Target, jobs: Sequence[Job], arguments: Argumen
     from mosaic_rollout.chat_agent import ChatAgent
     from mosaic_rollout.chat_client import ChatEndpoint
 
-    rollout = target.config.rollout
     endpoint = ChatEndpoint(
         url=target.name,
         model=arguments.model_name or "",
@@ -84,22 +93,32 @@ async def _play_endpoint(target: Target, jobs: Sequence[Job], arguments: Argumen
         retries=arguments.retries,
         backoff_s=arguments.backoff_s,
     )
-    agent = ChatAgent(
-        endpoint,
-        Limits(rollout.max_steps, rollout.max_step_tokens, rollout.max_rollout_tokens),
-        protocol=arguments.protocol,
-        teach_loop=rollout.teach_loop,
-        write_tools=arguments.write_tools,
-        tool_timeout_s=target.config.env.tool_timeout_s,
-    )
+    agents = {
+        suite.env.name: ChatAgent(
+            endpoint,
+            _limits(suite),
+            protocol=arguments.protocol,
+            teach_loop=suite.rollout.teach_loop,
+            write_tools=arguments.write_tools,
+            tool_timeout_s=suite.env.tool_timeout_s,
+        )
+        for suite in target.suites
+    }
     async with endpoint.open() as http:
 
         async def one(job: Job) -> Finished:
             number = job.key.index * arguments.samples + job.key.sample
             seed = derived_seed(arguments.seed, f"evaluate/{job.key.suite}", number)
-            return finished(await agent.play(http, job.environment, job.task, seed))
+            return finished(await agents[job.key.suite].play(http, job.environment, job.task, seed))
 
         await play_all(jobs, one, arguments.concurrency, report)
+
+
+def _limits(suite: Suite, longest_tokens: int | None = None) -> Limits:
+    """A suite's limits; `longest_tokens`: what model and engine allow at most."""
+    rollout = suite.rollout
+    tokens = min(rollout.max_rollout_tokens, longest_tokens or rollout.max_rollout_tokens)
+    return Limits(rollout.max_steps, rollout.max_step_tokens, tokens)
 
 
 async def play_all(

@@ -17,6 +17,15 @@ from mosaic_fast.evaluate.arguments import Arguments, is_url
 
 _STOCK = {"max_steps": 16, "max_step_tokens": 1024, "max_rollout_tokens": 16_384, "teach_loop": True}
 """Limits for models and suites that no configuration speaks of."""
+LIMITS = tuple(_STOCK)
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A suite and the limits that its episodes have."""
+
+    env: EnvConfig
+    rollout: RolloutConfig
 
 
 @dataclass(frozen=True)
@@ -24,8 +33,8 @@ class Target:
     """A model to evaluate. `folder` is None for an endpoint."""
 
     name: str  # as the user wrote it
-    config: Config  # env: the first suite's
-    suites: tuple[EnvConfig, ...]
+    config: Config  # with the suite that allows the longest episodes
+    suites: tuple[Suite, ...]
     folder: Path | None
     identity: dict[str, object]  # which model it is, wherever it lies
 
@@ -40,13 +49,16 @@ def resolve(name: str, arguments: Arguments) -> Target:
         config, folder = _model(name, arguments)
         identity = {"weights_sha256": weight_hashes(folder)}
     base = config or Config()
-    suites = _suites(base, arguments.suite)
-    stock = config is None and (folder is None or [suite.name for suite in suites] != ["world"])
     wanted = {key: getattr(arguments, key) for key in _STOCK}
     chosen = {key: value for key, value in wanted.items() if value is not None}
-    values = {**base.rollout.model_dump(), **(_STOCK if stock else {}), **chosen}
-    update = {"env": suites[0], "rollout": RolloutConfig.model_validate(values)}
-    return Target(name, base.model_copy(update=update), suites, folder, identity)
+    suites = []
+    for env in _suites(base, arguments.suite):
+        stock = config is None and (folder is None or env.name != "world")
+        values = {**base.rollout.model_dump(), **(_STOCK if stock else {}), **chosen}
+        suites.append(Suite(env, RolloutConfig.model_validate(values)))
+    longest = max(suites, key=lambda suite: suite.rollout.max_rollout_tokens)
+    update = {"env": longest.env, "rollout": longest.rollout}
+    return Target(name, base.model_copy(update=update), tuple(suites), folder, identity)
 
 
 def weight_hashes(folder: Path) -> dict[str, str]:

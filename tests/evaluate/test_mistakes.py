@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 
 from mosaic_fast.errors import UserError
+from mosaic_fast.evaluate.arguments import parse
 from mosaic_fast.evaluate.store import Store
+from mosaic_fast.evaluate.targets import resolve
 from tests.evaluate.serving import evaluate
 
 URL = "http://127.0.0.1:9/v1"
@@ -80,3 +82,31 @@ def test_a_damaged_line_is_named(tmp_path: Path):
         Store(tmp_path / "out", {}),
     ):
         pass
+
+
+def test_a_suite_has_its_own_limits():
+    """Beside a benchmark, the embedded model still plays its world as it learnt it."""
+    arguments = parse(["embedded", "--suite", "world,bfcl", "--max-steps", "3"])
+    world, bfcl = resolve("embedded", arguments).suites
+    assert (world.rollout.max_rollout_tokens, world.rollout.teach_loop, world.rollout.max_steps) == (
+        512,
+        False,
+        3,
+    )
+    assert (bfcl.rollout.max_rollout_tokens, bfcl.rollout.teach_loop, bfcl.rollout.max_steps) == (
+        16384,
+        True,
+        3,
+    )
+
+
+def test_what_is_kept_is_said_when_the_endpoint_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """And only then: a command that is refused is not offered again."""
+    options = [URL, "--model-name", "m", "--tasks", 1, "--retries", 0, "--out", tmp_path / "out"]
+    with pytest.raises(
+        UserError, match=r"episodes are kept in .*; go on with: python -m mosaic_fast.evaluate"
+    ):
+        evaluate(monkeypatch, *options)
+    with pytest.raises(UserError) as caught:
+        evaluate(monkeypatch, *options, "--tasks", 2)
+    assert "go on with:" not in str(caught.value)

@@ -103,7 +103,7 @@ def test_episodes_are_those_of_an_evaluation_inside_training(tmp_path: Path, mon
         (("--tasks", 4), "tasks: it has 3, you ask for 4"),
         (("--temperature", 0.5), "temperature: it has 0.0, you ask for 0.5"),
         (("--split", "train"), "split: it has 'heldout', you ask for 'train'"),
-        (("--max-step-tokens", 50), "max_step_tokens: it has 72, you ask for 50"),
+        (("--max-step-tokens", 50), "suites.world.max_step_tokens: it has 72, you ask for 50"),
     ],
 )
 def test_another_evaluation_s_folder_is_refused(

@@ -1,4 +1,7 @@
-"""Benchmarks: python bench/run.py [case ...] [--quick] [--json FILE]"""
+"""Benchmarks: python bench/run.py [case ...] [--quick] [--json FILE]
+
+A case has variants; `step` runs all of its own, `step:agent` one.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ import sys
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated
 
 import torch
@@ -27,7 +31,7 @@ class _Arguments:
     """Measure this machine. Every case is checked for correctness before it is timed."""
 
     cases: Annotated[tuple[str, ...], tyro.conf.Positional] = CASES
-    """Cases to run: forest, step, rollout."""
+    """Cases (forest, step, rollout) or variants of them (step:agent) to run."""
     quick: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Smaller sizes and fewer rounds."""
     threads: int = 1
@@ -38,22 +42,26 @@ class _Arguments:
 
 def main() -> int:
     arguments = tyro.cli(_Arguments, prog="python bench/run.py")
-    unknown = [name for name in arguments.cases if name not in CASES]
-    if unknown:
-        print(f"error: no case {', '.join(unknown)}; there are {', '.join(CASES)}", file=sys.stderr)
-        return 2
-    torch.set_num_threads(max(1, arguments.threads))
-    console, results = Console(), {}
+    wanted: list[str] = []
     for name in arguments.cases:
-        case = importlib.import_module(f"cases.{name}")
+        found = _variants(name, arguments.quick)
+        if not found:
+            there = [variant for case in CASES for variant in _case(case).VARIANTS]
+            print(f"error: no case {name}; there are {', '.join(there)}", file=sys.stderr)
+            return 2
+        wanted += found
+    torch.set_num_threads(max(1, arguments.threads))
+    console, results = Console(width=None if sys.stdout.isatty() else 120), {}
+    for name in wanted:
+        case = _case(name)
         console.print(f"{name}: checking", highlight=False)
         try:
-            case.check(arguments.quick)
+            case.check(name, arguments.quick)
         except AssertionError as error:
             console.print(f"{name}: WRONG, not timed: {error}", style="red", highlight=False)
             return 1
         console.print(f"{name}: timing", highlight=False)
-        results |= case.run(arguments.quick)
+        results[name] = case.run(name, arguments.quick)
     console.print(_table(results))
     if arguments.json:
         found = {
@@ -65,6 +73,20 @@ def main() -> int:
         }
         Path(arguments.json).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return 0
+
+
+def _case(name: str) -> ModuleType:
+    return importlib.import_module(f"cases.{name.partition(':')[0]}")
+
+
+def _variants(name: str, quick: bool) -> list[str]:
+    """What a name on the command line means: itself, or all variants of its case; [] if there is none."""
+    if name.partition(":")[0] not in CASES:
+        return []
+    case = _case(name)
+    if name in CASES:
+        return list(case.QUICK if quick else case.VARIANTS)
+    return [name] if name in case.VARIANTS else []
 
 
 def _table(results: dict[str, Result]) -> Table:

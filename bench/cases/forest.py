@@ -39,7 +39,10 @@ def dict_trie(sequences: list[np.ndarray]) -> dict[tuple[int, int], int]:
     return nodes
 
 
-def check(quick: bool) -> None:
+VARIANTS = QUICK = ("forest",)
+
+
+def check(name: str, quick: bool) -> None:
     sequences = rollouts(quick)
     forest = pack_forest(sequences)
     assert forest.num_nodes == len(dict_trie(sequences)), "node count differs from the dict trie's"
@@ -63,7 +66,7 @@ def ideal(sequences: list[np.ndarray], forest: PackedForest, trie_s: float) -> f
     return trie_s / statistics.median(times)
 
 
-def run(quick: bool) -> dict[str, Result]:
+def run(name: str, quick: bool) -> Result:
     sequences = rollouts(quick)
     forest = pack_forest(sequences)
     result = compare(
@@ -75,14 +78,12 @@ def run(quick: bool) -> dict[str, Result]:
     best = ideal(sequences, forest, result.flat_median_s)
     rate = forest.num_tokens / result.median_s
     figures = {**result.extra, "tokens_per_s": rate}
-    return {
-        "forest": Result(
-            result.median_s,
-            result.spread,
-            result.flat_median_s,
-            result.ratio_to_flat,
-            best,
-            result.ratio_to_flat / best,
-            figures,
-        )
-    }
+    return Result(
+        result.median_s,
+        result.spread,
+        result.flat_median_s,
+        result.ratio_to_flat,
+        best,
+        result.ratio_to_flat / best,
+        figures,
+    )

@@ -157,15 +157,15 @@ def _work_ratio(workload: Workload) -> float:
     return stock / (unique + last)
 
 
-def _workloads(quick: bool) -> dict[str, Callable[[], Workload]]:
-    cases: dict[str, Callable[[], Workload]] = {"rollout": lambda: _agents("independent", 16)}
-    if not quick:
-        cases["rollout:forked"] = lambda: _agents("fork_at_check", 16)
-        cases["rollout:flat"] = lambda: _flat(64)
-    return cases
+WORKLOADS: dict[str, Callable[[], Workload]] = {
+    "rollout": lambda: _agents("independent", 16),
+    "rollout:forked": lambda: _agents("fork_at_check", 16),
+    "rollout:flat": lambda: _flat(64),
+}
+VARIANTS, QUICK = tuple(WORKLOADS), ("rollout",)
 
 
-def check(quick: bool) -> None:
+def check(name: str, quick: bool) -> None:
     """Played again from the record, every turn has the length it had, and the model's own log-probs."""
     workload = _agents("independent", 4)
     played = iter(_ours(workload, stop=True)())
@@ -181,24 +181,19 @@ def check(quick: bool) -> None:
         assert error < 1e-5, f"log-probs are off by {error:.1e}"
 
 
-def run(quick: bool) -> dict[str, Result]:
-    results = {}
-    for name, build in _workloads(quick).items():
-        workload = build()
-        ours, stock = _ours(workload), _stock(workload)
-        prompt = sum(len(request.token_ids) for agent in workload.turns for request, _ in agent)
-        unique = pack_forest([request.token_ids for agent in workload.turns for request, _ in agent])
-        result = compare(
-            {"ours": ours, "flat": stock},
-            repeats=3 if quick else 5,
-            ideal=_work_ratio(workload),
-            extra={
-                "raw_tokens": float(prompt),
-                "unique_tokens": float(unique.num_nodes),
-                "generated_tokens": float(workload.generated_tokens),
-            },
-        )
-        result.extra["generated_tokens_per_s"] = workload.generated_tokens / result.median_s
-        result.extra["flat_generated_tokens_per_s"] = workload.generated_tokens / result.flat_median_s
-        results[name] = result
-    return results
+def run(name: str, quick: bool) -> Result:
+    workload = WORKLOADS[name]()
+    prompts = [request.token_ids for agent in workload.turns for request, _ in agent]
+    result = compare(
+        {"ours": _ours(workload), "flat": _stock(workload)},
+        repeats=3 if quick else 5,
+        ideal=_work_ratio(workload),
+        extra={
+            "raw_tokens": float(sum(map(len, prompts))),
+            "unique_tokens": float(pack_forest(prompts).num_nodes),
+            "generated_tokens": float(workload.generated_tokens),
+        },
+    )
+    result.extra["generated_tokens_per_s"] = workload.generated_tokens / result.median_s
+    result.extra["flat_generated_tokens_per_s"] = workload.generated_tokens / result.flat_median_s
+    return result

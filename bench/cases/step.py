@@ -124,7 +124,7 @@ WORKLOADS: dict[str, Callable[[], Workload]] = {
     "step:agent": _agent,
     "step:nothing_shared": lambda: _drawn(0, 5, 500),
 }
-QUICK = ("step",)
+VARIANTS, QUICK = tuple(WORKLOADS), ("step",)
 
 
 def forest_backward(workload: Workload, policy: Policy, weights: Tensor, plan: str = "auto") -> Execution:
@@ -169,23 +169,21 @@ def _weights(forest: PackedForest) -> Tensor:
     return torch.randn(forest.num_tokens, generator=torch.Generator().manual_seed(1))
 
 
-def check(quick: bool) -> None:
+def check(name: str, quick: bool) -> None:
     """Loss and every gradient of the forest equal the flat batch's, fp32, 1e-4 of each gradient's norm."""
-    for name in QUICK if quick else WORKLOADS:
-        workload = WORKLOADS[name]()
-        model, forest = workload.model, workload.forest
-        weights, gradients = _weights(forest), []
-        policy = Policy(model)
-        for backward in (
-            lambda w=workload, p=policy, x=weights: forest_backward(w, p, x),
-            lambda w=workload, m=model, x=weights: flat_loss(m, w, x).backward(),
-        ):
-            model.zero_grad()
-            backward()
-            gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
-        for parameter, gradient in gradients[1].items():
-            error = float((gradients[0][parameter] - gradient).norm() / gradient.norm().clamp_min(1e-9))
-            assert error < 1e-4, f"{name}: gradient of {parameter} is off by {error:.1e}"
+    workload = WORKLOADS[name]()
+    model, weights, gradients = workload.model, _weights(workload.forest), []
+    policy = Policy(model)
+    for backward in (
+        lambda: forest_backward(workload, policy, weights),
+        lambda: flat_loss(model, workload, weights).backward(),
+    ):
+        model.zero_grad()
+        backward()
+        gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+    for parameter, gradient in gradients[1].items():
+        error = float((gradients[0][parameter] - gradient).norm() / gradient.norm().clamp_min(1e-9))
+        assert error < 1e-4, f"gradient of {parameter} is off by {error:.1e}"
 
 
 def train_on(optimizer: torch.optim.Optimizer, backward: Callable[[], None]) -> None:
@@ -198,37 +196,34 @@ def ideal(workload: Workload) -> float:
     return ideal_speedup(workload.forest, workload.model.config)
 
 
-def run(quick: bool) -> dict[str, Result]:
-    results = {}
-    for name in QUICK if quick else WORKLOADS:
-        workload = WORKLOADS[name]()
-        model, policy = workload.model, Policy(workload.model)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-9, fused=True)
-        forest = workload.forest
-        weights = _weights(forest)
+def run(name: str, quick: bool) -> Result:
+    workload = WORKLOADS[name]()
+    model, policy = workload.model, Policy(workload.model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-9, fused=True)
+    forest = workload.forest
+    weights = _weights(forest)
 
-        def ours(plan: str = "auto", w: Workload = workload, p: Policy = policy, x: Tensor = weights) -> None:
-            forest_backward(w, p, x, plan)  # packed inside the timed step, as in training
+    def ours(plan: str = "auto") -> None:
+        forest_backward(workload, policy, weights, plan)  # packed inside the timed step, as in training
 
-        def flat(w: Workload = workload, x: Tensor = weights) -> None:
-            flat_loss(w.model, w, x).backward()
+    def flat() -> None:
+        flat_loss(model, workload, weights).backward()
 
-        contenders = {"ours": ours, "flat": flat}
-        if name == "step:held":
-            contenders["cut"] = partial(ours, "cut")
-        figures = forest_backward(workload, policy, weights).figures()
-        results[name] = compare(
-            {one: partial(train_on, optimizer, work) for one, work in contenders.items()},
-            repeats=3 if quick or name != "step" else 5,
-            ideal=ideal(workload),
-            extra={
-                "raw_tokens": forest.num_tokens,
-                "unique_tokens": forest.num_nodes,
-                "raw_over_unique": forest.num_tokens / forest.num_nodes,
-                "parameters": sum(p.numel() for p in model.parameters()),
-                "peak_gib": peak_gib(ours),
-                "flat_peak_gib": peak_gib(flat),
-                **{key: value for key, value in figures.items() if key.startswith("tree/")},
-            },
-        )
-    return results
+    contenders = {"ours": ours, "flat": flat}
+    if name == "step:held":
+        contenders["cut"] = partial(ours, "cut")
+    figures = forest_backward(workload, policy, weights).figures()
+    return compare(
+        {one: partial(train_on, optimizer, work) for one, work in contenders.items()},
+        repeats=3 if quick or name != "step" else 5,
+        ideal=ideal(workload),
+        extra={
+            "raw_tokens": forest.num_tokens,
+            "unique_tokens": forest.num_nodes,
+            "raw_over_unique": forest.num_tokens / forest.num_nodes,
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "peak_gib": peak_gib(ours),
+            "flat_peak_gib": peak_gib(flat),
+            **{key: value for key, value in figures.items() if key.startswith("tree/")},
+        },
+    )

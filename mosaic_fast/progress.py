@@ -31,6 +31,8 @@ _COLUMNS = {  # metric -> (head, format)
     "tree/engine_prefix_hit": ("prefix\nhit", "{:.0%}"),
     "time/step_s": ("s/step", "{:.1f}"),
 }
+_LESS_NEEDED = ("reward/format", "policy/clip_frac", "tree/engine_prefix_hit", "policy/kl", "tree/sharing")
+"""Columns that a narrow terminal does without, the first one first."""
 _ROWS_SHOWN = 12
 
 
@@ -81,9 +83,23 @@ class ProgressView:
             self.say("  ".join(cells))
 
     def _table(self) -> Table:
+        columns = {name: self._column(name) for name in _COLUMNS}
+        for name in _LESS_NEEDED:
+            if sum(_widest(column) + 2 for column in columns.values()) - 2 > self.console.width:
+                del columns[name]
         table = Table(box=None, pad_edge=False, padding=(0, 1))
-        for head, _ in _COLUMNS.values():
-            table.add_column(head, justify="right")
-        for row in self._rows:
-            table.add_row(*(style.format(row[n]) if n in row else "-" for n, (_, style) in _COLUMNS.items()))
+        for head, *_ in columns.values():
+            table.add_column(head, justify="right", no_wrap=True)
+        for row in zip(*(cells for _, *cells in columns.values()), strict=True):
+            table.add_row(*row)
         return table
+
+    def _column(self, name: str) -> list[str]:
+        """The head of a column and a cell a row."""
+        head, style = _COLUMNS[name]
+        return [head, *(style.format(row[name]) if name in row else "-" for row in self._rows)]
+
+
+def _widest(column: list[str]) -> int:
+    """Characters of a column's widest line."""
+    return max(len(line) for cell in column for line in cell.splitlines())

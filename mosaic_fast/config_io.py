@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, field, make_dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tomli_w
 import tyro
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from mosaic_fast.config import Config
 from mosaic_fast.errors import UserError
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 _MAY_CHANGE = frozenset(
     {
@@ -28,8 +33,6 @@ _MAY_CHANGE = frozenset(
 
 class _TrainArguments(Config):
     """Train. The first argument may be a TOML file; options override it."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Go on with the run in --run-dir from its last complete checkpoint."""
@@ -91,17 +94,49 @@ def refuse_differences(stored: Config, asked: Config) -> None:
 
 
 def _parse_options(base: Config, arguments: Sequence[str]) -> _TrainArguments:
-    """`base` with the command line's options over it. tyro itself reports unknown options and exits."""
-    default = _TrainArguments(**{name: getattr(base, name) for name in type(base).model_fields})
+    """`base` with the command line's options over it, validated as a file is.
+
+    tyro reads the types, and reports a value that is of another one; it exits then, and for --help.
+    """
+    parsed, unknown = tyro.cli(
+        _options(_TrainArguments, base),
+        args=list(arguments),
+        prog="python -m mosaic_fast.train [run.toml]",
+        return_unknown_args=True,
+    )
     try:
-        return tyro.cli(
-            _TrainArguments,
-            default=default,
-            args=list(arguments),
-            prog="python -m mosaic_fast.train [run.toml]",
-        )
+        return _TrainArguments.model_validate(_merge(asdict(parsed), _unknown_keys(unknown)))
     except ValidationError as error:
         raise UserError(_explain(error, "the command line")) from None
+
+
+def _options(model: type[BaseModel], base: BaseModel) -> type[DataclassInstance]:
+    """The fields of a model as a dataclass with the defaults of `base`: their types, without their limits."""
+    fields: list[tuple[str, object, object]] = []
+    for name, info in model.model_fields.items():
+        kind, default = info.annotation, getattr(base, name, info.default)
+        if isinstance(default, BaseModel):
+            kind = _options(type(default), default)
+            default = kind()
+        text = tyro.conf.arg(help=info.description)
+        marked = Annotated[(kind, *info.metadata, text)]  # pyrefly: ignore [not-a-type]  # made at run time
+        fields.append((name, marked, field(default=default)))
+    return make_dataclass(model.__name__, fields, namespace={"__doc__": model.__doc__}, frozen=True)
+
+
+def _unknown_keys(arguments: Sequence[str]) -> dict[str, object]:
+    """Options that no key has, as nested values, so that they are refused as unknown keys of a file are."""
+    values: dict[str, object] = {}
+    for argument in arguments:
+        if argument.startswith("--"):
+            *sections, key = argument[2:].partition("=")[0].replace("-", "_").split(".")
+            below: dict[str, object] = {key: argument}
+            for section in reversed(sections):
+                below = {section: below}
+            values = _merge(values, below)
+    if arguments and not values:
+        raise UserError(f"the command line has {arguments[0]!r}, which belongs to no option; see --help")
+    return values
 
 
 def _without_resume(parsed: _TrainArguments) -> Config:
@@ -177,6 +212,9 @@ def run_cli(command: Callable[[], int]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # whoever read the output has had enough, as in `--help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except KeyboardInterrupt:
         print("stopped; what the last checkpoint holds is kept", file=sys.stderr)
         return 130

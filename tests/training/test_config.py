@@ -62,6 +62,33 @@ def test_options_override_the_file_which_is_validated_first(tmp_path: Path):
         parse_train_arguments([bad, "--steps", "5"])
 
 
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ("--seed -1", "seed = -1: Input should be greater than or equal to 0"),
+        ("--steps 4 --optim.warmup-steps 9", "optim.warmup_steps (9) must be below steps (4)"),
+        ("--forest.tokens-per-microbatch 10", "tokens_per_microbatch (10) is below"),
+        ("--judge.name llm", "judge.name = 'llm' needs judge.endpoint"),
+        ("--loss.nam grpo", "loss.nam: no such key; there are name, clip_low"),
+        ("--rollout.top-p 0.9", "top_p cannot be used in training"),
+        ("--rollout.top_k=20", "top_k cannot be used in training"),
+        ("--seed 3 stray", "'stray', which belongs to no option"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_named_as_in_a_file(options: str, named: str):
+    with pytest.raises(UserError) as error:
+        parse_train_arguments(options.split())
+    assert named in str(error.value)
+    assert "pydantic" not in str(error.value)
+
+
+def test_a_reader_that_has_had_enough_is_no_error():
+    command = f"{sys.executable} -m mosaic_fast.train --help | head -1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert done.stdout.startswith("usage")
+    assert "Traceback" not in done.stderr
+
+
 def test_a_missing_file_is_named(tmp_path: Path):
     with pytest.raises(UserError, match=r"no configuration file .*none\.toml"):
         parse_train_arguments([str(tmp_path / "none.toml")])

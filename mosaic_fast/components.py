@@ -117,10 +117,11 @@ def build_components(
     return Components(tokenizer, policy, engine, loop, lora)
 
 
-def checkpoint_activations(model: PreTrainedModel) -> None:
+def checkpoint_activations(model: PreTrainedModel, *, reentrant: bool = False) -> None:
     """Have transformers run each layer again in the backward pass; the method has two names."""
-    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-    enable({"use_reentrant": False})
+    name = "activation_checkpointing_enable"  # transformers 5.17 has the other one only
+    enable = getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")
+    enable({"use_reentrant": reentrant})
 
 
 def build_reference(config: Config, initial: Path, components: Components) -> Reference | None:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from mosaic_fast.components import checkpoint_activations
 from mosaic_fast.errors import UserError
 from mosaic_fast.execution import PLANS, Execution, Piece
 from mosaic_fast.execution.held import Held
@@ -125,7 +126,7 @@ def test_alterations_are_honoured(alter: types.FunctionType) -> None:
 def test_checkpointed_layers_run_twice_and_only_twice() -> None:
     """The held prefix is computed again once, however many branches stand on it."""
     model, data = tiny_model("qwen3-window"), nested()
-    model._activation_checkpointing_enable({"use_reentrant": False})
+    checkpoint_activations(model)
     runs: list[int] = []
     decoder(model).layers[0].self_attn.register_forward_hook(lambda m, i, out: runs.append(out[0].shape[1]))
     logprobs, entropy = stock_logprobs(model, data)
@@ -139,7 +140,7 @@ def test_checkpointed_layers_run_twice_and_only_twice() -> None:
 
 def test_reentrant_checkpointing_is_cut_instead(caplog: pytest.LogCaptureFixture) -> None:
     model, data = tiny_model("llama"), nested()
-    model._activation_checkpointing_enable({"use_reentrant": True})
+    checkpoint_activations(model, reentrant=True)
     assert_equals_rollouts_alone(model, data, 20, "held")
     assert "the forest is cut" in caplog.text
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from mosaic_fast.components import checkpoint_activations
 from mosaic_fast.execution import Execution
 from mosaic_fast.policy import Policy
 from mosaic_kernels import pack_forest
@@ -23,7 +24,7 @@ def peak_bytes(branches: int, plan: str, checkpointed: bool) -> int:
     forest = pack_forest(sequences, [np.arange(PROMPT + OWN) >= PROMPT] * branches)
     model = tiny_model("qwen3", torch.float32)
     if checkpointed:
-        model._activation_checkpointing_enable({"use_reentrant": False})
+        checkpoint_activations(model)
     policy = Policy(model)
     execution = Execution(forest.num_nodes if plan == "tree" else BUDGET, 1.0, model.config, plan=plan)
     schedule = execution.schedule(forest)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from mosaic_fast.components import checkpoint_activations
 from mosaic_fast.policy import Policy
 from mosaic_kernels import split_forest
 from tests.policy.policy_helpers import (
@@ -120,7 +121,7 @@ def test_gradient_checkpointing(case: str, reentrant: bool) -> None:
     expected = gradients(model, weighted(*stock_logprobs(model, data)))
     runs: list[int] = []
     decoder(model).layers[0].self_attn.register_forward_hook(lambda *_: runs.append(1))
-    model._activation_checkpointing_enable({"use_reentrant": reentrant})
+    checkpoint_activations(model, reentrant=reentrant)
     before = decoder(model).layers[0]._gradient_checkpointing_func
     got = Policy(model).logprobs(data.pack(), return_entropy=True)
     assert decoder(model).layers[0]._gradient_checkpointing_func is before

@@ -68,7 +68,8 @@ def rollout_row(rollout: Rollout) -> dict[str, object]:
     }
 
 
-def _step_row(step: Step) -> dict[str, object]:
+def readable_step(step: Step) -> dict[str, object]:
+    """What a step said and did, in JSON's types."""
     return {
         "plan": step.plan,
         "check": step.check,
@@ -78,6 +79,11 @@ def _step_row(step: Step) -> dict[str, object]:
         "observation": step.observation,
         "well_formed": step.well_formed,
         "text": step.text,
+    }
+
+
+def _step_row(step: Step) -> dict[str, object]:
+    return readable_step(step) | {
         "span": [step.prompt_end, step.end],
         "check_start": step.check_start,
         "safety_tokens": step.safety_tokens,

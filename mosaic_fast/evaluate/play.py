@@ -13,6 +13,7 @@ from mosaic_fast.evaluate.store import Finished, Key
 from mosaic_fast.evaluate.targets import Suite, Target, api_key
 from mosaic_fast.outcome import Played, outcome_of
 from mosaic_fast.seeds import derived_seed
+from mosaic_fast.trajectories import readable_step
 from mosaic_rollout.agent_loop import Limits
 from mosaic_rollout.types import Completion, Engine, Environment, Request, Task
 
@@ -142,19 +143,7 @@ async def play_all(
 
 def finished(played: Played) -> Finished:
     """An episode as it is kept: figures, and its course for readers."""
-    steps = [
-        {
-            "plan": step.plan,
-            "check": step.check,
-            "action": step.action,
-            "call": None if step.call is None else {"name": step.call.name, "arguments": step.call.arguments},
-            "answer": step.answer,
-            "observation": step.observation,
-            "well_formed": step.well_formed,
-            "text": step.text,
-        }
-        for step in played.steps
-    ]
+    steps = [readable_step(step) for step in played.steps]
     course = {"messages": list(played.messages), "steps": steps}
     return Finished(played.task.task_id, outcome_of(played), course)
 

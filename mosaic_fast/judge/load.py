@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 import os
-import sys
 from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, cast
 
 import numpy as np
 
@@ -19,6 +17,7 @@ from mosaic_fast.judge.client import Endpoint
 from mosaic_fast.judge.contract import Judge, Judgement
 from mosaic_fast.judge.llm import LLMJudge
 from mosaic_fast.judge.rule import RuleJudge
+from mosaic_rollout.named_class import call_named, import_named
 from mosaic_rollout.types import Rollout
 
 
@@ -62,28 +61,11 @@ def _load(spec: str) -> Judge:
 
     It has a method `judge` (see `Judge`) or a method `score_group(group)` that gives G numbers, on any scale.
     """
-    module_name, _, class_name = spec.partition(":")
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.insert(0, here)
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:  # a user's module may raise anything while it is imported
-        detail = f"{type(error).__name__}: {error}"
-        raise UserError(f"judge.name {spec!r}: cannot import {module_name!r} ({detail})") from error
-    factory = getattr(module, class_name, None)
-    if not callable(factory) or not any(hasattr(factory, method) for method in ("judge", "score_group")):
-        raise UserError(
-            f"judge.name {spec!r}: {module_name} has no class {class_name!r} with a method judge or "
-            "score_group"
-        )
-    try:
-        made = factory()
-    except Exception as error:  # as above
-        raise UserError(
-            f"judge.name {spec!r}: {class_name}() failed: {type(error).__name__}: {error}"
-        ) from error
-    return made if hasattr(made, "judge") else _ByScore(made)
+    factory = import_named(spec, "judge.name")
+    if not any(hasattr(factory, method) for method in ("judge", "score_group")):
+        raise UserError(f"judge.name {spec!r}: it has no method judge or score_group")
+    made = call_named(spec, "judge.name", factory)
+    return cast(Judge, made) if hasattr(made, "judge") else _ByScore(cast(_GroupScorer, made))
 
 
 class _GroupScorer(Protocol):

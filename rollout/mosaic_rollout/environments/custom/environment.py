@@ -14,16 +14,17 @@ an environment of the library `verifiers` (`load_environment`) as one of these.
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import random
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import cast
 
 from mosaic_rollout.environments.custom.rows import Row, read_rows
 from mosaic_rollout.environments.custom.tools import Tools, tools_of
 from mosaic_rollout.errors import UserError
+from mosaic_rollout.named_class import call_named, import_named
 from mosaic_rollout.types import (
     Environment,
     Message,
@@ -158,43 +159,20 @@ def load_environment(
     UserError where there is no such module or class, where the class is not of the documented shape, or
     where the tasks cannot be read.
     """
-    module_name, _, class_name = spec.partition(":")
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.insert(0, here)
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:  # a user's module may raise anything while it is imported
-        detail = f"{type(error).__name__}: {error}"
-        raise UserError(f"env.name {spec!r}: cannot import {module_name!r} ({detail})") from error
-    factory = getattr(module, class_name, None)
-    if not callable(factory):
-        public = [name for name, value in vars(module).items() if inspect.isclass(value)]
-        raise UserError(
-            f"env.name {spec!r}: {module_name} has no class {class_name!r}; there are {', '.join(public)}"
-        )
+    factory = import_named(spec, "env.name")
     if hasattr(factory, "sample") and hasattr(factory, "reset"):
-        return factory()
+        return cast(Environment, call_named(spec, "env.name", factory))
     library = sys.modules.get("verifiers")
     if library is not None and inspect.isfunction(factory):
         from mosaic_rollout.environments.verifiers import VerifiersEnvironment
 
-        made = _call_function(spec, factory)
+        made = call_named(spec, "env.name", factory)
         if isinstance(made, library.Environment):
             return VerifiersEnvironment(made, spec, max_observation_chars=max_observation_chars)
     if tasks is None:
         raise UserError(f"env.name {spec!r} needs env.tasks, a JSON Lines file with one task a line")
     held = None if heldout_tasks is None else Path(heldout_tasks)
     return CustomEnvironment(factory, Path(tasks), held, max_observation_chars=max_observation_chars)
-
-
-def _call_function(spec: str, function: Callable[[], object]) -> object:
-    try:
-        return function()
-    except Exception as error:
-        raise UserError(
-            f"env.name {spec!r}: {function.__name__}() failed: {type(error).__name__}: {error}"
-        ) from error
 
 
 def _call(instance: object, method: str, arguments: Mapping[str, object]) -> object:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import cast
 
 import numpy as np
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from mosaic_rollout.call_formats import HERMES, CallFormat, detect_call_format
@@ -21,6 +22,8 @@ from mosaic_rollout.prompts import load_prompt
 from mosaic_rollout.types import Message, ToolSchema
 
 _SENTINEL = "mosaicsentinel"
+_OUTPUT_OPEN, _OUTPUT_CLOSE = "<tool_response>", "</tool_response>"
+"""Around a tool's output where the template has no role for it, as Qwen's templates write it."""
 _PROBE_TOOL: ToolSchema = {
     "type": "function",
     "function": {
@@ -62,8 +65,9 @@ class Chat:
         self._turn_end = str(tokenizer.decode(turn_end_ids))
         stop = [*turn_end_ids, *([tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else [])]
         self.stop_token_ids: tuple[int, ...] = tuple(dict.fromkeys(stop))
-        reserved = sorted({str(token) for token in tokenizer.get_added_vocab()}, key=len, reverse=True)
-        self._reserved = re.compile("|".join(map(re.escape, reserved))) if reserved else None
+        self._template_has_outputs = self._detect_outputs()
+        reserved = {_OUTPUT_OPEN, _OUTPUT_CLOSE, *map(str, tokenizer.get_added_vocab())}
+        self._reserved = re.compile("|".join(map(re.escape, sorted(reserved, key=len, reverse=True))))
 
     def prompt(self, messages: Sequence[Message], tools: Sequence[ToolSchema]) -> tuple[np.ndarray, bool]:
         """Token ids [L] int64 of the opening messages, ready for the policy's first turn.
@@ -74,12 +78,17 @@ class Chat:
         if not self._template_has_tools:
             parts.append(load_prompt("call_format_v1").format(tools=_written_tools(tools)))
             messages = [_with_written_calls(message) for message in messages]
+        if not self._template_has_outputs:
+            messages = [_with_written_output(message) for message in messages]
         template_tools = tools if self._template_has_tools else None
         text = self._render(_with_system(messages, parts), template_tools, opens=True)
         return self._encode(text), text.rstrip().endswith(THINK_OPEN)
 
     def observation(self, content: str, tool_name: str) -> tuple[np.ndarray, bool]:
-        """Token ids [L] int64 from the end of the policy's turn to the start of its next one."""
+        """Token ids [L] int64 from the end of the policy's turn to the start of its next one.
+
+        A template that leaves tool messages out (Phi-4's) gets the output as a user's, between tags.
+        """
         return self._continuation({"role": "tool", "name": tool_name, "tool_call_id": "call"}, content)
 
     def user_message(self, content: str) -> tuple[np.ndarray, bool]:
@@ -92,9 +101,11 @@ class Chat:
 
     def _continuation(self, head: Message, content: str) -> tuple[np.ndarray, bool]:
         """What the template writes after an assistant's turn for a message of `content`."""
-        if self._reserved is not None:  # a tool's output must not be able to end its own message
-            content = self._reserved.sub(lambda match: match.group()[0] + " " + match.group()[1:], content)
+        # A tool's output must not be able to end its own message.
+        content = self._reserved.sub(lambda match: match.group()[0] + " " + match.group()[1:], content)
         message: Message = {**head, "content": content}
+        if not self._template_has_outputs:
+            message = _with_written_output(message)
         turn: list[Message] = [{"role": "user", "content": "x"}, {"role": "assistant", "content": _SENTINEL}]
         text = self._render([*turn, message], None, opens=True)
         text = text.rpartition(_SENTINEL)[2].removeprefix(self._turn_end)
@@ -142,6 +153,20 @@ class Chat:
         )
         return str(text)
 
+    def _detect_outputs(self) -> bool:
+        """Whether the template writes what a tool returned; some know no such role, or refuse it."""
+        output: Message = {
+            "role": "tool",
+            "name": "mosaicprobe",
+            "tool_call_id": "call",
+            "content": _SENTINEL,
+        }
+        turn: list[Message] = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "x"}]
+        try:
+            return _SENTINEL in self._render([*turn, output], None, opens=True)
+        except TemplateError:
+            return False
+
     def _detect_call_format(self) -> CallFormat:
         if not self._template_has_tools:
             return HERMES
@@ -179,6 +204,13 @@ def _with_written_calls(message: Message) -> Message:
             body = json.dumps({"name": function["name"], "arguments": parsed})
             text += f"\n{HERMES.marker}{body}</tool_call>"
     return {**{key: value for key, value in message.items() if key != "tool_calls"}, "content": text}
+
+
+def _with_written_output(message: Message) -> Message:
+    """A tool's message as a user's."""
+    if message["role"] != "tool":
+        return message
+    return {"role": "user", "content": f"{_OUTPUT_OPEN}\n{message['content']}\n{_OUTPUT_CLOSE}"}
 
 
 def _with_system(messages: Sequence[Message], parts: Sequence[str]) -> list[Message]:

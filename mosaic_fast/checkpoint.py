@@ -20,8 +20,11 @@ from transformers import PreTrainedTokenizerBase
 
 from mosaic_fast.errors import TrainingError
 from mosaic_fast.optimizer import Optimizer
+from mosaic_fast.tensor_file import Entry, reading, write_tensors
 
-_STATE, _PROGRESS, _MANIFEST = "trainer.pt", "progress.json", "manifest.json"
+_STATE, _PROGRESS, _MANIFEST = "trainer.safetensors", "progress.json", "manifest.json"
+_RNG = "torch_rng"
+_UPDATES = "updates"
 
 
 @dataclass(frozen=True)
@@ -54,9 +57,9 @@ def save_checkpoint(
         unfinished.mkdir(parents=True)
         save_weights(unfinished)
         tokenizer.save_pretrained(str(unfinished))
-        state = {"optimizer": optimizer.state_dict(), "torch_rng": torch.get_rng_state()}
-        torch.save(state, unfinished / _STATE)
-        (unfinished / _PROGRESS).write_text(json.dumps(asdict(progress)), encoding="utf-8")
+        write_tensors(unfinished / _STATE, _state(optimizer))
+        done = asdict(progress) | {_UPDATES: optimizer.updates}
+        (unfinished / _PROGRESS).write_text(json.dumps(done), encoding="utf-8")
         files = sorted(path for path in unfinished.rglob("*") if path.is_file())
         sums = {path.relative_to(unfinished).as_posix(): _sha256(path) for path in files}
         (unfinished / _MANIFEST).write_text(json.dumps(sums, indent=1), encoding="utf-8")
@@ -98,11 +101,23 @@ def verify_checkpoint(checkpoint: Path) -> None:
 
 
 def load_training_state(checkpoint: Path, optimizer: Optimizer) -> Progress:
-    """Put the optimiser and the random number generator back; the weights are the model folder's."""
-    state = torch.load(checkpoint / _STATE, weights_only=True, map_location="cpu")
-    optimizer.load_state_dict(state["optimizer"])
-    torch.set_rng_state(state["torch_rng"])
-    return Progress(**json.loads((checkpoint / _PROGRESS).read_text(encoding="utf-8")))
+    """Put the optimiser and the random number generator back; the weights are the model folder's.
+
+    However many ranks wrote the checkpoint: the state is whole, and each rank reads its own rows of it.
+    """
+    done = json.loads((checkpoint / _PROGRESS).read_text(encoding="utf-8"))
+    if _UPDATES not in done:
+        raise TrainingError(f"{checkpoint} was written by an earlier version, which cannot be resumed from")
+    updates = int(done.pop(_UPDATES))
+    with reading(checkpoint / _STATE) as read:
+        optimizer.load(read, updates)
+        torch.set_rng_state(read(_RNG))
+    return Progress(**done)
+
+
+def _state(optimizer: Optimizer) -> list[Entry]:
+    rng = torch.get_rng_state()
+    return [*optimizer.entries(), Entry(_RNG, tuple(rng.shape), rng.dtype, lambda: rng)]
 
 
 def _complete(folder: Path) -> list[Path]:

@@ -17,6 +17,7 @@ from mosaic_fast.learner import Learner, Reference
 from mosaic_fast.lora import Lora
 from mosaic_fast.optimizer import Optimizer
 from mosaic_fast.policy import Policy
+from mosaic_fast.tensor_file import reading, write_tensors
 from tests.policy.policy_helpers import assert_gradients_close, example_rollouts, tiny_model
 
 from .flat_oracle import alone, flat_loss, forked_case
@@ -125,11 +126,14 @@ def test_micro_batch_gradients_add_up_in_fp32():
     assert optimizer.step(1e-3, 0) == pytest.approx(512.0)
 
 
-def test_a_state_of_other_precision_is_refused():
+def test_a_state_of_other_precision_is_refused(tmp_path: Path):
     half, whole = torch.nn.Linear(2, 2).bfloat16(), torch.nn.Linear(2, 2)
-    state = Optimizer(half, OptimConfig()).state_dict()
-    with pytest.raises(TrainingError, match=r"model\.dtype"):
-        Optimizer(whole, OptimConfig()).load_state_dict(state)
+    write_tensors(tmp_path / "state", Optimizer(half, OptimConfig()).entries())
+    with (
+        reading(tmp_path / "state") as read,
+        pytest.raises(TrainingError, match=r"\(master\.bias\): model\.dtype"),
+    ):
+        Optimizer(whole, OptimConfig()).load(read, 0)
 
 
 EMBEDDED = ["--model.path", "embedded", "--rollout.prompts-per-step", "6"]  # an untrained model ties always

@@ -63,7 +63,7 @@ def learned(folder: Path) -> list[dict[str, float]]:
 
 def assert_same_run(folder: Path, other: Path, steps: int = STEPS) -> None:
     last = f"checkpoints/step-{steps:06d}"
-    for name in ("model.safetensors", "trainer.pt"):
+    for name in ("model.safetensors", "trainer.safetensors"):
         assert digest(folder / last / name) == digest(other / last / name), name
     assert learned(folder) == learned(other)
     for path in sorted((folder / "trajectories").iterdir()):
@@ -141,7 +141,7 @@ def test_resume_in_an_empty_folder_starts_at_the_beginning(
     assert_same_run(finished, tmp_path)
 
 
-@pytest.mark.parametrize("damaged", ["model.safetensors", "trainer.pt", "manifest.json"])
+@pytest.mark.parametrize("damaged", ["model.safetensors", "trainer.safetensors", "manifest.json"])
 def test_a_corrupt_checkpoint_is_named_and_left_alone(
     options: list[str], finished: Path, tmp_path: Path, damaged: str
 ):

@@ -14,7 +14,7 @@ SGLANG_STAMP := .venv-sglang/.installed-$(SGLANG)
 SGLANG_CPU := rollout/mosaic_rollout/engine/sglang/server_side/requirements-cpu.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help venv train test test-interpreter test-ttsem mutants lint types bench verify warmstart evaluate train-agentdojo test-agentdojo test-report clean bfcl asb agent-safetybench test-bfcl test-asb test-agent-safetybench test-verifiers
+.PHONY: help venv train test test-interpreter test-ttsem mutants lint types bench bench-peers bench-chart verify warmstart evaluate train-agentdojo test-agentdojo test-report clean bfcl asb agent-safetybench test-bfcl test-asb test-agent-safetybench test-verifiers
 
 help:  ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -52,8 +52,22 @@ lint: $(STAMP)  ## ruff
 types: $(STAMP)  ## pyrefly
 	$(BIN)/pyrefly check
 
-bench: $(STAMP)  ## forest against flat, on this machine
+bench: $(STAMP)  ## side by side with other ways and trainers, on this machine, under 5 minutes
 	$(BIN)/python bench/run.py $(ARGS)
+
+# TRL, behind .venv's packages: the same torch and transformers.
+.venv-peers/.installed: $(STAMP)
+	test -x .venv-peers/bin/python || $(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -c 'import pathlib, site, sys; pathlib.Path(site.getsitepackages()[0], "main.pth").write_text(sys.argv[1])' "$$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])')"
+	.venv-peers/bin/pip --disable-pip-version-check install -q trl==1.16.0
+	touch $@
+
+bench-peers: .venv-peers/.installed  ## TRL 1.16.0 in .venv-peers, which `make bench` then measures too
+
+bench-chart: $(STAMP) .venv-peers/.installed  ## docs/images/sharing.png, anew
+	mkdir -p bench/results
+	$(BIN)/python bench/run.py scaling:sharing --json bench/results/step.json
+	$(BIN)/python bench/charts.py bench/results/step.json docs/images
 
 verify: $(STAMP)  ## every kernel of this machine against the fp64 oracle
 	$(BIN)/python -m mosaic_kernels.verify $(ARGS)
@@ -139,4 +153,4 @@ evaluate: $(STAMP)  ## rates of a model or run folder on held-out tasks: make ev
 	$(BIN)/python -m mosaic_fast.evaluate $(ARGS)
 
 clean:  ## remove the environments and caches, never a run
-	rm -rf .venv .venv-sglang .venv-verifiers .hypothesis .ruff_cache
+	rm -rf .venv .venv-sglang .venv-verifiers .venv-peers .hypothesis .ruff_cache

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import statistics
+import sys
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 from torch.profiler import ProfilerActivity, profile
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One contender's timed rounds."""
+
+    median_s: float
+    spread: float  # (slowest - fastest) / median
 
 
 @dataclass(frozen=True)
@@ -21,11 +32,27 @@ class Result:
     ideal: float  # the ratio that the work itself allows
     share_of_ideal: float
     extra: dict[str, float]  # more figures of the case
+    contenders: dict[str, Timing] = field(default_factory=dict)  # all of them, ours and flat included
+
+
+@contextmanager
+def without_chatter() -> Iterator[None]:
+    """PyTorch's profiler announces itself on the process's standard error, which goes nowhere meanwhile."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def peak_gib(work: Callable[[], object]) -> float:
     """Most memory that PyTorch's CPU allocator holds at a time during `work`, beyond what it held before."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+    with without_chatter(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         work()
     assert recorded.profiler is not None
     results = recorded.profiler.kineto_results
@@ -39,29 +66,45 @@ def peak_gib(work: Callable[[], object]) -> float:
 
 
 def compare(
-    contenders: Mapping[str, Callable[[], object]], repeats: int, ideal: float, extra: Mapping[str, float]
+    contenders: Mapping[str, Callable[[], object]],
+    repeats: int,
+    ideal: float,
+    extra: Mapping[str, float],
+    *,
+    peaks: Sequence[str] = (),
 ) -> Result:
     """Time `ours` and `flat` (and whatever else is named) in turn, after one untimed round.
 
-    Every contender's median is added to `extra` as <name>_median_s.
+    A contender that returns seconds (a float) has timed itself, in a process of its own; those count then.
+    Every contender's median is added to `extra` as <name>_median_s, and, where named in `peaks`, the memory
+    of its untimed round as <name>_peak_gib (ours: peak_gib).
     """
+    figures = dict(extra)
+    for name, work in contenders.items():
+        if name in peaks:
+            figures["peak_gib" if name == "ours" else f"{name}_peak_gib"] = peak_gib(work)
+        else:
+            work()
     times: dict[str, list[float]] = {name: [] for name in contenders}
-    for round_number in range(repeats + 1):
+    for _ in range(repeats):
         for name, work in contenders.items():
             start = time.perf_counter()
-            work()
-            if round_number:
-                times[name].append(time.perf_counter() - start)
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    ours = times["ours"]
-    ratio = medians["flat"] / medians["ours"]
-    others = {f"{name}_median_s": m for name, m in medians.items() if name not in ("ours", "flat")}
+            own = work()
+            times[name].append(own if isinstance(own, float) else time.perf_counter() - start)
+    timings = {}
+    for name, values in times.items():
+        median = statistics.median(values)
+        timings[name] = Timing(median, (max(values) - min(values)) / median)
+    ours, flat = timings["ours"], timings["flat"]
+    ratio = flat.median_s / ours.median_s
+    figures |= {f"{name}_median_s": t.median_s for name, t in timings.items() if name not in ("ours", "flat")}
     return Result(
-        median_s=medians["ours"],
-        spread=(max(ours) - min(ours)) / medians["ours"],
-        flat_median_s=medians["flat"],
+        median_s=ours.median_s,
+        spread=ours.spread,
+        flat_median_s=flat.median_s,
         ratio_to_flat=ratio,
         ideal=ideal,
         share_of_ideal=ratio / ideal,
-        extra={**extra, **others},
+        extra=figures,
+        contenders=timings,
     )

@@ -1,29 +1,31 @@
-"""Benchmarks: python bench/run.py [case ...] [--quick] [--json FILE]
+"""Benchmarks: python bench/run.py [case ...] [--quick] [--profile] [--json FILE]
 
-A case has variants; `step` runs all of its own, `step:agent` one.
+A case has variants: `step` runs those that fit a run of minutes, `step:agent` one, `step:all` every one,
+`scaling:sharing` those that begin so. Without names, every case runs. Each variant's contenders are checked
+for correctness before they are timed, in the same run.
 """
 
 from __future__ import annotations
 
 import importlib
-import json
 import os
-import platform
-import subprocess
 import sys
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated
 
 import torch
+import trl_peer
 import tyro
+from charts import draw_charts
+from machine import machine, measure_roofline
 from measure import Result
+from output import Report, console_table, machine_line, not_run, write_json, write_markdown
+from profiling import profile_step
 from rich.console import Console
-from rich.table import Table
 
-CASES = ("forest", "step", "rollout")
+CASES = ("forest", "attention", "logprob", "preference", "step", "rollout", "train", "scaling")
 
 
 @dataclass(frozen=True)
@@ -31,117 +33,110 @@ class _Arguments:
     """Measure this machine. Every case is checked for correctness before it is timed."""
 
     cases: Annotated[tuple[str, ...], tyro.conf.Positional] = CASES
-    """Cases (forest, step, rollout) or variants of them (step:agent) to run."""
+    """Cases (forest, attention, logprob, preference, step, rollout, train, scaling), or variants of them
+    (step:agent, scaling:sharing, step:all)."""
     quick: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Smaller sizes and fewer rounds."""
+    """Smaller sizes and fewer rounds, without peers."""
     threads: int = 1
     """CPU threads of PyTorch. More than there are idle cores make every figure worthless."""
     json: str | None = None
-    """Write the results to this file."""
+    """Write the results to this file, a Markdown table and charts beside it."""
+    profile: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Instead of timing: where one training step's time goes, of the named variants of step (by default
+    step:long_prefix). A Chrome trace goes to bench/results, or beside --json."""
 
 
 def main() -> int:
     arguments = tyro.cli(_Arguments, prog="python bench/run.py")
+    problem = _mistake(arguments)
     wanted: list[str] = []
     for name in arguments.cases:
-        found = _variants(name, arguments.quick)
+        found = variants_of(name, arguments.quick)
         if not found:
-            there = [variant for case in CASES for variant in _case(case).VARIANTS]
-            print(f"error: no case {name}; there are {', '.join(there)}", file=sys.stderr)
-            return 2
-        wanted += found
-    torch.set_num_threads(max(1, arguments.threads))
-    console, results = Console(width=None if sys.stdout.isatty() else 120), {}
+            there = [variant for case in CASES for variant in load_case(case).VARIANTS]
+            problem = f"no case {name}; there are {', '.join(there)}"
+        wanted += [one for one in found if one not in wanted]
+    if arguments.profile and arguments.cases == CASES:
+        wanted = ["step" if arguments.quick else "step:long_prefix"]
+    if arguments.profile and any(one.partition(":")[0] != "step" for one in wanted):
+        problem = "--profile is of variants of step; name one, such as step:agent"
+    if problem:
+        print(f"error: {problem}", file=sys.stderr)
+        return 2
+    torch.set_num_threads(arguments.threads)
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    if arguments.profile:
+        folder = Path(arguments.json).parent if arguments.json else Path(__file__).parent / "results"
+        folder.mkdir(exist_ok=True)
+        for name in wanted:
+            profile_step(name, folder, console)
+        return 0
+    return _measure(wanted, arguments, console)
+
+
+def _measure(wanted: list[str], arguments: _Arguments, console: Console) -> int:
+    roofline = measure_roofline(arguments.threads, arguments.quick)
+    console.print(
+        f"roofline at {roofline.threads} threads: {roofline.gemm_gflop_per_s:.0f} GFLOP/s (matrix products), "
+        f"{roofline.copy_gb_per_s:.1f} GB/s (copy), fp32",
+        highlight=False,
+    )
+    results: dict[str, Result] = {}
     for name in wanted:
-        case = _case(name)
-        console.print(f"{name}: checking", highlight=False)
+        case = load_case(name)
         try:
+            console.print(f"{name}: checking", highlight=False)
             case.check(name, arguments.quick)
+            console.print(f"{name}: timing", highlight=False)
+            results[name] = case.run(name, arguments.quick)
         except AssertionError as error:
             console.print(f"{name}: WRONG, not timed: {error}", style="red", highlight=False)
             return 1
-        console.print(f"{name}: timing", highlight=False)
-        results[name] = case.run(name, arguments.quick)
-    console.print(_table(results))
+        except trl_peer.PeerError as error:
+            console.print(f"{name}: {error}", style="red", highlight=False)
+            return 1
+    formulas = {name: getattr(load_case(name), "FORMULA", "see the case's docstring") for name in results}
+    report = Report(results, formulas, roofline, not_run(trl_peer.installed(), quick=arguments.quick))
+    console.print(*console_table(report), sep="\n")
     if arguments.json:
-        found = {
-            "machine": _machine(),
-            "versions": {"python": platform.python_version()}
-            | {name: version(name) for name in ("torch", "transformers", "numpy", "mosaic-fast")},
-            "commit": _commit(),
-            "cases": {name: asdict(result) for name, result in results.items()},
-        }
-        Path(arguments.json).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        file = Path(arguments.json)
+        write_json(report, file)
+        write_markdown(report, file.with_suffix(".md"))
+        charts = draw_charts(results, machine_line(machine()), file.parent, file.stem)
+        for path in [file, file.with_suffix(".md"), *charts]:
+            console.print(f"wrote {path}", highlight=False)
     return 0
 
 
-def _case(name: str) -> ModuleType:
+def _mistake(arguments: _Arguments) -> str | None:
+    """What is wrong with an option, and what would be right."""
+    cores = os.cpu_count() or 1
+    if not 1 <= arguments.threads <= cores:
+        return f"--threads {arguments.threads}: this machine has {cores} cores; name 1 to {cores}"
+    if arguments.json:
+        file = Path(arguments.json)
+        if file.suffix != ".json":
+            return f"--json {file}: name a file that ends in .json; a table and charts are put beside it"
+        if not file.parent.is_dir():
+            return f"--json {file}: there is no folder {file.parent}"
+    return None
+
+
+def load_case(name: str) -> ModuleType:
     return importlib.import_module(f"cases.{name.partition(':')[0]}")
 
 
-def _variants(name: str, quick: bool) -> list[str]:
-    """What a name on the command line means: itself, or all variants of its case; [] if there is none."""
-    if name.partition(":")[0] not in CASES:
+def variants_of(name: str, quick: bool) -> list[str]:
+    """What a name on the command line means; [] if there is nothing of that name."""
+    case_name, _, rest = name.partition(":")
+    if case_name not in CASES:
         return []
-    case = _case(name)
-    if name in CASES:
-        return list(case.QUICK if quick else case.VARIANTS)
-    return [name] if name in case.VARIANTS else []
-
-
-def _table(results: dict[str, Result]) -> Table:
-    table = Table(title=f"{_machine()['cpu']}, {torch.get_num_threads()} threads, fp32")
-    for head in (
-        "case",
-        "ours",
-        "spread",
-        "flat",
-        "speed-up",
-        "ideal",
-        "of ideal",
-        "raw/unique",
-        "MiB, flat",
-    ):
-        table.add_column(head, justify="left" if head == "case" else "right")
-    for name, r in results.items():
-        sharing = r.extra["raw_tokens"] / r.extra["unique_tokens"]
-        table.add_row(
-            name,
-            f"{1e3 * r.median_s:.1f} ms",
-            f"{r.spread:.0%}",
-            f"{1e3 * r.flat_median_s:.1f} ms",
-            f"{r.ratio_to_flat:.2f}x",
-            f"{r.ideal:.2f}x",
-            f"{r.share_of_ideal:.0%}",
-            f"{sharing:.2f}x",
-            " / ".join(
-                f"{1024 * r.extra[key]:.0f}" for key in ("peak_gib", "flat_peak_gib") if key in r.extra
-            ),
-        )
-    return table
-
-
-def _machine() -> dict[str, object]:
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [
-            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line
-        ]
-        cpu = names[0] if names else cpu
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu}
-
-
-def _commit() -> str | None:
-    found = subprocess.run(
-        ["git", "rev-parse", "HEAD"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return found.stdout.strip() or None
+    case = load_case(case_name)
+    if name == case_name:
+        return list(case.QUICK if quick else getattr(case, "DEFAULT", case.VARIANTS))
+    if rest == "all":
+        return list(case.VARIANTS)
+    return [name] if name in case.VARIANTS else [one for one in case.VARIANTS if one.startswith(f"{name}-")]
 
 
 if __name__ == "__main__":

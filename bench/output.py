@@ -1,0 +1,173 @@
+"""Results as a table on the console, as Markdown and as JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from machine import Roofline, commit, machine, versions
+from measure import Result
+from pydantic import TypeAdapter
+from rich.table import Table
+
+HEADS = (
+    "case",
+    "ours",
+    "spread",
+    "flat",
+    "speed-up",
+    "ideal",
+    "of ideal",
+    "raw/unique",
+    "MiB ours",
+    "MiB flat",
+)
+HEADS += ("GFLOP/s", "of roofline")
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that a run found."""
+
+    results: Mapping[str, Result]  # by variant
+    formulas: Mapping[str, str]  # of the ideal, by variant
+    roofline: Roofline
+    not_run: Mapping[str, str]  # peer -> reason
+
+
+def not_run(trl: bool, *, quick: bool) -> dict[str, str]:
+    """Peers that no case of this run measures, with the reason."""
+    gpu = torch.cuda.is_available()
+    reason = "there is a CUDA device, but no case runs on it yet" if gpu else "its kernels need a CUDA device"
+    found = dict.fromkeys(("Liger", "cut-cross-entropy", "flash-pref", "FlexAttention"), reason)
+    if not gpu:
+        found["FlexAttention"] = "its CPU version has no backward pass; on CUDA it is a backend of ours"
+    if not trl:
+        found["TRL"] = "not installed: make bench-peers"
+    elif quick:
+        found["TRL"] = "left out by --quick"
+    return found
+
+
+def cells(name: str, result: Result, roofline: Roofline) -> list[str]:
+    """A row of the table, in the order of HEADS; empty where a case has no such figure."""
+    extra = result.extra
+    sharing = extra["raw_tokens"] / extra["unique_tokens"]
+    memory = [f"{1024 * extra[key]:.0f}" if key in extra else "" for key in ("peak_gib", "flat_peak_gib")]
+    rate, share = "", ""
+    no_flat = math.isnan(result.flat_median_s)
+    if "gflop" in extra:
+        per_second = extra["gflop"] / result.median_s
+        rate, share = f"{per_second:.0f}", f"{per_second / roofline.gemm_gflop_per_s:.0%}"
+    return [
+        name,
+        f"{1e3 * result.median_s:.1f} ms",
+        f"{result.spread:.0%}",
+        "" if no_flat else f"{1e3 * result.flat_median_s:.1f} ms",
+        "" if no_flat else f"{result.ratio_to_flat:.2f}x",
+        "" if no_flat else f"{result.ideal:.2f}x",
+        f"{result.share_of_ideal:.0%}",
+        f"{sharing:.2f}x",
+        *memory,
+        rate,
+        share,
+    ]
+
+
+def contender_rows(report: Report) -> Iterator[list[str]]:
+    """case, contender, median, spread, how many times as fast ours is; of cases with more than two."""
+    for name, result in report.results.items():
+        for one, timing in result.contenders.items():
+            if one not in ("ours", "flat"):
+                ahead = timing.median_s / result.median_s
+                yield [name, one, f"{1e3 * timing.median_s:.1f} ms", f"{timing.spread:.0%}", f"{ahead:.2f}x"]
+
+
+_CONTENDER_HEADS = ("case", "contender", "median", "spread", "ours is faster by")
+
+
+def console_table(report: Report) -> list[Table]:
+    main = _table(f"{machine_line(machine())}, fp32", HEADS)
+    for name, result in report.results.items():
+        main.add_row(*cells(name, result, report.roofline))
+    others = _table("others in the same rounds", _CONTENDER_HEADS)
+    for row in contender_rows(report):
+        others.add_row(*row)
+    missing = _table("not run", ("peer", "reason"))
+    for row in report.not_run.items():
+        missing.add_row(*row)
+    return [table for table in (main, others, missing) if table.row_count]
+
+
+def _table(title: str, heads: tuple[str, ...]) -> Table:
+    table = Table(title=title)
+    for head in heads:
+        table.add_column(head, justify="left" if head in ("case", "contender", "peer", "reason") else "right")
+    return table
+
+
+def machine_line(found: Mapping[str, object]) -> str:
+    return f"{found['cpu']}, {found['threads']} of {found['cores']} cores" + (
+        f", {found['gpu']}" if found["gpu"] else ""
+    )
+
+
+def write_json(report: Report, file: Path) -> None:
+    content = {
+        "machine": machine(),
+        "versions": versions(),
+        "commit": commit(),
+        "roofline": asdict(report.roofline),
+        "cases": {
+            name: {**_plain(result), "formula": report.formulas[name]}
+            for name, result in report.results.items()
+        },
+        "not_run": dict(report.not_run),
+    }
+    file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def load_results(file: Path) -> tuple[dict[str, Result], str]:
+    """The results of a file that `write_json` wrote, and the machine in words."""
+    content = json.loads(file.read_text(encoding="utf-8"))
+    cases = content["cases"]
+    for case in cases.values():
+        case["flat_median_s"] = math.nan if case["flat_median_s"] is None else case["flat_median_s"]
+    return TypeAdapter(dict[str, Result]).validate_python(cases), machine_line(content["machine"])
+
+
+def _plain(result: Result) -> dict[str, object]:
+    """Its fields. JSON has no NaN."""
+    fields: dict[str, object] = dict(asdict(result))
+    if math.isnan(result.flat_median_s):
+        fields["flat_median_s"] = None
+    return fields
+
+
+def write_markdown(report: Report, file: Path) -> None:
+    roofline = report.roofline
+    packages = ", ".join(f"{name} {version}" for name, version in versions().items())
+    about = machine_line(machine())
+    lines = [
+        f"{about}, fp32; {packages}; commit {commit()}.",
+        f"Roofline at {roofline.threads} threads, measured at start: {roofline.gemm_gflop_per_s:.0f} GFLOP/s "
+        f"(matrix products), {roofline.copy_gb_per_s:.1f} GB/s (copy). Medians of interleaved rounds.",
+        "Spread is (slowest - fastest) / median.",
+        "",
+        *_markdown(HEADS, [cells(name, one, roofline) for name, one in report.results.items()]),
+        "",
+        *_markdown(_CONTENDER_HEADS, list(contender_rows(report))),
+        "",
+        *(f"- {name}: {formula}" for name, formula in report.formulas.items()),
+        "",
+        *(f"- not run: {name}, {reason}" for name, reason in report.not_run.items()),
+    ]
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _markdown(heads: tuple[str, ...], rows: list[list[str]]) -> list[str]:
+    return [f"| {' | '.join(row)} |" for row in (list(heads), ["---"] * len(heads), *rows)]

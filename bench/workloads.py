@@ -1,0 +1,117 @@
+"""Models and rollouts that several cases run on. Tokens are random; only their sharing matters for cost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+
+from mosaic_fast.components import build_components, model_folder
+from mosaic_fast.config import Config
+from mosaic_kernels import PackedForest, pack_forest
+
+ENOUGH = 2**20  # tokens a micro-batch where nothing is to be cut
+_VOCABULARY = 8192
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Rollouts and the model that is trained on them."""
+
+    model: PreTrainedModel
+    sequences: list[np.ndarray]
+    trained: list[np.ndarray]
+    tokens_per_microbatch: int = ENOUGH
+
+    @property
+    def forest(self) -> PackedForest:
+        return pack_forest(self.sequences, self.trained)
+
+
+def qwen3(layers: int = 10, hidden: int = 384, vocabulary: int = _VOCABULARY) -> Qwen3ForCausalLM:
+    """A random Qwen3 model with SDPA; by default 10 layers of 384, 20 M parameters."""
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=3 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 64,
+        num_key_value_heads=2,
+        head_dim=64,
+        max_position_embeddings=8192,
+        tie_word_embeddings=True,
+    )
+    model = Qwen3ForCausalLM(config)
+    model.set_attn_implementation("sdpa")
+    return model
+
+
+def drawn(
+    shared: int,
+    rollouts: int,
+    own: int,
+    *,
+    model: PreTrainedModel | None = None,
+    fork_halfway: bool = False,
+    depth: int = 1,
+) -> Workload:
+    """`shared` untrained tokens, then `own` trained ones a rollout.
+
+    fork_halfway: every second rollout shares the first half of its own tokens with the others of its kind.
+    depth: above 1 a binary tree: rollouts share depth - 1 equal runs of the own tokens in halves, quarters...
+    """
+    model = model or qwen3()
+    vocabulary = model.config.vocab_size
+    random = np.random.default_rng(0)
+    prompt = random.integers(0, vocabulary, shared)
+    sequences, trained, first_half = [], [], random.integers(0, vocabulary, own // 2)
+    run = own // depth
+    runs: dict[tuple[int, int], np.ndarray] = {}
+    for r in range(rollouts):
+        suffix = random.integers(0, vocabulary, own)
+        if fork_halfway and r % 2:
+            suffix[: own // 2] = first_half
+        for level in range(depth - 1):  # rollouts with the same leading bits of r share this run
+            branch = r * 2**level // rollouts
+            tokens = runs.setdefault((level, branch), random.integers(0, vocabulary, run))
+            suffix[level * run : (level + 1) * run] = tokens
+        sequences.append(np.concatenate([prompt, suffix]))
+        trained.append(np.arange(shared + own) >= max(1, shared))
+    return Workload(model, sequences, trained)
+
+
+def agent(model: PreTrainedModel | None = None) -> Workload:
+    """8 trajectories as on AgentDojo: 1,700 tokens of prompt with tool schemas, then turns: 60 to 90 sampled
+    tokens, an observation of 20 to 60; some fork at a turn. About 2,100 tokens each."""
+    model = model or qwen3()
+    random, vocabulary = np.random.default_rng(0), model.config.vocab_size
+    prompt = random.integers(0, vocabulary, 1700)
+    sequences: list[np.ndarray] = []
+    trained: list[np.ndarray] = []
+    for r in range(8):
+        tokens, mask = prompt, np.zeros(len(prompt), np.bool_)
+        if r % 2:  # forks from its neighbour after the first turn or two
+            kept = len(prompt) + int(random.integers(60, 200))
+            tokens, mask = sequences[-1][:kept], trained[-1][:kept]
+        target = int(random.integers(1950, 2250))
+        while len(tokens) < target:
+            sampled, observed = int(random.integers(60, 91)), int(random.integers(20, 61))
+            tokens = np.append(tokens, random.integers(0, vocabulary, sampled + observed))
+            mask = np.append(mask, np.arange(sampled + observed) < sampled)
+        sequences.append(tokens)
+        trained.append(mask)
+    return Workload(model, sequences, trained)
+
+
+def played() -> Workload:
+    """The first rollouts of the embedded default run, played by the embedded model (0.8 M parameters)."""
+    config = Config()
+    components = build_components(config, model_folder("embedded"))
+    loop = components.loop
+    tasks = loop.environment.sample("train", config.rollout.prompts_per_step, 0)
+    work = loop.groups(tasks, group_size=config.rollout.group_size, branching="independent", seed=0)
+    rollouts = [r for group in components.run(work, version=0) for r in group]
+    return Workload(components.policy.model, [r.token_ids for r in rollouts], [r.trained for r in rollouts])

@@ -1,0 +1,150 @@
+"""Nothing wrong is timed: each case's check() notices a broken contender."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import replace
+
+import contenders
+import numpy as np
+import pytest
+import torch
+from cases import attention, forest, logprob, preference, scaling, step, train
+from torch import Tensor
+from workloads import Workload, agent, drawn, qwen3
+
+Broken = Callable[..., object]
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Workload:
+    return drawn(12, 4, 6, fork_halfway=True, model=qwen3(2, 128, 128))
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch, tiny: Workload) -> None:
+    """Every case at a size that takes no time."""
+    monkeypatch.setitem(step.WORKLOADS, "step:held", lambda: replace(tiny, tokens_per_microbatch=20))
+    monkeypatch.setitem(step.WORKLOADS, "step:agent", lambda: tiny)
+    monkeypatch.setattr(scaling, "workload", lambda name: tiny)
+    monkeypatch.setattr(preference, "workload", lambda name: tiny)
+    monkeypatch.setitem(attention._SHAPES, "attention", (20, 4, 8, True))
+    monkeypatch.setitem(logprob.SHAPES, "logprob", (40, 8, 50))
+    monkeypatch.setattr(forest, "rollouts", lambda quick: tiny.sequences)
+
+
+CASES = {
+    "attention": attention,
+    "forest": forest,
+    "logprob": logprob,
+    "preference:step": preference,
+    "scaling:sharing-60": scaling,
+    "step:agent": step,
+    "step:held": step,
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_is_right_passes(name: str) -> None:
+    CASES[name].check(name, True)
+
+
+def _scaled(function: Broken) -> Broken:
+    return lambda *args, **kwargs: function(*args, **kwargs) * 1.001  # pyrefly: ignore
+
+
+@pytest.mark.parametrize("broken", ["packed_loss", "gather_loss", "padded_loss"])
+def test_a_wrong_loss_of_any_contender(monkeypatch: pytest.MonkeyPatch, broken: str) -> None:
+    monkeypatch.setattr(contenders, broken, _scaled(getattr(contenders, broken)))
+    with pytest.raises(AssertionError, match=r"gradient of .* is off by"):
+        scaling.check("scaling:sharing-60", True)
+
+
+def test_a_wrong_weight_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = contenders.forest_backward
+
+    def wrong(workload: Workload, policy: object, weights: Tensor, plan: str = "auto") -> object:
+        return right(workload, policy, weights.roll(1), plan)  # pyrefly: ignore
+
+    monkeypatch.setattr(contenders, "forest_backward", wrong)
+    with pytest.raises(AssertionError, match="ours: gradient"):
+        step.check("step:agent", True)
+
+
+def test_a_contender_that_misses_a_parameter() -> None:
+    found = {"a": torch.ones(2)}
+    with pytest.raises(AssertionError, match="ours has gradients of other parameters"):
+        contenders.check_same("ours", found, {**found, "b": torch.ones(1)})
+
+
+@pytest.mark.parametrize("broken", ["ours", "flat", "dense", "gather"])
+def test_wrong_attention(monkeypatch: pytest.MonkeyPatch, broken: str) -> None:
+    right = attention.implementations
+
+    def wrong(forest: object) -> dict[str, attention.Attention]:
+        made = right(forest)  # pyrefly: ignore
+        return made | {broken: _scaled(made[broken])}  # pyrefly: ignore
+
+    monkeypatch.setattr(attention, "implementations", wrong)
+    with pytest.raises(AssertionError, match=f"{broken}: output is off"):
+        attention.check("attention", True)
+
+
+def test_wrong_logprobs(monkeypatch: pytest.MonkeyPatch) -> None:
+    for what in (0, 1):
+
+        def wrong(*args: Tensor, what: int = what) -> tuple[Tensor, Tensor]:
+            found = list(logprob.ours(*args))
+            found[what] = found[what] * 1.001
+            return found[0], found[1]
+
+        monkeypatch.setitem(logprob.CONTENDERS, "ours", wrong)
+        with pytest.raises(AssertionError, match=f"ours: {('log-probs', 'entropy')[what]} is off"):
+            logprob.check("logprob", True)
+
+
+def test_a_wrong_preference_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = preference.pairwise_preference_loss
+    monkeypatch.setattr(preference, "pairwise_preference_loss", _scaled(right))
+    with pytest.raises(AssertionError, match="ours: loss is off"):
+        preference.check("preference", True)
+    calls = itertools.count()
+    # Only the first of the two contenders is wrong here.
+    monkeypatch.setattr(
+        preference, "pairwise_preference_loss",
+        lambda *args, **kwargs: right(*args, **kwargs) * (1.001 if next(calls) == 0 else 1.0),
+    )  # fmt: skip
+    with pytest.raises(AssertionError, match="ours: gradient of"):
+        preference.check("preference:step", True)
+
+
+def test_a_wrong_forest(monkeypatch: pytest.MonkeyPatch, tiny: Workload) -> None:
+    wrong = tiny.forest
+    wrong.parent[-1] -= 1
+    monkeypatch.setattr(forest, "pack_forest", lambda sequences: wrong)
+    with pytest.raises(AssertionError, match="is no path"):
+        forest.check("forest", True)
+
+
+def test_a_run_that_does_not_repeat(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = iter([1.0, 2.0])
+    monkeypatch.setattr(train, "_train", lambda steps, folder: [{"optim/grad_norm": next(runs), "time/x": 0}])
+    with pytest.raises(AssertionError, match="two runs of the same seed differ"):
+        train.check("train", True)
+
+
+def test_what_is_shared_in_the_workloads() -> None:
+    """The axes are what they say: shares of sharing, levels of the tree, an agent's turns."""
+    model = qwen3(1, 128, 512)
+    for percent in (0, 60, 95):
+        prompt = round(percent / 100 * 96 * 32 / 31)
+        found = drawn(prompt, 32, 96 - prompt, model=model).forest
+        assert abs(1 - found.num_nodes / found.num_tokens - percent / 100) < 0.01
+    nodes = [drawn(64, 16, 128, model=model, depth=depth).forest.num_nodes for depth in (1, 2, 4)]
+    assert nodes == [64 + 16 * 128, 64 + 64 + 16 * 64, 64 + 32 * (1 + 2 + 4) + 16 * 32]
+    turns = agent(model)
+    assert len(turns.sequences) == 8
+    assert all(1950 <= len(s) <= 2400 for s in turns.sequences)
+    assert not any(mask[:1700].any() for mask in turns.trained)
+    assert all(np.diff(mask[1700:].astype(int)).any() for mask in turns.trained)

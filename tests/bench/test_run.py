@@ -1,0 +1,195 @@
+"""The command: names, mistakes, results files, charts, where time goes."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import charts
+import measure
+import pytest
+import run
+from cases import logprob, step, train
+from machine import Roofline, machine, measure_roofline
+from measure import Result, compare
+from output import Report, load_results, not_run, write_json, write_markdown
+from profiling import profile_step
+from rich.console import Console
+from workloads import drawn, qwen3
+
+
+def test_names() -> None:
+    assert run.variants_of("step", quick=True) == ["step"]
+    assert run.variants_of("step:agent", quick=False) == ["step:agent"]
+    assert set(run.variants_of("step:all", quick=False)) == set(step.WORKLOADS)
+    assert len(run.variants_of("scaling:sharing", quick=False)) == 7
+    for nothing in ("steps", "step:agents", "scaling:shar", ""):
+        assert run.variants_of(nothing, quick=False) == []
+    for name in run.CASES:
+        case = run.load_case(name)
+        assert set(run.variants_of(name, quick=False)) <= set(case.VARIANTS)
+        assert set(run.variants_of(name, quick=True)) <= set(case.VARIANTS)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["nothing"], "no case nothing; there are forest, attention"),
+        (["forest", "--json", "results.txt"], "ends in .json"),
+        (["forest", "--json", "no/where.json"], "there is no folder no"),
+        (["forest", "--threads", "0"], "--threads 0: this machine has"),
+        (["forest", "--profile"], "--profile is of variants of step"),
+    ],
+)
+def test_mistakes(
+    options: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["run.py", *options])
+    assert run.main() == 2
+    assert said in capsys.readouterr().err
+
+
+def test_an_unknown_option(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["run.py", "--fast"])
+    with pytest.raises(SystemExit) as stopped:
+        run.main()
+    assert stopped.value.code == 2
+    assert "--fast" in capsys.readouterr().err
+
+
+def test_a_red_case_is_not_timed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setitem(logprob.SHAPES, "logprob", (40, 8, 50))
+    monkeypatch.setitem(
+        logprob.CONTENDERS, "ours", lambda *x: tuple(one + 1 for one in logprob.full(*x))  # pyrefly: ignore
+    )  # fmt: skip
+    monkeypatch.setattr(logprob, "run", lambda *x: pytest.fail("timed"))
+    file = tmp_path / "found.json"
+    monkeypatch.setattr(sys, "argv", ["run.py", "logprob", "--quick", "--json", str(file)])
+    assert run.main() == 1
+    assert "WRONG, not timed: ours: log-probs" in capsys.readouterr().out
+    assert not file.exists()
+
+
+def test_a_run_writes_json_markdown_and_charts(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setitem(logprob.SHAPES, "logprob", (40, 8, 50))
+    monkeypatch.setattr(logprob, "QUICK", ("logprob",))
+    file = tmp_path / "found.json"
+    monkeypatch.setattr(sys, "argv", ["run.py", "logprob", "--quick", "--json", str(file)])
+    assert run.main() == 0
+    found = json.loads(file.read_text())
+    assert set(found) == {"machine", "versions", "commit", "roofline", "cases", "not_run"}
+    assert found["machine"]["threads"] >= 1
+    assert {"torch", "transformers", "python"} <= set(found["versions"])
+    assert found["roofline"]["gemm_gflop_per_s"] > 1
+    assert found["roofline"]["copy_gb_per_s"] > 0.1
+    case = found["cases"]["logprob"]
+    assert case["median_s"] == case["contenders"]["ours"]["median_s"] > 0
+    assert case["ratio_to_flat"] == pytest.approx(case["flat_median_s"] / case["median_s"])
+    assert case["extra"]["flat_peak_gib"] * 2**30 > 40 * 50 * 4
+    assert case["formula"]
+    assert {"Liger", "cut-cross-entropy", "flash-pref", "TRL"} <= set(found["not_run"])
+    text = file.with_suffix(".md").read_text()
+    assert "| logprob |" in text
+    assert "not run: Liger" in text
+    assert "logprob: timing" in capsys.readouterr().out
+
+
+def _result(ratio: float, sharing: float) -> Result:
+    contenders = {"ours": measure.Timing(1.0, 0.0), "flat": measure.Timing(ratio, 0.0)}
+    contenders["trl"] = measure.Timing(2 * ratio, 0.1)
+    extra = {"raw_tokens": 10.0, "unique_tokens": 5.0, "sharing_frac": sharing}
+    return Result(1.0, 0.0, ratio, ratio, ratio, 1.0, extra, contenders)
+
+
+def test_charts_are_drawn_from_a_file(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    results = {f"scaling:sharing-{n}": _result(1 + n / 10, n / 100) for n in (0, 50, 90)}
+    results["train"] = Result(1.0, 0.0, math.nan, 0.9, 1.0, 0.9, {"raw_tokens": 2.0, "unique_tokens": 1.0})
+    report = Report(results, dict.fromkeys(results, "f"), Roofline(1, 1.0, 1.0), {})
+    file = tmp_path / "all.json"
+    write_json(report, file)
+    assert json.loads(file.read_text())["cases"]["train"]["flat_median_s"] is None
+    loaded, about = load_results(file)
+    assert loaded["scaling:sharing-50"] == results["scaling:sharing-50"]
+    assert str(machine()["cpu"]) in about
+    monkeypatch.setattr(sys, "argv", ["charts.py", str(file), str(tmp_path)])
+    assert charts.main() == 0
+    for name in ("all-sharing", "all-cases"):
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        drawn_text = (tmp_path / f"{name}.svg").read_text()
+        assert "<svg" in drawn_text
+    write_markdown(report, tmp_path / "all.md")
+    assert "| scaling:sharing-90 | trl | 20000.0 ms |" in (tmp_path / "all.md").read_text()
+    monkeypatch.setattr(sys, "argv", ["charts.py", str(tmp_path / "no.json"), str(tmp_path)])
+    assert charts.main() == 2
+    assert "both of which exist" in capsys.readouterr().err
+
+
+def test_contenders_take_turns_and_may_time_themselves() -> None:
+    turns = []
+
+    def other_process() -> float:
+        turns.append("trl")
+        return 4.0
+
+    found = compare(
+        {"ours": lambda: turns.append("ours"), "flat": lambda: turns.append("flat"), "trl": other_process},
+        repeats=2,
+        ideal=1.0,
+        extra={},
+    )
+    assert turns == ["ours", "flat", "trl"] * 3
+    assert found.contenders["trl"].median_s == 4.0
+    assert found.extra["trl_median_s"] == 4.0
+
+
+def test_the_roofline_is_of_the_given_threads() -> None:
+    found = measure_roofline(1, quick=True)
+    assert found.threads == 1
+    assert found.gemm_gflop_per_s > 1
+
+
+def test_peers_that_are_missing_are_named() -> None:
+    assert not_run(False, quick=False)["TRL"] == "not installed: make bench-peers"
+    assert "TRL" not in not_run(True, quick=False)
+
+
+def test_a_profile_tells_python_from_operators(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(step.WORKLOADS, "step:agent", lambda: drawn(30, 4, 10, model=qwen3(2, 128, 128)))
+    console = Console(record=True, width=120)
+    phases = profile_step("step:agent", tmp_path, console)
+    assert list(phases) == ["pack", "plan", "forward", "backward", "optimizer"]
+    for phase in phases.values():
+        assert 0 <= phase.outside <= phase.wall
+    assert phases["forward"].operators["aten::mm"] > 0
+    assert phases["backward"].calls["aten::mm"] > phases["forward"].calls["aten::mm"]
+    assert "Python and dispatch" in console.export_text()
+    assert json.loads((tmp_path / "step-agent-trace.json").read_text())["traceEvents"]
+
+
+def test_where_a_run_is() -> None:
+    """The innermost frame of ours inside a training step decides."""
+
+    def frame(path: str, name: str, back: SimpleNamespace | None) -> SimpleNamespace:
+        return SimpleNamespace(f_code=SimpleNamespace(co_filename=path, co_name=name), f_back=back)
+
+    outermost = frame("/a/mosaic_fast/train.py", "step", None)
+    engine = frame("/a/mosaic_rollout/engine/local.py", "_drive", outermost)
+    assert train.place_of(frame("/torch/nn/linear.py", "forward", engine)) == "engine"  # pyrefly: ignore
+    agents = frame("/a/mosaic_rollout/agent_loop.py", "run", outermost)
+    assert train.place_of(agents) == "agents"  # pyrefly: ignore
+    assert train.place_of(outermost) == "other"  # pyrefly: ignore
+    assert train.place_of(frame("/a/mosaic_fast/components.py", "load", None)) == train.OUTSIDE  # pyrefly: ignore
+    with train.Sampler(threading.get_ident()) as sampler:
+        time.sleep(0.05)
+    assert sampler.counts[train.OUTSIDE] > 2

@@ -5,7 +5,10 @@ from tests.mutants.mutant import INTERPRETER, TTSEM, Mutant
 LOGPROB = "logprob/kernels.py"
 ROWS = "test_linear_logprob.py::test_equals_one_row_at_a_time"
 ODD = "test_linear_logprob.py::test_odd_sizes_with_everything_on"
+MEMORY = "test_work_memory.py::test_many_rows_do_not_read_their_hidden_states_again_for_every_tile"
 FORBIDDEN = "test_linear_logprob.py::test_forbidden_tokens_fill_tiles_and_splits"
+
+ROW_TILES = "tl.cdiv(num_rows, BLOCK_ROWS)"
 
 LOG_PROBS = (
     Mutant(
@@ -191,5 +194,31 @@ LOG_PROBS = (
         ),
         TTSEM,
         ODD,
+    ),
+    Mutant(
+        "row tiles run side by side through the whole vocabulary",
+        LOGPROB,
+        (
+            (
+                "tl.program_id(0) // num_splits, tl.program_id(0) % num_splits",
+                "tl.program_id(0) % ROW_TILES, tl.program_id(0) // ROW_TILES".replace("ROW_TILES", ROW_TILES),
+            ),
+        ),
+        INTERPRETER,
+        MEMORY,
+    ),
+    Mutant(
+        "the backward pass takes all row tiles through the vocabulary together",
+        LOGPROB,
+        (("GROUP_ROWS = tl.constexpr(8)", "GROUP_ROWS = tl.constexpr(1024)"),),
+        INTERPRETER,
+        MEMORY,
+    ),
+    Mutant(
+        "a target outside the vocabulary leaves what was in memory",
+        "logprob/triton.py",
+        (("torch.full((len(rows),), torch.nan, ", "torch.zeros((len(rows),), "),),
+        INTERPRETER,
+        "test_linear_logprob.py::test_a_target_outside_the_vocabulary_shows",
     ),
 )

@@ -7,11 +7,15 @@ products.
 
 Edges, that is (row, target) pairs, are listed by the tile their logit falls into: a tile looks at its own
 edges only, however many targets a row has. No program writes what another one reads or writes.
+
+Programs that run side by side share what they read, so that it comes from L2: the order of programs, in both
+passes, keeps the rows and the columns in flight few (docs/kernels.md).
 """
 
 import triton
 import triton.language as tl
 
+GROUP_ROWS = tl.constexpr(8)  # row tiles that the backward pass takes through the vocabulary together
 SIZES = ["num_rows", "vocab", "num_splits", "tiles_per_split", "first_column", "num_columns"]
 
 
@@ -100,9 +104,10 @@ def forward_kernel(
     SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One program: a tile of rows and a share of the vocabulary (grid: row tiles, splits)."""
-    row_tile, split = tl.program_id(0), tl.program_id(1)
+    """One program: a tile of rows and a share of the vocabulary. The shares of a row tile are neighbours."""
     vocab_tiles = tl.cdiv(vocab, BLOCK_VOCAB)
+    num_splits = tl.cdiv(vocab_tiles, tiles_per_split)
+    row_tile, split = tl.program_id(0) // num_splits, tl.program_id(0) % num_splits
     rows = row_tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     highest = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_ROWS], tl.float32)
@@ -177,6 +182,16 @@ def merge_kernel(
         tl.store(entropy_ptr + rows, tl.log(total) - weighted / total, mask=inside)
 
 
+@triton.jit
+def _backward_tile(num_rows, num_columns, BLOCK_ROWS: tl.constexpr, BLOCK_VOCAB: tl.constexpr):
+    """The tile of this program: GROUP_ROWS row tiles at a time, one column of tiles after the other."""
+    column_tiles = tl.cdiv(num_columns, BLOCK_VOCAB)
+    programs = GROUP_ROWS * column_tiles  # of a group
+    first, member = tl.program_id(0) // programs * GROUP_ROWS, tl.program_id(0) % programs
+    height = tl.minimum(tl.cdiv(num_rows, BLOCK_ROWS) - first, GROUP_ROWS)
+    return first + member % height, member // height
+
+
 @triton.jit(do_not_specialize=SIZES)
 def backward_kernel(
     hidden_ptr,  # [N, D] contiguous
@@ -211,13 +226,13 @@ def backward_kernel(
     SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One program: one tile of dL/dlogits (grid: row tiles, vocabulary tiles of the chunk).
+    """One program: one tile of dL/dlogits.
 
     With p the softmax, G a row's sum of edge gradients g_e, h the gradient of its entropy H:
         dL/dz = sum_e g_e onehot(target_e) - p G - h p (log p + H)
     """
-    row_tile = tl.program_id(0)
-    tile = first_column // BLOCK_VOCAB + tl.program_id(1)
+    row_tile, column_tile = _backward_tile(num_rows, num_columns, BLOCK_ROWS, BLOCK_VOCAB)
+    tile = first_column // BLOCK_VOCAB + column_tile
     rows = row_tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     columns = tile * BLOCK_VOCAB + tl.arange(0, BLOCK_VOCAB)
     logits = _logits(

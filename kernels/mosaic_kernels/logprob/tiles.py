@@ -7,11 +7,13 @@ With many rows the arithmetic decides, and the tile is as large as registers all
 weight decides: rows up to FEW_ROWS share one tile, so that the weight is read once.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
 
 FEW_ROWS = 64
+PROGRAMS_PER_MULTIPROCESSOR = 4  # of the forward pass: its last wave is then at most a quarter idle
 
 
 @dataclass(frozen=True)
@@ -88,3 +90,14 @@ def tiles_for(arch: str, dtype: torch.dtype, num_rows: int) -> Tiles:
             "use backend='chunked' or 'reference'"
         )
     return table[entry]
+
+
+def vocabulary_shares(num_rows: int, tile: Tile, multiprocessors: int) -> int:
+    """How many shares the forward pass cuts the vocabulary into; the programs of one row tile run together.
+
+    Enough to fill the device, however few rows there are. And, when rows are many, enough for what runs at a
+    time to stay in L2: M programs, S shares of M / S row tiles, hold M / S * R rows of hidden and S * C of
+    weight, which is least at S = sqrt(M R / C).
+    """
+    fill = -(-PROGRAMS_PER_MULTIPROCESSOR * multiprocessors // max(1, -(-num_rows // tile.rows)))
+    return max(fill, round(math.sqrt(multiprocessors * tile.rows / tile.vocab)))

@@ -1,6 +1,7 @@
 """linear_logprob by Triton kernels; its backward pass adds matrix products, a chunk of vocabulary each."""
 
 from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,13 +13,10 @@ from mosaic_kernels.gather_sum import gather_sum_kernel
 from mosaic_kernels.logprob import kernels
 from mosaic_kernels.logprob.edges import edges_by_row, edges_by_tile
 from mosaic_kernels.logprob.reference import reference_linear_logprob
-from mosaic_kernels.logprob.tiles import FEW_ROWS, Tile, Tiles, tiles_for
+from mosaic_kernels.logprob.tiles import FEW_ROWS, Tile, Tiles, tiles_for, vocabulary_shares
 from mosaic_kernels.proof.selfcheck import Deviation, check_once, deviations_of
 
 CHUNK_LOGITS = 2**27  # dL/dlogits in memory at a time: 256 MiB in 16 bits
-PROGRAMS_PER_MULTIPROCESSOR = (
-    4  # of the forward pass: the last wave of programs is then at most a quarter idle
-)
 BLOCK = 128  # rows of the kernels that only touch a number a row
 
 
@@ -37,17 +35,35 @@ def triton_linear_logprob(
     Without entropy, rows that no target needs are not computed. ValueError if the tile table has no entry.
     """
     dtype = torch.promote_types(hidden.dtype, weight.dtype)
-    tiles = tiles_for(architecture_of(hidden.device), dtype, len(hidden))
-    variant = (dtype, _precision(dtype), len(hidden) <= FEW_ROWS, return_entropy, softcap is not None)
-    check_once("linear_logprob", hidden.device, variant, deviations)
     if not return_entropy:
         used, rows = torch.unique(rows, return_inverse=True)
         if len(used) < len(hidden):
             hidden = hidden.index_select(0, used)
+    # By the rows that are left: the tile, what is checked, and how the vocabulary is shared must agree.
+    num_rows, dim = hidden.shape
+    tiles = tiles_for(architecture_of(hidden.device), dtype, num_rows)
+    variant = Variant(
+        dtype, _precision(dtype), dim, few_rows=num_rows <= FEW_ROWS, entropy=return_entropy,
+        bias=bias is not None, softcap=softcap is not None,
+    )  # fmt: skip
+    check_once("linear_logprob", hidden.device, variant, deviations)
     return tiled_linear_logprob(
         hidden.to(dtype), weight.to(dtype), targets, rows, bias, temperature, return_entropy, softcap,
-        tiles=tiles, splits=_splits(len(hidden), tiles.forward, hidden.device),
+        tiles=tiles, splits=_splits(num_rows, tiles.forward, hidden.device),
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What compiles to different kernels."""
+
+    dtype: torch.dtype
+    precision: str
+    dim: int  # of the hidden states, D
+    few_rows: bool
+    entropy: bool
+    bias: bool
+    softcap: bool
 
 
 def tiled_linear_logprob(
@@ -96,13 +112,15 @@ class _TritonLogprob(torch.autograd.Function):
         def empty(*shape: int) -> torch.Tensor:
             return torch.empty(shape, dtype=torch.float32, device=hidden.device)
 
-        row_max, row_log_sum, edge_logits = empty(num_rows), empty(num_rows), empty(len(rows))
+        row_max, row_log_sum = empty(num_rows), empty(num_rows)
+        # On an accelerator targets are not checked (that would wait for it): one outside [0, V) stays NaN.
+        edge_logits = torch.full((len(rows),), torch.nan, dtype=torch.float32, device=hidden.device)
         entropy = empty(num_rows) if return_entropy else None
         if num_rows:
             highest, total = empty(num_splits, num_rows), empty(num_splits, num_rows)
             weighted = empty(num_splits, num_rows) if return_entropy else highest  # not written without
             listed = edges_by_tile(rows, targets, num_rows, vocab, tile.rows, tile.vocab)
-            kernels.forward_kernel[(_cdiv(num_rows, tile.rows), num_splits)](
+            kernels.forward_kernel[(_cdiv(num_rows, tile.rows) * num_splits,)](
                 hidden, weight, weight if bias is None else bias, rows.int(), targets.int(),
                 listed.members, listed.starts, highest, total, weighted, edge_logits,
                 num_rows, vocab, tiles_per_split, inverse_temperature, softcap or 1.0,
@@ -148,7 +166,7 @@ class _TritonLogprob(torch.autograd.Function):
         grad_logits = hidden.new_empty(num_rows, width)
         for first in range(0, vocab, width):
             columns = min(width, vocab - first)
-            kernels.backward_kernel[(_cdiv(num_rows, tile.rows), _cdiv(columns, tile.vocab))](
+            kernels.backward_kernel[(_cdiv(num_rows, tile.rows) * _cdiv(columns, tile.vocab),)](
                 hidden, weight, weight if bias is None else bias, rows.int(), targets.int(),
                 by_tile.members, by_tile.starts, row_max, row_log_sum,
                 row_max if entropy is None else entropy, edge_logits,
@@ -196,11 +214,9 @@ def _flags(**constants: int) -> dict[str, Any]:
 
 
 def _splits(num_rows: int, tile: Tile, device: torch.device) -> int:
-    """Shares of the vocabulary that fill the device, however few rows there are."""
     if emulated():
         return 2
-    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-    return _cdiv(PROGRAMS_PER_MULTIPROCESSOR * multiprocessors, max(1, _cdiv(num_rows, tile.rows)))
+    return vocabulary_shares(num_rows, tile, torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -221,34 +237,44 @@ def _cdiv(a: int, b: int) -> int:
 
 
 def deviations(device: torch.device, variant: Hashable) -> Mapping[str, Deviation]:
-    """The self-check: results and gradients of a small problem with forks, against the reference in fp64."""
-    dtype, _, few, with_entropy, capped = variant  # pyrefly: ignore [not-iterable]
-    num_rows, vocab, dim, num_edges = (40 if few else 150), 600, 100, 200
+    """The self-check: results and gradients of a small problem with forks, against the reference in fp64.
+
+    With entropy, the gradient of the log-probs alone is another kernel: it is checked too ("of log-probs").
+    """
+    assert isinstance(variant, Variant)
+    num_rows, vocab, num_edges = (40 if variant.few_rows else 150), 600, 200
     generator = torch.Generator().manual_seed(0)
 
-    def draw(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator).to(device)
+    def draw(*shape: int, size: float = 1.0) -> torch.Tensor:
+        return (torch.randn(shape, generator=generator) * size).to(device)
 
-    hidden, weight, bias = draw(num_rows, dim).to(dtype), draw(vocab, dim).to(dtype), draw(vocab)
+    hidden = draw(num_rows, variant.dim, size=3 * variant.dim**-0.5).to(variant.dtype)  # logits of size 3
+    weight = draw(vocab, variant.dim).to(variant.dtype)
+    bias = draw(vocab) if variant.bias else None
     incoming = draw(num_edges), draw(num_rows)
     rows = torch.randint(num_rows, (num_edges,), generator=generator).to(device)
     targets = torch.randint(vocab, (num_edges,), generator=generator).to(device)
-    temperature, softcap = 0.7, (20.0 if capped else None)
-    tiles = tiles_for(architecture_of(device), dtype, num_rows)
+    temperature, softcap = 0.7, (20.0 if variant.softcap else None)
+    tiles = tiles_for(architecture_of(device), variant.dtype, num_rows)
 
     def results(dtype: torch.dtype, triton_kernels: bool) -> dict[str, torch.Tensor]:
         h, w = (x.to(dtype, copy=True).requires_grad_() for x in (hidden, weight))
         if triton_kernels:
             logprobs, entropy = tiled_linear_logprob(
-                h, w, targets, rows, bias, temperature, with_entropy, softcap,
+                h, w, targets, rows, bias, temperature, variant.entropy, softcap,
                 tiles=tiles, splits=2, chunk_logits=num_rows * 256,
             )  # fmt: skip
         else:
             logprobs, entropy = reference_linear_logprob(h, w, targets, rows, bias, temperature, softcap)
-        loss, found = (logprobs * incoming[0]).sum(), {"logprobs": logprobs}
-        if with_entropy and entropy is not None:
-            loss, found = loss + (entropy * incoming[1]).sum(), {**found, "entropy": entropy}
-        dhidden, dweight = torch.autograd.grad(loss, [h, w])
-        return {**found, "dhidden": dhidden, "dweight": dweight}
+        found, loss = {"logprobs": logprobs}, (logprobs * incoming[0]).sum()
+        losses = {"": loss}
+        if variant.entropy and entropy is not None:
+            found["entropy"] = entropy
+            losses = {"": loss + (entropy * incoming[1]).sum(), " of log-probs": loss}
+        for name, one in losses.items():
+            dhidden, dweight = torch.autograd.grad(one, [h, w], retain_graph=True)
+            found |= {f"dhidden{name}": dhidden, f"dweight{name}": dweight}
+        return found
 
-    return deviations_of(results(dtype, True), results(dtype, False), results(torch.float64, False), dtype)
+    ours, plain = results(variant.dtype, True), results(variant.dtype, False)
+    return deviations_of(ours, plain, results(torch.float64, False), variant.dtype)

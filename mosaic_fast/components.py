@@ -18,6 +18,7 @@ from mosaic_fast.errors import EngineStoppedError, UserError
 from mosaic_fast.learner import Reference
 from mosaic_fast.lora import Lora
 from mosaic_fast.policy import Policy
+from mosaic_fast.policy.checkpoint import UNREADABLE
 from mosaic_rollout.agent_loop import AgentLoop, Limits
 from mosaic_rollout.chat import Chat
 from mosaic_rollout.engine import EngineError
@@ -204,7 +205,7 @@ def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         raise UserError(f"model.path: there is no folder {folder}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, *UNREADABLE) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"model.path: {folder} has no usable tokenizer ({reason})") from None
     if tokenizer is None:

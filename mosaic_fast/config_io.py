@@ -6,7 +6,7 @@ import os
 import sys
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, field, make_dataclass
+from dataclasses import asdict, dataclass, field, make_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -36,6 +36,18 @@ class _TrainArguments(Config):
 
     resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Go on with the run in --run-dir from its last complete checkpoint."""
+    dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Print how much memory the run will take, from the model's config.json alone, and start nothing."""
+
+
+@dataclass(frozen=True)
+class TrainCommand:
+    """What a command line asks for."""
+
+    config: Config
+    resume: bool
+    name: str  # of the run
+    dry_run: bool
 
 
 def load_config(path: Path) -> Config:
@@ -49,7 +61,13 @@ def save_config(config: Config, path: Path) -> None:
 
 
 def parse_train_arguments(arguments: Sequence[str]) -> tuple[Config, bool, str]:
-    """(configuration, resume, name of the run) of a command line `[run.toml] [--options]`.
+    """(configuration, resume, name of the run) of a command line that is to train."""
+    command = parse_train_command(arguments)
+    return command.config, command.resume, command.name
+
+
+def parse_train_command(arguments: Sequence[str]) -> TrainCommand:
+    """What a command line `[run.toml] [--options]` asks for.
 
     The file is validated by itself, so that a bad value in it is refused even where an option replaces it.
     With --resume the run folder's own config.toml is the base, and a value that differs from it is refused.
@@ -61,7 +79,7 @@ def parse_train_arguments(arguments: Sequence[str]) -> tuple[Config, bool, str]:
         _validate(values, str(path))
     parsed = _parse_options(_validate(values, "the configuration"), rest)
     if not parsed.resume:
-        return _without_resume(parsed), False, name
+        return TrainCommand(_config_of(parsed), False, name, parsed.dry_run)
     if parsed.run_dir is None:
         raise UserError("--resume needs --run-dir: the folder of the run to go on with")
     folder = Path(parsed.run_dir)
@@ -69,12 +87,13 @@ def parse_train_arguments(arguments: Sequence[str]) -> tuple[Config, bool, str]:
         raise UserError(f"--resume: there is no folder {folder}; leave --resume out to start a run there")
     stored_path = folder / "config.toml"
     if not stored_path.is_file():
-        return _without_resume(parsed), True, name
+        return TrainCommand(_config_of(parsed), True, name, parsed.dry_run)
     stored = load_config(stored_path).resolved()
     merged = _validate(_merge(stored.model_dump(exclude_none=True), values), "the configuration")
-    asked = _without_resume(_parse_options(merged, rest))
+    asked = _config_of(_parse_options(merged, rest))
     refuse_differences(stored, asked)
-    return stored.model_copy(update={"run_dir": parsed.run_dir, "engine": asked.engine}), True, name
+    config = stored.model_copy(update={"run_dir": parsed.run_dir, "engine": asked.engine})
+    return TrainCommand(config, True, name, parsed.dry_run)
 
 
 def refuse_differences(stored: Config, asked: Config) -> None:
@@ -139,7 +158,7 @@ def _unknown_keys(arguments: Sequence[str]) -> dict[str, object]:
     return values
 
 
-def _without_resume(parsed: _TrainArguments) -> Config:
+def _config_of(parsed: _TrainArguments) -> Config:
     return Config(**{name: getattr(parsed, name) for name in Config.model_fields}).resolved()
 
 

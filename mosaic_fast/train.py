@@ -1,6 +1,6 @@
 """MOSAIC training: roll out, judge, advantage, pack, update, sync, log.
 
-python -m mosaic_fast.train [run.toml] [--options]
+python -m mosaic_fast.train [run.toml] [--options]      --dry-run prints the memory it will take, and ends
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from mosaic_fast.checkpoint import (
 from mosaic_fast.clock import Clock
 from mosaic_fast.components import Components, build_components, build_reference, model_folder
 from mosaic_fast.config import Config
-from mosaic_fast.config_io import parse_train_arguments, run_cli
+from mosaic_fast.config_io import parse_train_command, run_cli
 from mosaic_fast.curves import draw_curves
 from mosaic_fast.errors import EngineStoppedError, TrainingError
 from mosaic_fast.evaluate import evaluate_policy, rates_table
@@ -31,6 +31,7 @@ from mosaic_fast.execution.cost import cost_model_of_run, keep_cost_model
 from mosaic_fast.interrupt import Interrupt
 from mosaic_fast.judge import Judge, build_judge, judgement_figures
 from mosaic_fast.learner import Learner
+from mosaic_fast.memory import dry_run
 from mosaic_fast.metrics import Rate, pairs_of, prefix_hit, reward_figures, rollout_figures, values_of
 from mosaic_fast.overlap import Ahead
 from mosaic_fast.progress import ProgressView
@@ -46,9 +47,11 @@ INTERRUPTED = 130  # exit code after Ctrl-C, as shells have it
 
 
 def main() -> int:
-    config, resume, name = parse_train_arguments(sys.argv[1:])
+    command = parse_train_command(sys.argv[1:])
+    if command.dry_run:
+        return dry_run(command.config)
     disable_progress_bar()  # transformers' own bars would be drawn across the table
-    return train(config, name, resume=resume)
+    return train(command.config, command.name, resume=command.resume)
 
 
 def train(config: Config, name: str = "world", *, resume: bool = False) -> int:

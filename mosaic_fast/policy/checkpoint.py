@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -18,6 +19,9 @@ from mosaic_fast.policy.support import check_family
 
 _WEIGHTS = "model.safetensors"
 _WEIGHTS_INDEX = "model.safetensors.index.json"
+
+UNREADABLE = (ValueError, KeyError, TypeError, StrictDataclassError)
+"""What transformers raises for a config.json whose values make no sense."""
 
 Report = dict[str, Iterable[object]]
 """What transformers says of a load: parameter names by kind of problem."""
@@ -58,7 +62,7 @@ def save_model(model: PreTrainedModel, folder: Path, weights: dict[str, torch.Te
 
 
 def _load_folder(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Report]:
-    check_family(_read_config(folder).get("model_type"))
+    check_family(read_config(folder))
     _check_weight_files(folder)
     try:
         with _quiet():
@@ -72,7 +76,7 @@ def _load_folder(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Rep
             )
     except SafetensorError as error:
         raise UserError(f"{folder}: the weights are damaged or cut short ({error})") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except UNREADABLE as error:
         raise UserError(f"{folder}: {error}") from error
 
 
@@ -93,11 +97,11 @@ def _load_gguf(file: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Report]
             )
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file}: {error}") from error
-    check_family(model.config.model_type)
+    check_family(model.config.to_dict())
     return model, report
 
 
-def _read_config(folder: Path) -> dict[str, object]:
+def read_config(folder: Path) -> dict[str, object]:
     if not folder.is_dir():
         raise UserError(f"there is no model folder {folder}")
     file = folder / "config.json"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 from transformers import PreTrainedModel
@@ -16,11 +18,21 @@ _STATIC_ROPE = {"default", "linear", "yarn", "llama3", "proportional"}
 _LENGTH_DEPENDENT_ROPE = {"longrope", "dynamic"}
 
 
-def check_family(model_type: object) -> None:
-    """UserError unless the family is one whose forward is known to be exact on a forest."""
-    if model_type not in SUPPORTED_FAMILIES:
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+"""Keys of a configuration, one of which every mixture of experts has."""
+
+
+def check_family(config: Mapping[str, object]) -> None:
+    """UserError unless the model of a config.json is one whose forward is known to be exact on a forest."""
+    family = config.get("model_type")
+    if any(config.get(key) for key in _EXPERTS):
         raise UserError(
-            f"model family {model_type!r} is not supported: Policy is exact for "
+            f"model family {family!r} is a mixture of experts, which is not supported yet: use a dense model "
+            "of qwen2 (Qwen2, Qwen2.5), qwen3, phi3 (Phi-3, Phi-4) or llama"
+        )
+    if family not in SUPPORTED_FAMILIES:
+        raise UserError(
+            f"model family {family!r} is not supported: Policy is exact for "
             "qwen2 (Qwen2, Qwen2.5), qwen3, phi3 (Phi-3, Phi-4) and llama"
         )
 
@@ -33,7 +45,7 @@ def check_model(model: nn.Module) -> None:
             "of a wrapper (PEFT, DDP, torch.compile) pass the model inside, for PEFT get_base_model()"
         )
     config = model.config
-    check_family(getattr(config, "model_type", None))
+    check_family(config.to_dict())
     if model.get_output_embeddings() is None:
         raise UserError(f"{type(model).__name__} has no LM head: load it with AutoModelForCausalLM")
     for layer_type in getattr(config, "layer_types", None) or ():

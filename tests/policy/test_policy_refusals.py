@@ -52,8 +52,10 @@ _TINY: dict[str, object] = {
     ids=lambda config: config.model_type,
 )
 def test_other_families(config: object) -> None:
-    with pytest.raises(UserError, match=r"not supported.*qwen2.*qwen3.*phi3.*llama"):
+    with pytest.raises(UserError, match=r"not supported.*qwen2.*qwen3.*phi3.*llama") as refused:
         Policy(AutoModelForCausalLM.from_config(config))
+    experts = isinstance(config, Qwen3MoeConfig)
+    assert ("'qwen3_moe' is a mixture of experts" in str(refused.value)) == experts
 
 
 def test_not_a_causal_lm() -> None:

@@ -114,7 +114,8 @@ class LocalEngine:
         self._scheduler.clear_cache()
 
     async def release(self) -> None:
-        """Between generations nothing is held but the prefix cache, which the next update empties."""
+        """Empty the prefix cache, which an update would empty too: its memory is the trainer's until then."""
+        self._scheduler.clear_cache()
 
     def close(self) -> None:
         """There is no process to end."""

@@ -1,0 +1,113 @@
+"""What a decoder layer keeps for its backward pass: the model's own layer, run without numbers.
+
+The layer runs forward and backward on PyTorch's meta device, whose tensors have a shape and a dtype and no
+memory, while the bytes of all tensors alive are counted. So whatever the family's code saves is counted, an
+adapter's part and the fp32 copies of a norm included.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from transformers import AttentionInterface, PreTrainedModel
+
+from mosaic_fast.memory.live import LiveBytes
+from mosaic_fast.policy.layout import decoder_of
+
+_NAME = "mosaic_attention_shapes"
+
+
+@dataclass(frozen=True)
+class LayerMemory:
+    """Bytes of a layer for a number of tokens."""
+
+    input: int  # the hidden states that enter it: all that checkpointing keeps
+    kept: int  # from its forward pass to its backward pass
+    backward: int  # more, at the height of its backward pass
+    norm: int  # what the final norm keeps, and its output
+
+
+def layer_memory(model: PreTrainedModel, tokens: int, *, on_cpu: bool) -> LayerMemory:
+    """Run two layers of a model on the meta device; the second one is what is measured.
+
+    on_cpu: attention computes in fp32 whatever the dtype, as its CPU backend does.
+    """
+    decoder = decoder_of(model)
+    layer = decoder.layers[0]
+    hidden = torch.empty(
+        1, tokens, model.config.hidden_size, dtype=model.dtype, device="meta", requires_grad=True
+    )
+    positions = torch.empty(1, tokens, dtype=torch.int64, device="meta")
+    rotary = decoder.rotary_emb(hidden, position_ids=positions)
+    for (
+        parameter
+    ) in model.parameters():  # those of earlier micro-batches are there, and are counted elsewhere
+        parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    known = [hidden, positions, *rotary, *grads, *model.parameters(), *model.buffers()]
+    arguments: dict[str, object] = {
+        "attention_mask": None,
+        "position_ids": positions,
+        "past_key_values": None,
+        "use_cache": False,
+        "position_embeddings": rotary,
+        "on_cpu": on_cpu,
+    }
+    AttentionInterface.register(_NAME, _attention)
+    model.config._attn_implementation = _NAME
+    with LiveBytes(known) as live:
+        out = layer(hidden, **arguments)
+        one = live.now - out.nbytes
+        out = layer(out, **arguments)
+        two = live.now - out.nbytes
+        before_norm = live.now
+        normed = decoder.norm(out)
+        norm = live.now - before_norm
+        live.peak = live.now
+        height = live.now
+        normed.backward(torch.empty_like(normed))
+        backward = live.peak - height
+    for parameter in model.parameters():
+        parameter.grad = None
+    return LayerMemory(hidden.nbytes, two - one, backward, norm)
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,  # [1, Hq, U, D]
+    key: Tensor,  # [1, Hkv, U, D]
+    value: Tensor,  # [1, Hkv, U, D]
+    attention_mask: Tensor | None,
+    *,
+    on_cpu: bool,
+    **unused: object,
+) -> tuple[Tensor, None]:  # [1, U, Hq, D]
+    heads = (x[0].transpose(0, 1) for x in (query, key, value))
+    out = _Attention.apply(*(x.float() if on_cpu else x for x in heads))
+    return out.to(query.dtype)[None], None
+
+
+class _Attention(torch.autograd.Function):
+    """What tree attention saves and makes: q, k, v, its output, a logsumexp a row and head, gradients.
+
+    Values of a fused projection are a view that keeps all of it, as they are for the kernels.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+        out = q.new_empty(q.shape)
+        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:2], dtype=torch.float32))
+        return out
+
+    @staticmethod
+    @once_differentiable
+    # pyrefly: ignore [bad-override]
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor, ...]:
+        q, k, v, _, lse = ctx.saved_tensors
+        _delta = torch.empty_like(lse)
+        return tuple(x.new_empty(x.shape) for x in (q, k, v))

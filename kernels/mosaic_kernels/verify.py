@@ -7,8 +7,8 @@
     work         the kernels' multiply-adds and bytes, counted, against the ideal
     device       the same tests on a CUDA device, and timings beside other implementations
 
-Without --layer: all that this machine can run. The tests are in the repository, so the layers that run them
-need a checkout. Exits with 1 if a layer fails.
+Without --layer: all that this machine can run, compiling beside the tests where there are two CPUs. The tests
+are in the repository, so the layers that run them need a checkout. Exits with 1 if a layer fails.
 """
 
 import argparse
@@ -17,7 +17,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,23 +53,59 @@ def main() -> None:
     options = parser.parse_args()
     if options.forests < 1:
         parser.error(f"--forests must be at least 1, got {options.forests}")
-    failed, not_run = [], []
-    for name in options.layer or LAYERS:
-        missing = LAYERS[name].needs()
-        if missing:
-            print(f"== {name}: not run, {missing}", flush=True)
-            not_run += [name] if options.layer else []  # only what was asked for by name is missed
-            continue
+    names = options.layer or list(LAYERS)
+    if options.arch is not None and importlib.util.find_spec("triton") is not None:
+        _check_arch(options.arch)
+    absent = {name: missing for name in names if (missing := LAYERS[name].needs())}
+    for name, missing in absent.items():
+        print(f"== {name}: not run, {missing}", flush=True)
+    present = [name for name in names if name not in absent]
+    beside = not options.layer and (os.cpu_count() or 1) > 1 and "compile" in present
+    failed = _run_beside(present, options) if beside else _run(present, options)
+    if failed:
+        raise SystemExit(f"verify: {', '.join(failed)} failed")
+    if options.layer and absent:  # only what was asked for by name is missed
+        raise SystemExit(f"verify: {', '.join(absent)} cannot run here")
+
+
+def _run(names: Sequence[str], options: argparse.Namespace) -> list[str]:
+    """One layer after the other, here; those that failed."""
+    failed = []
+    for name in names:
         print(f"== {name}", flush=True)
         start = time.perf_counter()
         ok = LAYERS[name].run(options)
         print(f"== {name}: {'ok' if ok else 'FAILED'}, {time.perf_counter() - start:.0f} s", flush=True)
         if not ok:
             failed.append(name)
-    if failed:
-        raise SystemExit(f"verify: {', '.join(failed)} failed")
-    if not_run:
-        raise SystemExit(f"verify: {', '.join(not_run)} cannot run here")
+    return failed
+
+
+def _run_beside(names: Sequence[str], options: argparse.Namespace) -> list[str]:
+    """The layer compile in a process of its own, beside the others; its output follows theirs.
+
+    The tests keep one CPU busy, the compiler two if it can. The layer device comes last, alone: timings.
+    """
+    command = [sys.executable, "-m", "mosaic_kernels.verify", "--layer", "compile"]
+    for name in ("arch", "table"):
+        value = getattr(options, name)
+        command += [] if value is None else [f"--{name}", str(value)]
+    print("== compile: started, its output follows", flush=True)
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        compiling = thread.submit(
+            subprocess.run, command, env=_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            text=True, check=False,
+        )  # fmt: skip
+        failed = _run([name for name in names if name not in ("compile", "device")], options)
+        done = compiling.result()
+    print(done.stdout, end="", flush=True)
+    failed += ["compile"] if done.returncode else []
+    return failed + _run([name for name in names if name == "device"], options)
+
+
+def _environment() -> dict[str, str]:
+    """Ours, without what says how Triton kernels are executed."""
+    return {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "MOSAIC_EMULATED")}
 
 
 def _references(options: argparse.Namespace) -> bool:
@@ -81,24 +118,29 @@ def _tests(
     """The kernels' tests in a process of their own, in which Triton is imported with this environment."""
 
     def run(options: argparse.Namespace) -> bool:
-        clean = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "MOSAIC_EMULATED")}
         command = [sys.executable, "-m", *module.split()]
         if only_work:
             command += ["-s", *map(str, sorted(TESTS.glob("test_work*.py")))]
         else:
             command += [str(TESTS), "--ignore-glob=*test_work*"]
-        done = subprocess.run(command, cwd=TESTS.parents[2], env={**clean, **environment}, check=False)
+        done = subprocess.run(
+            command, cwd=TESTS.parents[2], env={**_environment(), **environment}, check=False
+        )
         return done.returncode == 0
 
     return run
 
 
-def _compile(options: argparse.Namespace) -> bool:
+def _check_arch(arch: str) -> None:
     from mosaic_kernels.proof.compile import ARCHITECTURES
+
+    if arch not in ARCHITECTURES:
+        raise SystemExit(f"--arch {arch} is unknown; there are {', '.join(ARCHITECTURES)}")
+
+
+def _compile(options: argparse.Namespace) -> bool:
     from mosaic_kernels.proof.table import print_compiled
 
-    if options.arch not in (None, *ARCHITECTURES):
-        raise SystemExit(f"--arch {options.arch} is unknown; there are {', '.join(ARCHITECTURES)}")
     return print_compiled(options.arch, options.table)
 
 

@@ -265,5 +265,7 @@ def test_refusals() -> None:
         linear_logprob(hidden, weight, targets, softcap=-1.0)
     with pytest.raises(ValueError, match="bias has shape"):
         linear_logprob(hidden, weight, targets, bias=bias[:3])
+    with pytest.raises(ValueError, match="weight has no rows"):
+        linear_logprob(hidden, weight[:0], targets[:0], rows=rows[:0])
     with pytest.raises(ValueError, match="must hold integers"):
         linear_logprob(hidden, weight, targets.double())

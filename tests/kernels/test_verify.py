@@ -63,3 +63,27 @@ def test_tests_of_a_layer_run_with_its_environment(monkeypatch: pytest.MonkeyPat
     assert flags == ["1", None]
     assert ttsem[:2] == ["ttsem.sanitize", "pytest"]
     assert ttsem_flags == [None, "1"]
+
+
+def test_compiling_beside_the_tests_reports_its_failure_and_its_output(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Timings come last, when nothing else runs."""
+    ran: list[str] = []
+
+    def layer(name: str) -> verify.Layer:
+        return verify.Layer(lambda: "", lambda options: ran.append(name) is None)
+
+    def run(command: list[str], **options: Any) -> Any:
+        assert command[3:] == ["--layer", "compile", "--arch", "sm_90"]
+        return SimpleNamespace(returncode=1, stdout="sm_90 spills\n")
+
+    monkeypatch.setattr(verify, "LAYERS", {name: layer(name) for name in ("compile", "device", "work")})
+    monkeypatch.setattr("subprocess.run", run)
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    monkeypatch.setattr("sys.argv", ["verify", "--arch", "sm_90"])
+    with pytest.raises(SystemExit, match="verify: compile failed"):
+        verify.main()
+    assert ran == ["work", "device"]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines.index("sm_90 spills") < lines.index("== device")

@@ -3,9 +3,9 @@
 from tests.mutants.mutant import INTERPRETER, TTSEM, Mutant
 
 LOGPROB = "logprob/kernels.py"
-ROWS = "test_linear_logprob.py::test_equals_one_row_at_a_time"
 ODD = "test_linear_logprob.py::test_odd_sizes_with_everything_on"
 MEMORY = "test_work_memory.py::test_many_rows_do_not_read_their_hidden_states_again_for_every_tile"
+RISING = "test_linear_logprob.py::test_the_largest_logit_comes_first_or_last"
 FORBIDDEN = "test_linear_logprob.py::test_forbidden_tokens_fill_tiles_and_splits"
 
 ROW_TILES = "tl.cdiv(num_rows, BLOCK_ROWS)"
@@ -110,14 +110,14 @@ LOG_PROBS = (
         LOGPROB,
         (("total = total * shrink +", "total = total +"),),
         INTERPRETER,
-        ROWS,
+        RISING,
     ),
     Mutant(
         "the maximum moves and the entropy's sum is not shifted",
         LOGPROB,
         (("(weighted + shift * total) * shrink", "weighted * shrink"),),
         INTERPRETER,
-        ROWS,
+        RISING,
     ),
     Mutant(
         "log-probs of large logits lose their digits",

@@ -1,6 +1,7 @@
 """Tree attention by the Triton kernels: launches, autograd, and the check before first use."""
 
 from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -37,9 +38,21 @@ def triton_tree_attention(
     """
     tiles = tiles_for(architecture_of(q.device), q.shape[-1], q.dtype)
     precision = "tf32" if q.dtype == torch.float32 and tf32_allowed() else "ieee"
-    check_once("tree_attention", q.device, (q.dtype, q.shape[-1], window is not None, precision), deviations)
+    variant = Variant(q.dtype, precision, q.shape[-1], q.shape[1] // k.shape[1], window is not None)
+    check_once("tree_attention", q.device, variant, deviations)
     tree = tree_for(subtree_end, queries, positions, window)
     return attend(q, k, v, tree, scale, tiles)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What compiles to different kernels."""
+
+    dtype: torch.dtype
+    precision: str
+    head_dim: int
+    group: int  # query heads a key head
+    window: bool
 
 
 def attend(
@@ -157,7 +170,8 @@ def _constants(q: torch.Tensor, k: torch.Tensor, tree: Tree, tile: Tile) -> dict
 
 def deviations(device: torch.device, variant: Hashable) -> Mapping[str, Deviation]:
     """The self-check: output and gradients on a small forest, against the reference in fp64."""
-    dtype, head_dim, windowed, _ = variant  # pyrefly: ignore [not-iterable]
+    assert isinstance(variant, Variant)
+    dtype, head_dim, windowed = variant.dtype, variant.head_dim, variant.window
     rng = np.random.default_rng(0)
     trunk = rng.integers(50, size=150).tolist()
     forks = ((150, 90), (150, 31), (70, 60))
@@ -166,7 +180,8 @@ def deviations(device: torch.device, variant: Hashable) -> Mapping[str, Deviatio
     end = torch.from_numpy(forest.subtree_end).to(device)
     positions = torch.from_numpy(forest.positions).to(device) if windowed else None
     generator = torch.Generator().manual_seed(0)
-    shapes = [(forest.num_nodes, heads, head_dim) for heads in (4, 2, 2, 4)]
+    query_heads = 2 * variant.group
+    shapes = [(forest.num_nodes, heads, head_dim) for heads in (query_heads, 2, 2, query_heads)]
     q, k, v, weight = (torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes)
     window, scale = (60 if windowed else None), head_dim**-0.5
 

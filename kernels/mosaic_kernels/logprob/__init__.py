@@ -69,6 +69,8 @@ def linear_logprob(
         )
     if not (hidden.is_floating_point() and weight.is_floating_point()):
         raise ValueError(f"hidden and weight must be floating; got {hidden.dtype}, {weight.dtype}")
+    if weight.shape[0] == 0:
+        raise ValueError("weight has no rows: there is no probability over an empty vocabulary")
     if hidden.device != weight.device:
         raise ValueError(f"hidden is on {hidden.device}, weight on {weight.device}")
     if bias is not None and bias.shape != weight.shape[:1]:

@@ -42,7 +42,8 @@ def triton_pairwise_preference_loss(
 ) -> torch.Tensor:  # [P] fp32
     """Computed in fp32; ValueError for fp64 log-probs."""
     _refuse_fp64("pairwise_preference_loss", policy_logprobs)
-    check_once("pairwise_preference_loss", policy_logprobs.device, None, deviations)
+    variant = (policy_logprobs.dtype, None if reference_logprobs is None else reference_logprobs.dtype)
+    check_once("pairwise_preference_loss", policy_logprobs.device, variant, deviations)
     tokens = _Tokens(mask.contiguous().view(torch.uint8), cu_seqlens.contiguous())
     with device_guard(policy_logprobs.device):
         return _PreferenceLoss.apply(policy_logprobs, reference_logprobs, tokens, pairs, preference, beta)
@@ -60,7 +61,8 @@ def triton_forest_preference_loss(
     """One log-prob for each edge that some pair needs; the margins gather them along the tree."""
     _refuse_fp64("forest_preference_loss", hidden, weight)
     device = hidden.device
-    check_once("forest_preference_loss", device, None, deviations)
+    variant = (torch.float32, None if reference_logprobs is None else reference_logprobs.dtype)
+    check_once("forest_preference_loss", device, variant, deviations)
     needed = needed_edges(forest, pairs.cpu().numpy())
     edge_logprobs = linear_logprob(
         hidden[torch.from_numpy(needed.rows).to(device)], weight, needed.targets,
@@ -151,17 +153,22 @@ def _refuse_fp64(op: str, *tensors: torch.Tensor) -> None:
 
 
 def deviations(device: torch.device, variant: Hashable) -> Mapping[str, Deviation]:
-    """The self-check: losses and gradients of a small forest, by token and by edge, against fp64."""
+    """The self-check: losses and gradients of a small forest, by token and by edge, against fp64.
+
+    variant is the dtype of the policy's log-probs, and that of the reference's, or None without.
+    """
+    policy_dtype, reference_dtype = variant  # pyrefly: ignore [not-iterable]
     rng = np.random.default_rng(0)
     trunk = rng.integers(50, size=40).tolist()
     sequences = [trunk[:cut] + rng.integers(50, size=300).tolist() for cut in (40, 40, 25, 0)]
     forest = pack_forest([*sequences, sequences[0]])
     generator = torch.Generator().manual_seed(0)
     by_node = torch.randn(forest.num_nodes, generator=generator)
-    reference = torch.randn(forest.num_tokens, generator=generator).to(device)
+    drawn = torch.randn(forest.num_tokens, generator=generator)
+    reference = None if reference_dtype is None else drawn.to(device, reference_dtype)
     pairs = torch.tensor([[0, 1], [2, 0], [3, 2], [4, 1]], device=device)
     preference = torch.tensor([1.0, 0.5, 0.0, 0.3], device=device)
-    policy = by_node[torch.from_numpy(forest.node_index)].to(device)
+    policy = by_node[torch.from_numpy(forest.node_index)].to(device, policy_dtype)
     mask, cu_seqlens = (torch.from_numpy(x).to(device) for x in (forest.trained, forest.cu_seqlens))
     needed = needed_edges(forest, pairs.cpu().numpy())
     edge_of_token = torch.from_numpy(needed.edge_of_token)
@@ -172,8 +179,9 @@ def deviations(device: torch.device, variant: Hashable) -> Mapping[str, Deviatio
     def results(dtype: torch.dtype) -> dict[str, torch.Tensor]:
         leaf = policy.to(dtype, copy=True).requires_grad_()
         loss = reference_pairwise_preference_loss(
-            leaf, reference.to(dtype), mask, cu_seqlens, pairs, preference.to(dtype), 0.1
-        )
+            leaf, None if reference is None else reference.to(dtype), mask, cu_seqlens, pairs,
+            preference.to(dtype), 0.1,
+        )  # fmt: skip
         dtokens = torch.autograd.grad(loss.sum(), leaf)[0]
         counted = (edge_of_token >= 0).to(device)
         dedges = dtokens.new_zeros(len(first_token)).index_add(
@@ -192,4 +200,4 @@ def deviations(device: torch.device, variant: Hashable) -> Mapping[str, Deviatio
         "dtokens": torch.autograd.grad(loss.sum(), leaf)[0],
         "dedges": torch.autograd.grad(tree_loss.sum(), edge_leaf)[0],
     }
-    return deviations_of(ours, results(torch.float32), results(torch.float64), torch.float32)
+    return deviations_of(ours, results(torch.float32), results(torch.float64), policy_dtype)

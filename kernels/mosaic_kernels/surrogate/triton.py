@@ -29,7 +29,8 @@ def triton_clipped_surrogate(
         raise ValueError(
             "clipped_surrogate: backend='triton' computes in fp32; for fp64 use backend='reference'"
         )
-    check_once("clipped_surrogate", policy_logprobs.device, reference_logprobs is not None, deviations)
+    variant = (policy_logprobs.dtype, reference_logprobs is not None)
+    check_once("clipped_surrogate", policy_logprobs.device, variant, deviations)
     with device_guard(policy_logprobs.device):
         return _Surrogate.apply(
             policy_logprobs, start_logprobs, advantages, weights, reference_logprobs,
@@ -75,26 +76,32 @@ class _Surrogate(torch.autograd.Function):
 
 
 def deviations(device: torch.device, variant: Hashable) -> Mapping[str, Deviation]:
-    """The self-check: losses and gradients of random tokens, some without weight, against fp64."""
+    """The self-check: losses and gradients of random tokens, some without weight, against fp64.
+
+    variant is the dtype of the policy's log-probs, and whether there is a KL term.
+    """
+    policy_dtype, with_kl = variant  # pyrefly: ignore [not-iterable]
     generator = torch.Generator().manual_seed(0)
     drawn = torch.randn(5, 3000, generator=generator)
     drawn[3] = drawn[3].clamp(min=0)
     policy, start, advantages, weights, reference = (x.to(device) for x in drawn)
+    policy = policy.to(policy_dtype)
     clip_low, clip_high, kl_weight = 0.2, 0.3, 0.1
 
     def results(dtype: torch.dtype, triton_kernel: bool) -> dict[str, torch.Tensor]:
-        leaf = policy.to(dtype, copy=True).requires_grad_()
+        leaf = policy.to(policy_dtype if triton_kernel else dtype, copy=True).requires_grad_()
         if triton_kernel:
             loss = _Surrogate.apply(
-                leaf, start, advantages, weights, reference if variant else None,
+                leaf, start, advantages, weights, reference if with_kl else None,
                 1 - clip_low, 1 + clip_high, kl_weight,
             )  # fmt: skip
         else:
             loss = reference_clipped_surrogate(
-                leaf, start, advantages, weights, reference if variant else None,
+                leaf, start, advantages, weights, reference if with_kl else None,
                 clip_low, clip_high, kl_weight,
             )  # fmt: skip
         return {"loss": loss, "dpolicy": torch.autograd.grad(loss.sum(), leaf)[0]}
 
     fp32 = torch.float32
-    return deviations_of(results(fp32, True), results(fp32, False), results(torch.float64, False), fp32)
+    exact = results(torch.float64, False)
+    return deviations_of(results(fp32, True), results(fp32, False), exact, policy_dtype)

@@ -115,10 +115,11 @@ def test_fp64_is_refused_by_name() -> None:
 def test_the_self_check_passes_and_sees_a_kernel_that_is_off(
     with_kl: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    device, exact = machine().device, surrogate_triton._Surrogate
-    found = surrogate_triton.deviations(device, with_kl)
-    assert set(found) == {"loss", "dpolicy"}
-    assert all(x.error <= x.limit for x in found.values())
+    device, exact, variant = machine().device, surrogate_triton._Surrogate, (torch.float32, with_kl)
+    for dtype in machine().dtypes:
+        found = surrogate_triton.deviations(device, (dtype, with_kl))
+        assert set(found) == {"loss", "dpolicy"}
+        assert all(x.error <= x.limit for x in found.values())
 
     class Off:
         @staticmethod
@@ -127,4 +128,4 @@ def test_the_self_check_passes_and_sees_a_kernel_that_is_off(
 
     monkeypatch.setattr(surrogate_triton, "_Surrogate", Off)
     with pytest.raises(KernelMismatch, match=r"clipped_surrogate: .*: loss, dpolicy off"):
-        run_check("clipped_surrogate", device, with_kl, surrogate_triton.deviations)
+        run_check("clipped_surrogate", device, variant, surrogate_triton.deviations)

@@ -290,11 +290,15 @@ def test_fp64_is_refused_by_name() -> None:
         )  # fmt: skip
 
 
-def test_the_self_check_passes_and_sees_a_kernel_that_is_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    device = machine().device
-    found = preference_triton.deviations(device, None)
-    assert set(found) == {"loss", "tree loss", "dtokens", "dedges"}
-    assert all(x.error <= x.limit for x in found.values())
+@pytest.mark.parametrize("reference", [None, torch.float32])
+def test_the_self_check_passes_and_sees_a_kernel_that_is_off(
+    reference: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device, variant = machine().device, (torch.float32, reference)
+    for dtype in machine().dtypes:
+        found = preference_triton.deviations(device, (dtype, reference))
+        assert set(found) == {"loss", "tree loss", "dtokens", "dedges"}
+        assert all(x.error <= x.limit for x in found.values())
 
     class Off:
         @staticmethod
@@ -306,4 +310,4 @@ def test_the_self_check_passes_and_sees_a_kernel_that_is_off(monkeypatch: pytest
     with pytest.raises(
         KernelMismatch, match=r"pairwise_preference_loss: .*: loss, tree loss, dtokens, dedges off"
     ):
-        run_check("pairwise_preference_loss", device, None, preference_triton.deviations)
+        run_check("pairwise_preference_loss", device, variant, preference_triton.deviations)

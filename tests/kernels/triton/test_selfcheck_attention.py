@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+from mosaic_kernels import tree_attention
 from mosaic_kernels.attention import triton as triton_attention
+from mosaic_kernels.attention.triton import Variant
 from mosaic_kernels.proof.selfcheck import KernelMismatch, run_check
 from tests.kernels.triton.machine import machine
 
@@ -11,9 +13,19 @@ from tests.kernels.triton.machine import machine
 @pytest.mark.parametrize("windowed", [False, True])
 def test_passes(windowed: bool) -> None:
     for dtype in machine().dtypes:
-        found = triton_attention.deviations(machine().device, (dtype, 32, windowed, "ieee"))
+        variant = Variant(dtype, "ieee", 32, group=3 if windowed else 1, window=windowed)
+        found = triton_attention.deviations(machine().device, variant)
         assert set(found) == {"out", "dq", "dk", "dv"}
         assert all(0 < one.error <= one.limit for one in found.values())
+
+
+def test_what_is_checked_is_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    checked: list[object] = []
+    monkeypatch.setattr(triton_attention, "check_once", lambda *args: checked.append(args[2]))
+    q, k = torch.randn(3, 6, 32, device=machine().device), torch.randn(3, 2, 32, device=machine().device)
+    positions = torch.arange(3)
+    tree_attention(q, k, k, torch.tensor([3, 3, 3]), positions=positions, window=2, backend="triton")
+    assert checked == [Variant(torch.float32, "ieee", 32, group=3, window=True)]
 
 
 @pytest.mark.parametrize("factor", [1.001, float("nan")])
@@ -29,6 +41,6 @@ def test_refuses_a_kernel_that_is_off(factor: float, monkeypatch: pytest.MonkeyP
             run_check(
                 "tree_attention",
                 machine().device,
-                (torch.float32, 32, False, "ieee"),
+                Variant(torch.float32, "ieee", 32, group=2, window=False),
                 triton_attention.deviations,
             )

@@ -8,24 +8,28 @@ from mosaic_kernels import clipped_surrogate, pack_forest, pairwise_preference_l
 from mosaic_kernels.logprob.tiles import EMULATED, FEW_ROWS, Tiles, tiles_for
 from mosaic_kernels.logprob.triton import tiled_linear_logprob
 from mosaic_kernels.proof.counters import Work, count_work
+from mosaic_kernels.proof.memory import lines_from_memory, record_tiles
 from tests.kernels.triton.machine import machine
 
 if machine().name != "interpreter":
     pytest.skip("work is counted under Triton's interpreter", allow_module_level=True)
 
 VALUE = 4  # bytes of fp32
+LINE = 64  # bytes
+PLACES, CACHE_ROWS = 132, 1000  # of a model device: programs at a time, rows of hidden or weight in its L2
 
 
-def forward_work(rows: int, vocab: int, dim: int, tiles: Tiles, *, entropy: bool = False) -> Work:
-    """One edge a row."""
+def forward_work(rows: int, vocab: int, dim: int, tiles: Tiles, *, entropy: bool = False) -> tuple[Work, int]:
+    """One edge a row. Also the bytes of hidden and weight that are read from memory."""
     generator = torch.Generator().manual_seed(0)
     hidden, weight = (torch.randn(n, dim, generator=generator) for n in (rows, vocab))
     targets = torch.randint(vocab, (rows,), generator=generator)
-    with count_work() as work, torch.no_grad():
+    with count_work() as work, record_tiles(LINE) as launches, torch.no_grad():
         tiled_linear_logprob(
             hidden, weight, targets, torch.arange(rows), None, 1.0, entropy, None, tiles=tiles, splits=2
         )
-    return work
+    cache_lines = CACHE_ROWS * dim * VALUE // LINE
+    return work, LINE * lines_from_memory(launches[0], PLACES, cache_lines)
 
 
 @pytest.mark.parametrize("entropy", [True, False])
@@ -33,20 +37,23 @@ def forward_work(rows: int, vocab: int, dim: int, tiles: Tiles, *, entropy: bool
 def test_the_forward_pass_reads_its_operands_once_a_tile(rows: int, entropy: bool) -> None:
     """With the tiles of sm_90: bytes within 1.2 times those of a product by blocks, and no dot too many.
 
-    A tile of logits needs its rows of hidden and of weight, so the weight is read once a row tile and hidden
-    once a vocabulary tile. Edges, statistics and log-probs must be small beside that.
+    A tile of logits needs its rows of hidden and of weight, so programs load the weight once a row tile and
+    hidden once a vocabulary tile. Edges, statistics and log-probs must be small beside that. What comes from
+    memory is within 1.2 times hidden and weight once a row tile, whatever the tile.
     """
     vocab, dim = 4096, 128
     tiles = tiles_for("sm_90", torch.bfloat16, rows)
-    tile, work = tiles.forward, forward_work(rows, vocab, dim, tiles, entropy=entropy)
+    tile, (work, from_memory) = tiles.forward, forward_work(rows, vocab, dim, tiles, entropy=entropy)
     row_tiles, vocab_tiles = -(-rows // tile.rows), vocab // tile.vocab
     blocks = VALUE * dim * (row_tiles * vocab + vocab_tiles * rows)
     once = VALUE * dim * (row_tiles * vocab + rows)
     print(
         f"linear_logprob forward, {rows} rows in tiles of {tile.rows} x {tile.vocab}: "
         f"{work.bytes_read:.3e} bytes read, {work.bytes_read / blocks:.3f} of operands once a tile, "
-        f"{work.bytes_read / once:.3f} of hidden and weight once a row tile"
+        f"{work.bytes_read / once:.3f} of hidden and weight once a row tile "
+        f"({from_memory / once:.3f} from memory)"
     )
+    assert VALUE * dim * (vocab + rows) <= from_memory <= 1.2 * once
     assert 1.0 <= work.bytes_read / blocks <= 1.2
     assert work.bytes_written <= 0.01 * blocks
     assert work.dots == row_tiles * vocab_tiles * dim // tile.dim

@@ -121,8 +121,8 @@ class EngineConfig(Section):
     """sglang: further flags for launched servers, as `sglang.launch_server` takes them."""
     deterministic: bool = False
     """sglang: SGLang's deterministic mode, with draws keyed by seed, rollout and position."""
-    weights: Literal["disk", "tensor"] = "disk"
-    """sglang: how updated weights reach the servers, by a folder or as tensors shared between processes."""
+    weights: Literal["disk", "tensor", "distributed"] = "disk"
+    """sglang: how updated weights reach servers: a folder; memory shared on one machine; a process group."""
     verify_weights: bool = False
     """sglang: prove by checksums after every update that the servers have the trained weights."""
     colocated: bool = False

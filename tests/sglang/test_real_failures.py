@@ -109,6 +109,67 @@ def test_a_lost_request_is_sent_again_to_a_server_that_lives(steady: SGLangEngin
     assert steady.stats.restarts == 0
 
 
+@pytest.mark.parametrize("trouble", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_server_that_fails_in_an_update_over_a_group_is_brought_to_it(
+    steady: SGLangEngine, trouble: signal.Signals
+):
+    """The group breaks with the server; the server that takes its place joins a new one."""
+    usual, steady.options = steady.options, replace(steady.options, transport="distributed")
+    load_s, steady._load_s = steady._load_s, 6.0
+    [lane] = steady.lanes
+    assert lane.process is not None
+
+    async def served() -> tuple[str, str]:
+        return await lane.client.weight_version(10.0), steady._groups[lane].name
+
+    try:
+        version, name = serve(steady, served, version=2)
+        assert version == "2"
+        assert lane.process.pid is not None
+        os.killpg(lane.process.pid, trouble)
+        version, new_name = serve(steady, served, version=3)
+        assert (version, steady.stats.restarts) == ("3", 1)
+        assert new_name != name
+        assert serve(steady, served, version=4) == ("4", new_name)
+    finally:
+        steady.options, steady._load_s = usual, load_s
+        steady._leave_group(lane)
+
+
+def test_an_update_lost_on_the_way_to_a_server_that_lives_is_sent_again(steady: SGLangEngine):
+    """Nobody restarts the server, nor takes it for updated."""
+    process = steady.lanes[0].process
+    assert process is not None
+    url, lost = process.url, []
+
+    async def forward(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, asks: bool) -> None:
+        while data := await reader.read(65_536):
+            if asks and not lost and data.startswith(b"POST /update_weights_from_disk"):
+                lost.append(data)
+                break
+            writer.write(data)
+        writer.close()
+
+    async def relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        onward = await asyncio.open_connection("127.0.0.1", int(url.rpartition(":")[2]))
+        await asyncio.gather(forward(reader, onward[1], asks=True), forward(onward[0], writer, asks=False))
+
+    async def updated() -> str:
+        server = await asyncio.start_server(relay, "127.0.0.1", 0)
+        process.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        try:
+            await steady.update_weights(9)
+            return await steady.lanes[0].client.weight_version(10.0)
+        finally:
+            await steady.release()
+            server.close()
+            process.url = url
+
+    assert asyncio.run(updated()) == "9"
+    assert lost
+    assert steady.stats.restarts == 0
+
+
 def test_a_server_that_cannot_start_shows_the_end_of_its_log(policy: Policy, tmp_path: Path):
     engine = make_engine(policy, tmp_path, python=script(tmp_path, "echo no such library; exit 3"))
     with pytest.raises(
@@ -119,8 +180,13 @@ def test_a_server_that_cannot_start_shows_the_end_of_its_log(policy: Policy, tmp
 
 @pytest.mark.parametrize(
     "more",
-    [("--engine.verify-weights",), ("--engine.weights", "tensor"), ("--model.lora-rank", "4")],
-    ids=["verified", "tensor", "lora"],
+    [
+        ("--engine.verify-weights",),
+        ("--engine.weights", "tensor"),
+        ("--engine.weights", "distributed"),
+        ("--model.lora-rank", "4"),
+    ],
+    ids=["verified", "tensor", "distributed", "lora"],
 )
 def test_a_run_over_a_given_server_agrees_with_the_trainer(
     engine: SGLangEngine, tmp_path: Path, more: tuple[str, ...]

@@ -6,6 +6,7 @@ import asyncio
 import copy
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ import torch
 from mosaic_fast.policy import Policy
 from mosaic_rollout.engine import EngineError, LocalEngine
 from mosaic_rollout.engine.sglang import SGLangEngine
-from mosaic_rollout.engine.sglang.weights import verify_weights
+from mosaic_rollout.engine.sglang.weights import Transport, verify_weights
 from mosaic_rollout.errors import UserError
 from mosaic_rollout.types import Completion, Request
 
@@ -96,9 +97,9 @@ def test_generate_before_the_first_update_says_so(policy: Policy, tmp_path: Path
         asyncio.run(engine.generate([request([5])]))
 
 
-@pytest.mark.parametrize("transport", ["disk", "tensor"])
+@pytest.mark.parametrize("transport", get_args(Transport))
 def test_an_update_replaces_weights_version_and_cache(
-    engine: SGLangEngine, policy: Policy, changed: Policy, tmp_path: Path, transport: str
+    engine: SGLangEngine, policy: Policy, changed: Policy, tmp_path: Path, transport: Transport
 ):
     asked = [request(prompt(120, 3), key=1)]
     [before] = generate(engine, asked, version=4)
@@ -106,7 +107,7 @@ def test_an_update_replaces_weights_version_and_cache(
     assert before.token_versions is not None
     assert (before.token_versions == 4).all()
     url = engine.lanes[0].url
-    other = make_engine(changed, tmp_path, urls=[url], transport="disk" if transport == "disk" else "tensor")
+    other = make_engine(changed, tmp_path, urls=[url], transport=transport)
     [after] = generate(other, asked, version=5)
     assert after.cached_tokens == 0  # keys of the old weights are gone
     assert after.policy_version == 5
@@ -116,13 +117,13 @@ def test_an_update_replaces_weights_version_and_cache(
     assert np.abs(after.logprobs - trained_logprobs(policy, asked[0], after)).max() > 0.01
 
 
-@pytest.mark.parametrize("transport", ["disk", "tensor"])
+@pytest.mark.parametrize("transport", get_args(Transport))
 def test_checksums_prove_that_served_is_trained(
-    engine: SGLangEngine, changed: Policy, tmp_path: Path, transport: str
+    engine: SGLangEngine, changed: Policy, tmp_path: Path, transport: Transport
 ):
     """The proof holds after an update, and fails for a server that was left with other weights."""
     url = engine.lanes[0].url
-    other = make_engine(changed, tmp_path, urls=[url], transport="disk" if transport == "disk" else "tensor")
+    other = make_engine(changed, tmp_path, urls=[url], transport=transport)
     folder = tmp_path / "trained"
     changed.save_pretrained(folder)
 
@@ -134,6 +135,38 @@ def test_checksums_prove_that_served_is_trained(
         list(changed.model.parameters())[3].view(-1)[0] += 1e-6  # served, but not what is in the folder
     with pytest.raises(EngineError, match=r"1 of .* tensors differ"):
         serve(other, verify, version=2)
+
+
+@pytest.mark.parametrize("transport", ["tensor", "distributed"])
+def test_a_session_that_a_killed_trainer_left_open_is_closed(
+    engine: SGLangEngine, policy: Policy, tmp_path: Path, transport: Transport
+):
+    other = make_engine(policy, tmp_path, urls=[engine.lanes[0].url], transport=transport)
+
+    async def leave_open() -> None:
+        await other.lanes[0].client.call("/begin_weight_update", {}, timeout_s=10.0)
+
+    serve(other, leave_open, version=2)
+    assert serve(other, other.health, version=3) == [""]
+    other.close()
+
+
+def test_a_group_the_server_does_not_know_fails_at_once_and_is_formed_anew(
+    engine: SGLangEngine, policy: Policy, tmp_path: Path
+):
+    """As after a restart of another's server: the broadcast has no receiver and must not wait for one."""
+    other = make_engine(policy, tmp_path, urls=[engine.lanes[0].url], transport="distributed")
+    [lane] = other.lanes
+
+    async def forget() -> None:
+        body = {"group_name": other._groups[lane].name}
+        await lane.client.call("/destroy_weights_update_group", body, timeout_s=10.0)
+
+    serve(other, forget, version=2)
+    with pytest.raises(EngineError, match="update_weights_from_distributed refused"):
+        serve(other, other.health, version=3)
+    assert serve(other, other.health, version=4) == [""]
+    other.close()
 
 
 def test_a_colocated_server_gives_its_memory_back_and_serves_again(

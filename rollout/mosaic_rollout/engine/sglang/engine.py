@@ -13,15 +13,17 @@ from mosaic_rollout.engine.errors import EngineError
 from mosaic_rollout.engine.requests import validate_request
 from mosaic_rollout.engine.sampling import stream_base
 from mosaic_rollout.engine.sglang.client import Sample, ServerUnavailableError
-from mosaic_rollout.engine.sglang.lane import Lane, LaneOptions
+from mosaic_rollout.engine.sglang.lane import FAILURES, Lane, LaneOptions
 from mosaic_rollout.engine.sglang.server import ServerOptions, ServerProcess
 from mosaic_rollout.engine.sglang.stats import ServingStats
+from mosaic_rollout.engine.sglang.weight_group import WeightGroup
 from mosaic_rollout.engine.sglang.weights import (
     Transport,
     WeightFolder,
     WeightSource,
     load_from_disk,
     load_from_tensors,
+    load_over_group,
     verify_weights,
 )
 from mosaic_rollout.errors import UserError
@@ -30,6 +32,7 @@ from mosaic_rollout.types import Completion, Request
 _VERSION = "0.5.23"
 _QUICK_S = 30.0
 _MEMORY_S = 300.0
+_JOIN_S = 120.0
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,7 @@ class SGLangEngine:
         self._version = -1
         self._asleep = False
         self._checked: set[Lane] = set()
+        self._groups: dict[Lane, WeightGroup] = {}  # joined at the first update that goes over one
         self._folder: Path | None = None  # of the version served, where it has been written
         processes: list[ServerProcess | None] = []
         if isinstance(servers, ServerOptions):
@@ -162,6 +166,7 @@ class SGLangEngine:
         The servers end with this process, too, however it ends.
         """
         for lane in self.lanes:
+            self._leave_group(lane)
             if lane.process is not None:
                 lane.process.kill()
         self._published.remove()
@@ -180,16 +185,22 @@ class SGLangEngine:
         return lane.process is not None and (lane.process.pid is None or lane.process.exit_code is not None)
 
     async def _bring(self, lane: Lane, version: int) -> None:
-        """Bring a server to a version; one that dies or hangs on the way is started again with it."""
-        try:
-            await self._update(lane, version)
-            if self.options.verify:
-                if self._folder is None:
-                    self._folder = self._published.publish(version)
-                await verify_weights(lane.client, self._folder, version, self._load_s)
-            await lane.measure()
-        except ServerUnavailableError as error:
-            await lane.mend(error)
+        """Bring a server to a version; one that dies or hangs on the way is mended and updated again."""
+        for attempt in range(1, FAILURES + 1):
+            try:
+                await self._update(lane, version)
+                if self.options.verify:
+                    if self._folder is None:
+                        self._folder = self._published.publish(version)
+                    await verify_weights(lane.client, self._folder, version, self._load_s)
+                await lane.measure()
+                return
+            except ServerUnavailableError as error:
+                if attempt == FAILURES:
+                    raise EngineError(
+                        f"an update of the weights failed {FAILURES} times in a row, at last: {error}"
+                    ) from error
+                await lane.mend(error)
 
     async def _update(self, lane: Lane, version: int) -> None:
         if self._starts(lane):
@@ -208,14 +219,42 @@ class SGLangEngine:
             await load_from_disk(lane.client, self._folder, version, self._load_s)
         else:
             info = await lane.client.call("/server_info", timeout_s=_QUICK_S)
-            ranks = info.get("tp_size")
-            count = ranks if isinstance(ranks, int) else 1
-            await load_from_tensors(lane.client, self._source.named_tensors(), version, count, self._load_s)
+            found = info.get("tp_size")
+            ranks = found if isinstance(found, int) else 1
+            if self.options.transport == "tensor":
+                tensors = self._source.named_tensors()
+                await load_from_tensors(lane.client, tensors, version, ranks, self._load_s)
+            else:
+                await self._broadcast(lane, version, ranks, str(info.get("device")))
         await self._check_version(lane, version)
         lane.ledger.clear()
 
+    async def _broadcast(self, lane: Lane, version: int, ranks: int, device: str) -> None:
+        tensors = list(self._source.named_tensors())
+        here = tensors[0][1].device
+        if here.type != device:
+            raise UserError(
+                f"engine.weights: 'distributed' needs trainer and server on the same kind of device, but the "
+                f"weights are on {here.type} and {lane.url} is on {device}; use 'disk'"
+            )
+        try:
+            if lane not in self._groups:
+                self._groups[lane] = await WeightGroup.join(
+                    lane.client, ranks=ranks, device=here, timeout_s=min(self._load_s, _JOIN_S)
+                )
+            await load_over_group(lane.client, self._groups[lane], tensors, version, self._load_s)
+        except BaseException:
+            self._leave_group(lane)  # a broadcast may be stuck in it
+            raise
+
+    def _leave_group(self, lane: Lane) -> None:
+        group = self._groups.pop(lane, None)
+        if group is not None:
+            group.close()
+
     async def _restore(self, lane: Lane) -> None:
         """Bring a server, launched anew or come back by itself, to the current weights."""
+        self._leave_group(lane)  # the server that was in it is gone
         if self._folder is None:
             self._folder = self._published.publish(self._version)
         if lane.process is not None:

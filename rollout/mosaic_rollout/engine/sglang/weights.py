@@ -1,11 +1,12 @@
-"""How a trainer's weights reach a server: through a folder, or as shared tensors."""
+"""How a trainer's weights reach a server: through a folder, as shared tensors, or over a process group."""
 
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Literal, Protocol
@@ -13,10 +14,11 @@ from typing import Literal, Protocol
 import torch
 
 from mosaic_rollout.engine.errors import EngineError
-from mosaic_rollout.engine.sglang.client import SGLangClient
+from mosaic_rollout.engine.sglang.client import ServerRefusedError, SGLangClient
+from mosaic_rollout.engine.sglang.weight_group import WeightGroup
 from mosaic_rollout.types import JsonValue
 
-Transport = Literal["disk", "tensor"]
+Transport = Literal["disk", "tensor", "distributed"]
 
 _BUCKET_BYTES = 512 * 2**20
 
@@ -87,12 +89,39 @@ async def load_from_tensors(
     What travels are handles: CUDA IPC on a GPU, shared files on a CPU. The tensors must stay as they are
     until this returns. ranks: the server's tensor parallelism, one list of handles each.
     """
-    await client.call("/begin_weight_update", {}, timeout_s=timeout_s)
-    try:
+    async with _update_session(client, version, timeout_s):
         for bucket in _buckets(tensors):
             handles = [_handles(bucket) for _ in range(ranks)]  # a handle is taken once
             body: dict[str, JsonValue] = {"serialized_named_tensors": handles, "flush_cache": False}
             await client.call("/update_weights_from_tensor", body, timeout_s=timeout_s)
+
+
+async def load_over_group(
+    client: SGLangClient,
+    group: WeightGroup,
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    version: int,
+    timeout_s: float,
+) -> None:
+    """Replace the server's weights by tensors broadcast to it, and empty its cache.
+
+    After an error the group is of no further use.
+    """
+    async with _update_session(client, version, timeout_s):
+        for bucket in _buckets(tensors):
+            await group.send(client, bucket, timeout_s)
+
+
+@contextlib.asynccontextmanager
+async def _update_session(client: SGLangClient, version: int, timeout_s: float) -> AsyncIterator[None]:
+    """What SGLang demands around weights that do not come from disk; then the version, and an empty cache."""
+    try:
+        await client.call("/begin_weight_update", {}, timeout_s=timeout_s)
+    except ServerRefusedError:  # a trainer that was killed left its own session open
+        await client.call("/end_weight_update", {}, timeout_s=timeout_s)
+        await client.call("/begin_weight_update", {}, timeout_s=timeout_s)
+    try:
+        yield
     finally:
         await client.call("/end_weight_update", {}, timeout_s=timeout_s)
     await client.call(
@@ -142,14 +171,15 @@ async def _checksums(client: SGLangClient, timeout_s: float) -> dict[str, str]:
 
 
 def _buckets(tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[list[tuple[str, torch.Tensor]]]:
+    """Runs of tensors of one dtype, each closed once it has _BUCKET_BYTES."""
     bucket: list[tuple[str, torch.Tensor]] = []
     size = 0
     for name, tensor in tensors:
-        bucket.append((name, tensor.detach()))
-        size += tensor.nbytes
-        if size >= _BUCKET_BYTES:
+        if bucket and (size >= _BUCKET_BYTES or tensor.dtype != bucket[0][1].dtype):
             yield bucket
             bucket, size = [], 0
+        bucket.append((name, tensor.detach()))
+        size += tensor.nbytes
     if bucket:
         yield bucket
 

@@ -59,6 +59,7 @@ def build_engine(
             max_tokens=longest_rollout(config, policy),
             deterministic=engine.deterministic,
             transport=engine.weights,
+            changing=config.rollout.max_staleness > 0,
             colocated=engine.colocated,
             verify=engine.verify_weights,
         ),

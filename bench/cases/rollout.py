@@ -1,27 +1,39 @@
-"""rollout: tokens sampled a second by the in-process engine, against transformers.generate (padded batch).
+"""rollout: tokens sampled a second by the engines, against transformers.generate (padded batch).
 
     rollout            a training step's agents in the embedded world: 16 tasks, 4 rollouts each, several
                        turns; siblings share the prompt, a turn's prompt repeats all turns before it
     rollout:forked     the same with rollouts that fork at a check: siblings also share their first turns
+    rollout:groups     16 groups of 8 agents, 4 turns of 16 tokens each, an observation of 24 tokens after
+                       each; a system prompt of 120 tokens in common, a task of 60 to each group
     rollout:flat       64 prompts that share nothing, one turn of equal length
 
-An agent's next prompt is known only when its last turn is. Ours serves each agent as it comes. The stock
-way is given every advantage of batching: turn k of all agents is one left-padded batch, sampled until its
-longest completion is there, with the same temperature, and without the log-probs that ours returns.
+An agent's next prompt is known only when its last turn is. Ours (`local`, in process) serves each agent as it
+comes. The stock way is given every advantage of batching: turn k of all agents is one left-padded batch,
+sampled until its longest completion is there, with the same temperature, and without the log-probs that ours
+returns. In rollout and rollout:forked the agents' prompts are those of a recorded step; in the others they
+consist of what has been sampled, and a real SGLang server plays them, too, where `make sglang` has put one.
 
 ideal = positions that generate forwards / positions that must be forwarded (each distinct (prefix, token)
 once), both without padding: what sharing alone allows. Continuous batching can pass it.
+
+Beside the timings a second table has, of each engine: tokens a second, prefix hits (prompt tokens not
+computed / prompt tokens), the ideal of that (each distinct (prefix, token) of the prompts computed once), and
+the time from asking to the first token, waiting included, median and 95th percentile of one round.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from measure import Result, compare
+from serving import Round, Turn, print_serving, served
+from sglang_server import sglang_engine
 from transformers import PreTrainedModel, Qwen3ForCausalLM
 
 from mosaic_fast.components import Components, build_components, model_folder
@@ -29,25 +41,34 @@ from mosaic_fast.config import Config
 from mosaic_kernels import pack_forest
 from mosaic_rollout.branching import Branching
 from mosaic_rollout.engine import LocalEngine
-from mosaic_rollout.types import Completion, Engine, Request, SamplingParams
+from mosaic_rollout.types import Completion, Engine, ManagedEngine, Request, SamplingParams
+
+FORMULA = "positions that generate forwards / distinct (prefix, token), each forwarded once"
+
+
+@dataclass(frozen=True)
+class Agent:
+    """Turns to play: the first request, how many tokens each turn samples, and what comes between turns."""
+
+    first: Request
+    counts: list[int]
+    between: list[np.ndarray]  # [len(counts) - 1] of token ids
+    recorded: bool = False  # `between` are whole prompts; else they are appended to what was sampled
+
+    def next_prompt(self, turn: int, prompt: np.ndarray, sampled: np.ndarray) -> np.ndarray:
+        """The prompt [L] int64 of turn `turn`, after the one before it."""
+        added = self.between[turn - 1]
+        return added if self.recorded else np.concatenate([prompt, sampled, added])
 
 
 @dataclass(frozen=True)
 class Workload:
-    """Turns of agents: agent a asks for turns[a][0], and for each next one when the last is done."""
-
     model: PreTrainedModel
-    turns: list[list[tuple[Request, int]]]  # a request and how many tokens it is to sample
+    agents: list[Agent]
 
     @property
     def generated_tokens(self) -> int:
-        return sum(count for agent in self.turns for _, count in agent)
-
-    @property
-    def rounds(self) -> list[list[tuple[Request, int]]]:
-        """Turn k of all agents that have one: the stock way's batches."""
-        depth = max(map(len, self.turns))
-        return [[agent[k] for agent in self.turns if k < len(agent)] for k in range(depth)]
+        return sum(sum(agent.counts) for agent in self.agents)
 
 
 class _Recorder:
@@ -75,7 +96,7 @@ def _embedded() -> Components:
     return build_components(Config(), model_folder("embedded"))
 
 
-def _agents(branching: Branching, tasks: int) -> Workload:
+def _recorded(branching: Branching, tasks: int) -> Workload:
     """The turns of one training step, as the embedded model plays them."""
     parts = _embedded()
     recorder = _Recorder(parts.engine)
@@ -83,117 +104,233 @@ def _agents(branching: Branching, tasks: int) -> Workload:
     asyncio.run(
         loop.groups(loop.environment.sample("train", tasks, 7), group_size=4, branching=branching, seed=3)
     )
-    return Workload(parts.policy.model, [recorder.turns[key] for key in sorted(recorder.turns)])
+    agents = []
+    for key in sorted(recorder.turns):
+        requests = [request for request, _ in recorder.turns[key]]
+        counts = [count for _, count in recorder.turns[key]]
+        agents.append(Agent(requests[0], counts, [r.token_ids for r in requests[1:]], recorded=True))
+    return Workload(parts.policy.model, agents)
+
+
+def _groups(groups: int, siblings: int) -> Workload:
+    model = _embedded().policy.model
+    rng = np.random.default_rng(0)
+
+    def random(length: int) -> np.ndarray:
+        return rng.integers(10, model.config.vocab_size, size=length)  # the first few ids are special
+
+    system, tasks, agents = random(120), [random(60) for _ in range(groups)], []
+    for key in range(groups * siblings):
+        prompt = np.concatenate([system, tasks[key // siblings]])
+        first = Request(prompt, SamplingParams(16), 0, key, key // siblings)
+        agents.append(Agent(first, [16] * 4, [random(24) for _ in range(3)]))
+    return Workload(model, agents)
 
 
 def _flat(prompts: int) -> Workload:
     model = _embedded().policy.model
     rng = np.random.default_rng(0)
-    sampling = SamplingParams(max_new_tokens=48)
-    return Workload(
-        model,
-        [
-            [(Request(rng.integers(model.config.vocab_size, size=128), sampling, 0, key), 48)]
-            for key in range(prompts)
-        ],
-    )
+    agents = []
+    for key in range(prompts):
+        prompt = rng.integers(10, model.config.vocab_size, size=128)
+        agents.append(Agent(Request(prompt, SamplingParams(48), 0, key, key), [48], []))
+    return Workload(model, agents)
 
 
-def _ours(workload: Workload, stop: bool = False) -> Callable[[], list[Completion]]:
-    """All agents at once; each asks for its next turn when the last is done. The cache starts empty."""
-    engine = LocalEngine(workload.model, max_batch=96, max_cached_tokens=200_000)
-
-    async def play(turns: list[tuple[Request, int]]) -> list[Completion]:
-        played = []
-        for request, count in turns:
-            sampling = SamplingParams(
-                count, request.sampling.temperature, request.sampling.stop_token_ids if stop else ()
-            )
-            played += await engine.generate([replace(request, sampling=sampling)])
-        return played
-
-    async def step() -> list[Completion]:
-        await engine.update_weights(0)
-        return [c for agent in await asyncio.gather(*map(play, workload.turns)) for c in agent]
-
-    return lambda: asyncio.run(step())
+async def _play(engine: Engine, agent: Agent, *, stop: bool) -> list[Turn]:
+    """All turns of an agent, each asked for when the last is done."""
+    turns: list[Turn] = []
+    prompt = agent.first.token_ids
+    for number, count in enumerate(agent.counts):
+        if turns:
+            prompt = agent.next_prompt(number, prompt, turns[-1].completion.token_ids)
+        ends = agent.first.sampling.stop_token_ids if stop else ()
+        sampling = SamplingParams(count, agent.first.sampling.temperature, ends)
+        [completion] = await engine.generate([replace(agent.first, token_ids=prompt, sampling=sampling)])
+        turns.append(Turn(prompt, completion))
+    return turns
 
 
-def _stock(workload: Workload) -> Callable[[], int]:
-    """transformers.generate, a left-padded batch a turn; returns the tokens it sampled, surplus included."""
-    model = workload.model
-    assert isinstance(model, Qwen3ForCausalLM)
+class _Local:
+    """All agents at once in the in-process engine, whose cache starts empty."""
 
-    def step() -> int:
-        sampled = 0
+    def __init__(self, workload: Workload, *, stop: bool = False) -> None:
+        self._workload, self._stop = workload, stop
+        self._engine = LocalEngine(workload.model, max_batch=128, max_cached_tokens=200_000)
+        self.rounds: list[Round] = []
+        self.turns: list[list[Turn]] = []
+
+    def __call__(self) -> float:
+        self._engine.stats.reset()
+
+        async def step() -> list[list[Turn]]:
+            await self._engine.update_weights(0)
+            plays = (_play(self._engine, agent, stop=self._stop) for agent in self._workload.agents)
+            return list(await asyncio.gather(*plays))
+
+        with Round.timed(self.rounds) as timed:
+            self.turns = asyncio.run(step())
+        timed.served = served(self.turns, self._engine.stats.first_token_s)
+        return timed.seconds
+
+
+class _Sglang:
+    """All agents at once on the server; before the clock runs, an update empties its cache."""
+
+    def __init__(self, workload: Workload, engine: ManagedEngine, first_token_s: deque[float]) -> None:
+        self._workload, self._engine, self._first_token_s = workload, engine, first_token_s
+        self.rounds: list[Round] = []
+        self.turns: list[list[Turn]] = []
+
+    def __call__(self) -> float:
+        self._first_token_s.clear()
+
+        async def step() -> list[list[Turn]]:
+            await self._engine.update_weights(len(self.rounds))
+            try:
+                with Round.timed(self.rounds):
+                    plays = (_play(self._engine, agent, stop=False) for agent in self._workload.agents)
+                    return list(await asyncio.gather(*plays))
+            finally:
+                await self._engine.release()
+
+        self.turns = asyncio.run(step())
+        self.rounds[-1].served = served(self.turns, self._first_token_s)
+        return self.rounds[-1].seconds
+
+
+class _Stock:
+    """transformers.generate, a left-padded batch a turn."""
+
+    def __init__(self, workload: Workload) -> None:
+        self._workload = workload
+        self.rounds: list[Round] = []
+
+    def __call__(self) -> float:
+        model = self._workload.model
+        assert isinstance(model, Qwen3ForCausalLM)
         model.eval()
         model.set_attn_implementation("sdpa")
-        for batch in workload.rounds:
-            longest = max(len(request.token_ids) for request, _ in batch)
-            ids = torch.zeros(len(batch), longest, dtype=torch.long)
-            mask = torch.zeros_like(ids)
-            for row, (request, _) in enumerate(batch):
-                ids[row, longest - len(request.token_ids) :] = torch.from_numpy(request.token_ids)
-                mask[row, longest - len(request.token_ids) :] = 1
-            count = max(count for _, count in batch)
-            with torch.inference_mode():
-                # pyrefly: ignore [bad-argument-type]  (transformers annotates its own models too narrowly)
-                model.generate(
-                    ids, attention_mask=mask, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
-                    max_new_tokens=count, min_new_tokens=count, pad_token_id=0,
-                )  # fmt: skip
-            sampled += count * len(batch)
-        return sampled
+        with Round.timed(self.rounds) as timed:
+            live = [(agent, agent.first.token_ids) for agent in self._workload.agents]
+            turn = 0
+            while live:
+                sampled = self._sample(model, [p for _, p in live], max(a.counts[turn] for a, _ in live))
+                turn += 1
+                live = [
+                    (agent, agent.next_prompt(turn, prompt, tokens))
+                    for (agent, prompt), tokens in zip(live, sampled, strict=True)
+                    if turn < len(agent.counts)
+                ]
+        timed.generated_tokens = self._workload.generated_tokens  # what was sampled beyond is of no use
+        return timed.seconds
 
-    return step
+    @staticmethod
+    def _sample(model: Qwen3ForCausalLM, prompts: list[np.ndarray], count: int) -> np.ndarray:
+        """`count` tokens after each prompt, [B, count]."""
+        longest = max(map(len, prompts))
+        ids = torch.zeros(len(prompts), longest, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for row, prompt in enumerate(prompts):
+            ids[row, longest - len(prompt) :] = torch.from_numpy(prompt)
+            mask[row, longest - len(prompt) :] = 1
+        with torch.inference_mode():
+            # pyrefly: ignore [bad-argument-type]  (transformers annotates its own models too narrowly)
+            out = model.generate(
+                ids, attention_mask=mask, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
+                max_new_tokens=count, min_new_tokens=count, pad_token_id=0,
+            )  # fmt: skip
+        assert isinstance(out, torch.Tensor)
+        return out[:, longest:].numpy()
 
 
-def _work_ratio(workload: Workload) -> float:
+def _work_ratio(turns: list[list[Turn]]) -> float:
     """Positions forwarded: every prompt and completion of every turn / each distinct one once."""
-    turns = [turn for agent in workload.turns for turn in agent]
-    stock = sum(len(request.token_ids) + count - 1 for request, count in turns)
-    unique = pack_forest([request.token_ids for request, _ in turns]).num_nodes
-    last = sum(agent[-1][1] - 1 for agent in workload.turns)  # of earlier turns the next prompt has them
+    stock = sum(len(t.prompt) + len(t.completion.token_ids) - 1 for agent in turns for t in agent)
+    unique = pack_forest([turn.prompt for agent in turns for turn in agent]).num_nodes
+    last = sum(len(agent[-1].completion.token_ids) - 1 for agent in turns)  # the next prompt has the others
     return stock / (unique + last)
 
 
 WORKLOADS: dict[str, Callable[[], Workload]] = {
-    "rollout": lambda: _agents("independent", 16),
-    "rollout:forked": lambda: _agents("fork_at_check", 16),
+    "rollout": lambda: _recorded("independent", 16),
+    "rollout:forked": lambda: _recorded("fork_at_check", 16),
+    "rollout:groups": lambda: _groups(16, 8),
     "rollout:flat": lambda: _flat(64),
 }
 VARIANTS, QUICK = tuple(WORKLOADS), ("rollout",)
+_RECORDED = ("rollout", "rollout:forked")
 
 
 def check(name: str, quick: bool) -> None:
     """Played again from the record, every turn has the length it had, and the model's own log-probs."""
-    workload = _agents("independent", 4)
-    played = iter(_ours(workload, stop=True)())
-    model = workload.model.eval()
-    for request, count in (turn for agent in workload.turns for turn in agent):
-        completion = next(played)
-        assert len(completion.token_ids) == count, f"{len(completion.token_ids)} tokens, recorded {count}"
-        ids = torch.from_numpy(np.concatenate([request.token_ids, completion.token_ids]))[None]
+    recorded = name in _RECORDED
+    workload = _recorded("independent", 4) if recorded else _groups(2, 3)
+    ours = _Local(workload, stop=recorded)
+    ours()
+    for agent, turns in zip(workload.agents, ours.turns, strict=True):
+        found = [len(turn.completion.token_ids) for turn in turns]
+        assert found == agent.counts, f"{found} tokens, expected {agent.counts}"
+    _check_logprobs("local", workload.model, ours.turns, 1e-5)
+
+
+def _check_logprobs(engine: str, model: PreTrainedModel, turns: list[list[Turn]], limit: float) -> None:
+    for turn in (turn for agent in turns for turn in agent):
+        count = len(turn.completion.token_ids)
+        ids = torch.from_numpy(np.concatenate([turn.prompt, turn.completion.token_ids]))[None]
         with torch.inference_mode():
-            logits = model(ids, logits_to_keep=count + 1).logits[0, :-1]
+            logits = model.eval()(ids, logits_to_keep=count + 1).logits[0, :-1]
         own = torch.log_softmax(logits, -1).gather(1, ids[0, -count:, None])[:, 0].numpy()
-        error = float(np.abs(own - completion.logprobs).max())
-        assert error < 1e-5, f"log-probs are off by {error:.1e}"
+        error = float(np.abs(own - turn.completion.logprobs).max())
+        assert error < limit, f"{engine}: log-probs are off by {error:.1e}"
+
+
+@contextmanager
+def _server(name: str, workload: Workload) -> Iterator[_Sglang | str]:
+    """The workload on a real SGLang server whose log-probs have been checked, or why there is none."""
+    if name in _RECORDED:
+        yield "not run: a recorded step has what the in-process engine sampled; see rollout:groups"
+        return
+    with sglang_engine() as found:
+        if isinstance(found, str):
+            yield found
+            return
+        sglang = _Sglang(workload, found, found.stats.first_token_s)
+        sglang()
+        _check_logprobs("sglang", workload.model, sglang.turns[:16], 2e-5)
+        sglang.rounds.clear()
+        yield sglang
 
 
 def run(name: str, quick: bool) -> Result:
     workload = WORKLOADS[name]()
-    prompts = [request.token_ids for agent in workload.turns for request, _ in agent]
-    result = compare(
-        {"ours": _ours(workload), "flat": _stock(workload)},
-        repeats=3 if quick else 5,
-        ideal=_work_ratio(workload),
-        extra={
-            "raw_tokens": float(sum(map(len, prompts))),
-            "unique_tokens": float(pack_forest(prompts).num_nodes),
-            "generated_tokens": float(workload.generated_tokens),
-        },
-    )
+    local, stock = _Local(workload), _Stock(workload)
+    local()
+    turns = local.turns
+    prompts = [turn.prompt for agent in turns for turn in agent]
+    contenders: dict[str, Callable[[], object]] = {"ours": local, "flat": stock}
+    with _server(name, workload) as sglang:
+        if not isinstance(sglang, str):
+            contenders["sglang"] = sglang
+        result = compare(
+            contenders,
+            repeats=3 if quick else 5,
+            ideal=_work_ratio(turns),
+            extra={
+                "raw_tokens": float(sum(map(len, prompts))),
+                "unique_tokens": float(pack_forest(prompts).num_nodes),
+                "generated_tokens": float(workload.generated_tokens),
+            },
+        )
+    rows = {
+        "local": local.rounds[2:],  # the first ones warmed up
+        "transformers.generate": stock.rounds[1:],
+        "sglang": sglang if isinstance(sglang, str) else sglang.rounds[1:],
+    }
+    print_serving(name, rows)
     result.extra["generated_tokens_per_s"] = workload.generated_tokens / result.median_s
     result.extra["flat_generated_tokens_per_s"] = workload.generated_tokens / result.flat_median_s
+    for engine, rounds in rows.items():
+        if not isinstance(rounds, str) and engine != "transformers.generate":
+            result.extra.update(rounds[-1].figures(engine))
     return result

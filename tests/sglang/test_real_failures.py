@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import json
 import os
 import signal
@@ -13,7 +14,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from mosaic_fast.config_io import parse_train_arguments
 from mosaic_fast.policy import Policy
@@ -119,21 +122,71 @@ def test_a_server_that_fails_in_an_update_over_a_group_is_brought_to_it(
     [lane] = steady.lanes
     assert lane.process is not None
 
-    async def served() -> tuple[str, str]:
-        return await lane.client.weight_version(10.0), steady._groups[lane].name
+    async def served() -> tuple[str, str | None]:
+        group = steady._groups.get(lane)
+        return await lane.client.weight_version(10.0), group.name if group else None
 
     try:
         version, name = serve(steady, served, version=2)
         assert version == "2"
+        assert name is not None
         assert lane.process.pid is not None
         os.killpg(lane.process.pid, trouble)
         version, new_name = serve(steady, served, version=3)
         assert (version, steady.stats.restarts) == ("3", 1)
-        assert new_name != name
+        assert new_name not in (None, name)
         assert serve(steady, served, version=4) == ("4", new_name)
     finally:
         steady.options, steady._load_s = usual, load_s
         steady._leave_group(lane)
+
+
+def test_a_server_started_again_beside_training_gets_the_weights_it_had(steady: SGLangEngine, policy: Policy):
+    """With rollouts ahead of the trainer, its weights are other ones by the time a server dies."""
+    usual = steady.options
+    steady.options = replace(usual, transport="distributed", changing=True)
+    [lane] = steady.lanes
+    asked = request(prompt(50, 8), 16, key=3)
+
+    async def interrupted() -> tuple[Completion, Completion]:
+        [before] = await steady.generate([asked])
+        with torch.no_grad():
+            for parameter in policy.model.parameters():
+                parameter.mul_(1.07)
+        assert lane.process is not None
+        assert lane.process.pid is not None
+        os.killpg(lane.process.pid, signal.SIGKILL)
+        [after] = await steady.generate([asked])
+        return before, after
+
+    kept = copy.deepcopy(policy.model.state_dict())
+    try:
+        before, after = serve(steady, interrupted, version=5)
+    finally:
+        policy.model.load_state_dict(kept)
+        steady.options = usual
+        steady._leave_group(lane)
+    assert steady.stats.restarts == 1
+    np.testing.assert_allclose(after.logprobs, before.logprobs, rtol=2e-6, atol=2e-5)
+    assert after.policy_version == 5
+
+
+def test_a_run_ahead_of_its_trainer_is_as_old_as_allowed(engine: SGLangEngine, tmp_path: Path):
+    """`rollout.max_staleness = 1`, sampled from the server while the step before trains."""
+    url = engine.lanes[0].url
+    more = (
+        "--rollout.max-staleness",
+        "1",
+        "--off-policy.truncate-at",
+        "2",
+        "--engine.weights",
+        "distributed",
+    )
+    assert run(tmp_path / "run", "--engine.urls", url, "--steps", "4", *more) == 0
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["policy/staleness"] for row in rows] == [0, 1, 1, 1]
+    assert abs(rows[0]["mismatch/kl"]) < 1e-6
+    assert asyncio.run(weight_version(engine)) == "2"  # the rollouts of the last step
 
 
 def test_an_update_lost_on_the_way_to_a_server_that_lives_is_sent_again(steady: SGLangEngine):

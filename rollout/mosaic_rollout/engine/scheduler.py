@@ -36,6 +36,8 @@ class Job:
     done: Callable[[Completion], None]
     abandoned: Callable[[], bool]
     cached_tokens: int = 0
+    asked: float = field(default_factory=time.perf_counter)
+    first_token_s: float = 0.0  # after it was asked
     tokens: list[int] = field(default_factory=list)  # sampled so far
     logprobs: list[float] = field(default_factory=list)
 
@@ -182,10 +184,13 @@ class Scheduler:
         self._positions[:count] += 1
         self.stats.decode_iterations += 1
         self.stats.generated_tokens += count
+        now = time.perf_counter()
         finished: list[tuple[int, FinishReason]] = []
         for row, (job, token, logprob) in enumerate(
             zip(self.active, tokens.tolist(), logprobs.tolist(), strict=True)
         ):
+            if not job.tokens:
+                job.first_token_s = now - job.asked
             job.tokens.append(token)
             job.logprobs.append(logprob)
             if token in job.request.sampling.stop_token_ids:
@@ -221,6 +226,7 @@ class Scheduler:
 
     def _complete(self, job: Job, reason: FinishReason) -> None:
         self.stats.completions += 1
+        self.stats.first_token_s.append(job.first_token_s)
         job.done(
             Completion(
                 token_ids=np.array(job.tokens, np.int64),

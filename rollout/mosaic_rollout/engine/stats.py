@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections import deque
+from dataclasses import dataclass, field
+
+LAST = 100_000
 
 
 @dataclass
@@ -25,6 +28,8 @@ class EngineStats:
     prefill_s: float = 0.0
     decode_s: float = 0.0
     peak_cached_tokens: int = 0
+    first_token_s: deque[float] = field(default_factory=lambda: deque(maxlen=LAST))
+    """Of the last LAST completions, from asking to the first token."""
 
     @property
     def prefix_hit_frac(self) -> float:
@@ -32,5 +37,5 @@ class EngineStats:
         return self.cached_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
 
     def reset(self) -> None:
-        for field in fields(self):
-            setattr(self, field.name, field.default)
+        for name, value in vars(EngineStats()).items():
+            setattr(self, name, value)

@@ -43,6 +43,7 @@ class SGLangOptions:
     max_tokens: int  # of prompt and completion together
     deterministic: bool = False  # key draws by (seed, rollout, position); the servers must be in that mode
     transport: Transport = "disk"
+    changing: bool = False  # the trainer changes its weights while the servers sample
     colocated: bool = False  # servers give their memory back between generations
     verify: bool = False  # prove after every update that the servers have the trained weights
 
@@ -124,7 +125,10 @@ class SGLangEngine:
         """
         self._version = version
         folder: Path | None = None
-        if self.options.transport == "disk" or any(self._starts(lane) for lane in self.lanes):
+        on_disk = (
+            self.options.transport == "disk" or self.options.changing
+        )  # a server started again needs them
+        if on_disk or any(self._starts(lane) for lane in self.lanes):
             folder = self._published.publish(version)
         self._folder = folder
         await asyncio.gather(*(self._bring(lane, version) for lane in self.lanes))
@@ -194,6 +198,7 @@ class SGLangEngine:
                         self._folder = self._published.publish(version)
                     await verify_weights(lane.client, self._folder, version, self._load_s)
                 await lane.measure()
+                lane.succeeded()
                 return
             except ServerUnavailableError as error:
                 if attempt == FAILURES:
@@ -214,7 +219,7 @@ class SGLangEngine:
             await lane.client.call("/resume_memory_occupation", {"tags": ["kv_cache"]}, timeout_s=_MEMORY_S)
 
     async def _load(self, lane: Lane, version: int) -> None:
-        if self.options.transport == "disk" or self._folder is not None:
+        if self.options.transport == "disk":
             assert self._folder is not None
             await load_from_disk(lane.client, self._folder, version, self._load_s)
         else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 
@@ -88,6 +89,7 @@ class Lane:
     async def generate(self, request: Request, seed: int | None) -> Sample:
         """Sample, over restarts of the server if need be; EngineError after FAILURES failures."""
         self._enter_loop()
+        asked = time.perf_counter()
         for attempt in range(1, FAILURES + 1):
             flight = await self._ledger.admit(request.token_ids)
             life = self._life
@@ -95,6 +97,7 @@ class Lane:
                 async with self._budget.hold(flight.new_tokens + request.sampling.max_new_tokens):
                     async with self._mending:  # not to a server that is known to be down
                         life = self._life
+                    waited_s = time.perf_counter() - asked
                     sample = await self._send(request, seed, flight)
             except ServerUnavailableError as error:
                 flight.failed()
@@ -107,8 +110,8 @@ class Lane:
                 continue
             finally:
                 flight.failed()  # nothing after `prefilled`
-            self._failures = 0
-            self._stats.add(sample)
+            self.succeeded()
+            self._stats.add(sample, waited_s)
             self._ledger.note(np.concatenate([request.token_ids, sample.token_ids]))
             return sample
         raise AssertionError("unreachable")
@@ -121,6 +124,10 @@ class Lane:
                 timeout_s=self.options.request_timeout_s,
                 on_prefilled=flight.prefilled,
             )
+
+    def succeeded(self) -> None:
+        """Failures from now on are a row of their own."""
+        self._failures = 0
 
     async def mend(self, error: ServerUnavailableError) -> None:
         """Bring the server back after an error outside `generate`. EngineError after FAILURES attempts."""

@@ -14,7 +14,7 @@ SGLANG_STAMP := .venv-sglang/.installed-$(SGLANG)
 SGLANG_CPU := rollout/mosaic_rollout/engine/sglang/server_side/requirements-cpu.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help venv train test test-interpreter test-ttsem mutants lint types bench bench-peers bench-chart verify warmstart evaluate train-agentdojo test-agentdojo test-report clean bfcl asb agent-safetybench test-bfcl test-asb test-agent-safetybench test-verifiers
+.PHONY: help venv train test test-interpreter test-ttsem mutants lint types bench bench-peers bench-chart verify warmstart evaluate train-agentdojo test-agentdojo test-report clean bfcl asb agent-safetybench agentharm test-bfcl test-asb test-agent-safetybench test-agentharm test-verifiers
 
 help:  ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -103,11 +103,17 @@ $(VENV)/.agent-safetybench: $(STAMP)
 	$(PIP) install -q --no-deps agent-safety-bench-envs==0.1.0
 	touch $@
 
+$(VENV)/.agentharm: $(STAMP)
+	$(PIP) install -q --no-deps inspect-evals==0.28.0
+	touch $@
+
 bfcl: $(VENV)/.bfcl  ## BFCL v4 for env.name = "bfcl", 48 MB
 
 asb: $(VENV)/.asb  ## Agent Security Bench for env.name = "asb"
 
 agent-safetybench: $(VENV)/.agent-safetybench  ## the environments of env.name = "agent_safetybench"
+
+agentharm: $(VENV)/.agentharm  ## AgentHarm's tools and graders for --suite agentharm=FOLDER, 61 MB
 
 test-bfcl: $(VENV)/.bfcl  ## BFCL replayed: 799/800 multi-turn ground truths, the single-turn ones
 	$(BIN)/python -m mosaic_rollout.environments.bfcl.replay
@@ -118,6 +124,9 @@ test-asb: $(VENV)/.asb  ## every ASB task: obeying the attacker is harm, ignorin
 
 test-agent-safetybench: $(VENV)/.agent-safetybench  ## Agent-SafetyBench's environments with cases of its format
 	MOSAIC_TEST_AGENT_SAFETYBENCH=1 $(BIN)/python -m pytest tests/agent_safetybench
+
+test-agentharm: $(VENV)/.agentharm  ## AgentHarm's 160 tools and 104 graders, with behaviours of its format
+	MOSAIC_TEST_AGENTHARM=1 $(BIN)/python -m pytest tests/agentharm
 
 # Apart from .venv, whose packages it sees behind its own: verifiers pins some of them.
 .venv-verifiers/.installed: $(STAMP)

@@ -169,6 +169,16 @@ def build_environment(config: Config) -> Environment:
             Path(env.heldout_tasks) if env.heldout_tasks else None,
             max_observation_chars=env.max_observation_chars,
         )
+    if env.name == "agentharm" and env.tasks is not None:
+        from mosaic_rollout.environments.agentharm import AgentHarmEnvironment
+
+        return AgentHarmEnvironment(
+            Path(env.tasks), env.suites, max_observation_chars=env.max_observation_chars
+        )
+    if env.name == "privacylens" and env.tasks is not None:
+        from mosaic_rollout.environments.privacylens import PrivacyLensEnvironment
+
+        return PrivacyLensEnvironment(Path(env.tasks))
     if ":" in env.name:
         from mosaic_rollout.environments.custom import load_environment
 

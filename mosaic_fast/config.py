@@ -47,10 +47,16 @@ class ModelConfig(Section):
     """LoRA: names of the modules that get an adapter, such as q_proj; `all-linear`: all but the LM head."""
 
 
-ENVIRONMENTS = ("world", "agentdojo", "bfcl", "asb", "agent_safetybench")
+ENVIRONMENTS = ("world", "agentdojo", "bfcl", "asb", "agent_safetybench", "agentharm", "privacylens")
 """Names of `env.name` beside module:Class."""
-HAS_SUITES = ("agentdojo", "bfcl", "asb")
-NEEDS_TASKS = {"agent_safetybench": "its released_data.json"}
+EVALUATION_ONLY = ("agentharm", "privacylens")
+"""Their authors ask that nothing be trained on them."""
+HAS_SUITES = ("agentdojo", "bfcl", "asb", "agentharm")
+NEEDS_TASKS = {
+    "agent_safetybench": "its released_data.json",
+    "agentharm": "the folder of its data set",
+    "privacylens": "its main_data.json",
+}
 """Environment -> the data its user has to bring."""
 
 
@@ -64,7 +70,8 @@ class EnvConfig(Section):
     heldout_tasks: str | None = None
     """module:Class: the held-out tasks; without it every fifth row of env.tasks is held out."""
     suites: Annotated[tuple[str, ...], Field(strict=False)] = ()
-    """agentdojo: suites (banking, slack); bfcl: categories (multi_turn_base); asb: agents (all)."""
+    """agentdojo: suites (banking, slack); bfcl: categories (multi_turn_base); asb: agents (all);
+    agentharm: harmful, benign, chat (the first two)."""
     heldout_suites: Annotated[tuple[str, ...], Field(strict=False)] = ()
     """Suites that are the held-out split; default: a quarter of the tasks of env.suites."""
     attack: str | None = None
@@ -95,6 +102,8 @@ class EnvConfig(Section):
         for key in ("suites", "heldout_suites"):
             if getattr(self, key) and self.name not in HAS_SUITES:
                 raise ValueError(f"env.{key} belongs to {', '.join(HAS_SUITES)}; env.name is {self.name!r}")
+        if self.heldout_suites and self.name in EVALUATION_ONLY:
+            raise ValueError(f"env.heldout_suites: all of {self.name} is held out; name parts in env.suites")
         if self.attack is not None and self.name not in ("agentdojo", "asb"):
             raise ValueError(f"env.attack belongs to agentdojo and asb; env.name is {self.name!r}")
         return self

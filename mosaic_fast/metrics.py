@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mosaic_fast.outcome import LEAKED, Outcome, outcome_of
+from mosaic_fast.outcome import HELPFUL, LEAKED, REFUSED, Outcome, outcome_of
 from mosaic_fast.reward import GroupReward
 from mosaic_kernels import PackedForest
 from mosaic_rollout.types import Rollout
@@ -21,6 +21,9 @@ SAFETY_NAMES = {
     "safety/injection_harm": "injected tasks: attack succeeded",
     "safety/injected_done": "injected tasks completed",
     "safety/leaked": "private data leaked",
+    "safety/leaked_helpful": "private data leaked, where it helped",
+    "safety/harmful_judged_refused": "harmful tasks: a refusal, says its judge",
+    "safety/benign_judged_refused": "benign tasks: a refusal, says its judge",
     "rollout/format_valid": "rollouts in valid format",
 }
 
@@ -55,6 +58,7 @@ def outcome_rates(outcomes: Sequence[Outcome]) -> dict[str, Rate]:
     """Rates by metric name. Those of harm and completion leave out episodes that nothing judged."""
     kinds = {kind: [o for o in outcomes if o.kind == kind] for kind in ("harmful", "benign", "injected")}
     harmful, benign, injected = ([o for o in members if o.judged] for members in kinds.values())
+    may_leak = [o for o in outcomes if LEAKED in o.details]
     rates = {
         "safety/harmful_refused": _rate(harmful, lambda o: o.status == "refused" and not o.harm),
         "safety/harmful_harm": _rate(harmful, lambda o: o.harm),
@@ -62,7 +66,12 @@ def outcome_rates(outcomes: Sequence[Outcome]) -> dict[str, Rate]:
         "safety/benign_refused": _rate(kinds["benign"], lambda o: o.status == "refused"),
         "safety/injection_harm": _rate(injected, lambda o: o.harm),
         "safety/injected_done": _rate(injected, lambda o: o.completed),
-        "safety/leaked": _rate([o for o in outcomes if LEAKED in o.details], lambda o: o.details[LEAKED] > 0),
+        "safety/leaked": _rate(may_leak, lambda o: o.details[LEAKED] > 0),
+        "safety/leaked_helpful": _rate(
+            [o for o in may_leak if o.details.get(HELPFUL)], lambda o: o.details[LEAKED] > 0
+        ),
+        "safety/harmful_judged_refused": _judged_refused(kinds["harmful"]),
+        "safety/benign_judged_refused": _judged_refused(kinds["benign"]),
         "rollout/format_valid": _rate(outcomes, lambda o: o.format_valid),
         "rollout/gate_rate": Rate(sum(o.checks for o in outcomes), sum(o.steps for o in outcomes)),
         "rollout/safety_token_share": Rate(
@@ -132,6 +141,10 @@ def prefix_hit(rollouts: Sequence[Rollout], forest: PackedForest) -> dict[str, f
         "tree/engine_prefix_hit": sum(r.cached_tokens for r in rollouts) / prompt,
         "tree/engine_prefix_hit_ideal": 1.0 - computed / prompt,
     }
+
+
+def _judged_refused(outcomes: Sequence[Outcome]) -> Rate:
+    return _rate([o for o in outcomes if REFUSED in o.details], lambda o: o.details[REFUSED] > 0)
 
 
 def _rate(outcomes: Sequence[Outcome], holds: Callable[[Outcome], bool]) -> Rate:

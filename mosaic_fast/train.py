@@ -22,10 +22,10 @@ from mosaic_fast.checkpoint import (
 )
 from mosaic_fast.clock import Clock
 from mosaic_fast.components import Components, build_components, build_reference, model_folder
-from mosaic_fast.config import Config
+from mosaic_fast.config import EVALUATION_ONLY, Config
 from mosaic_fast.config_io import parse_train_command, run_cli
 from mosaic_fast.curves import draw_curves
-from mosaic_fast.errors import EngineStoppedError, TrainingError
+from mosaic_fast.errors import EngineStoppedError, TrainingError, UserError
 from mosaic_fast.evaluate import evaluate_policy, rates_table
 from mosaic_fast.execution.cost import cost_model_of_run, keep_cost_model
 from mosaic_fast.interrupt import Interrupt
@@ -59,6 +59,11 @@ def train(config: Config, name: str = "world", *, resume: bool = False) -> int:
 
     Raises UserError for what a user can mend, and nothing of the run on disk is lost then.
     """
+    if config.env.name in EVALUATION_ONLY:
+        raise UserError(
+            f"env.name: {config.env.name} is for evaluation only and is not trained on; play it with "
+            f"python -m mosaic_fast.evaluate MODEL --suite {config.env.name}={config.env.tasks}"
+        )
     folder = RunFolder(config, name, resume=resume)
     checkpoint = latest_checkpoint(folder.checkpoints)
     if checkpoint is not None:

@@ -15,17 +15,27 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from mosaic_fast.config import EVALUATION_ONLY, JudgeConfig
 from mosaic_fast.config_io import run_cli
 from mosaic_fast.errors import UserError
 from mosaic_fast.evaluate.arguments import Arguments, parse
+from mosaic_fast.evaluate.judging import IN_MEMORY
 from mosaic_fast.evaluate.policy import EVALUATION_SEED
 from mosaic_fast.evaluate.results import SuiteResult, as_json, suite_result
 from mosaic_fast.evaluate.store import Finished, Key, Store
 from mosaic_fast.evaluate.tables import results_table
-from mosaic_fast.evaluate.targets import LIMITS, Target, file_hash, resolve
+from mosaic_fast.evaluate.targets import LIMITS, Target, data_hash, resolve
 from mosaic_fast.outcome import Outcome
 
-_VERSIONS = ("mosaic-fast", "torch", "transformers", "agentdojo", "bfcl-eval", "agent-safety-bench-envs")
+_VERSIONS = (
+    "mosaic-fast",
+    "torch",
+    "transformers",
+    "agentdojo",
+    "bfcl-eval",
+    "agent-safety-bench-envs",
+    "inspect-evals",
+)
 INTERRUPTED = 130
 
 
@@ -65,7 +75,7 @@ def settings_of(target: Target, arguments: Arguments) -> dict[str, object]:
     suites = {
         suite.env.name: {
             **{key: value for key, value in suite.env.model_dump().items() if not key.startswith("eval_")},
-            "tasks_sha256": [file_hash(path) for path in (suite.env.tasks, suite.env.heldout_tasks) if path],
+            "tasks_sha256": [data_hash(path) for path in (suite.env.tasks, suite.env.heldout_tasks) if path],
             **{key: getattr(suite.rollout, key) for key in LIMITS},
         }
         for suite in target.suites
@@ -83,7 +93,13 @@ def settings_of(target: Target, arguments: Arguments) -> dict[str, object]:
         "temperature": arguments.temperature,
         "seed": arguments.seed,
         **how,
+        **({} if target.judge is None else {"judge": _judge_settings(target.judge)}),
     }
+
+
+def _judge_settings(judge: JudgeConfig) -> dict[str, object]:
+    """What a judge's answers depend on."""
+    return {key: getattr(judge, key) for key in ("endpoint", "model", "temperature", "max_tokens")}
 
 
 def _evaluate(target: Target, arguments: Arguments) -> _Evaluated:
@@ -115,7 +131,8 @@ def _evaluate(target: Target, arguments: Arguments) -> _Evaluated:
 
         if missing:
             try:
-                play(target, missing, arguments, report)
+                answers = store.folder / "judge-answers.sqlite" if store else IN_MEMORY
+                play(target, missing, arguments, report, answers)
             except UserError as error:
                 raise UserError(f"{error}\n{_how_to_go_on(arguments)}") from None
     loop = target.folder is not None or arguments.protocol == "loop"
@@ -163,9 +180,12 @@ def _show(evaluated: Sequence[_Evaluated], arguments: Arguments) -> None:
         console.print(results_table(columns, title))
         for label, result in columns.items():
             if result.unjudged:
+                why = "it has no checker of its own"
+                if name in EVALUATION_ONLY:
+                    why = "it grades no chat, and its grader fails on calls of a kind it does not expect"
                 console.print(
-                    f"{label}: {result.unjudged} of {result.rollouts} episodes have no verdict, since {name} "
-                    "has no checker of its own; harm and completion leave them out",
+                    f"{label}: {result.unjudged} of {result.rollouts} episodes of {name} have no verdict: "
+                    f"{why}; harm and completion leave them out",
                     highlight=False,
                 )
 

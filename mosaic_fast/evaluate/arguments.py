@@ -9,6 +9,19 @@ import tyro
 
 from mosaic_fast.errors import UserError
 
+JUDGE_OPTIONS = (
+    "endpoint",
+    "model",
+    "api_key_env",
+    "max_tokens",
+    "timeout_s",
+    "retries",
+    "max_concurrent",
+    "max_calls",
+    "max_total_tokens",
+)
+"""Keys of [judge] that the command line may give, as --judge-KEY."""
+
 
 @dataclass(frozen=True)
 class Arguments:
@@ -35,6 +48,24 @@ class Arguments:
     """Folder that keeps every finished episode; the same command goes on where it stopped."""
     json: str | None = None
     """Write the figures to this file."""
+    judge_endpoint: str | None = None
+    """OpenAI-compatible server whose model grades agentharm and privacylens; default: judge.endpoint."""
+    judge_model: str | None = None
+    """The model's name there; this and the options below default to the config's [judge]."""
+    judge_api_key_env: str | None = None
+    """Environment variable that holds the judge's key."""
+    judge_max_tokens: int | None = None
+    """Longest answer of the judge, reasoning included."""
+    judge_timeout_s: float | None = None
+    """Seconds a call to the judge may take."""
+    judge_retries: int | None = None
+    """Further tries of a call that failed or answered nonsense; then the evaluation stops."""
+    judge_max_concurrent: int | None = None
+    """Calls to the judge under way at once."""
+    judge_max_calls: int | None = None
+    """Calls after which the evaluation stops; 0: no limit."""
+    judge_max_total_tokens: int | None = None
+    """Tokens of the judge after which the evaluation stops; 0: no limit."""
     max_steps: int | None = None
     """Turns an episode; default: the config's, or 16 where there is none and the suite is not `world`."""
     max_step_tokens: int | None = None

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
-from contextlib import closing
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager, closing
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from mosaic_fast.evaluate.arguments import Arguments
+from mosaic_fast.evaluate.graders import Grader, grader_of
+from mosaic_fast.evaluate.judging import EvaluationJudge
 from mosaic_fast.evaluate.policy import EVALUATION_SEED
 from mosaic_fast.evaluate.store import Finished, Key
 from mosaic_fast.evaluate.targets import Suite, Target, api_key
@@ -42,15 +45,27 @@ def jobs_of(suite: Suite, environment: Environment, arguments: Arguments) -> lis
     ]
 
 
-def play(target: Target, jobs: Sequence[Job], arguments: Arguments, report: Report) -> None:
-    """Play the jobs and report each. UserError or TrainingError where the model cannot go on."""
+def play(
+    target: Target, jobs: Sequence[Job], arguments: Arguments, report: Report, judge_answers: Path
+) -> None:
+    """Play the jobs and report each. UserError or TrainingError where model or judge cannot go on.
+
+    judge_answers: where the answers of a judge are kept, if a suite needs one.
+    """
+    judge = EvaluationJudge(target.judge, judge_answers) if target.judge else None
     if target.folder is None:
-        asyncio.run(_play_endpoint(target, jobs, arguments, report))
+        asyncio.run(_play_endpoint(target, jobs, arguments, report, judge))
     else:
-        _play_local(target, jobs, arguments, report)
+        _play_local(target, jobs, arguments, report, judge)
 
 
-def _play_local(target: Target, jobs: Sequence[Job], arguments: Arguments, report: Report) -> None:
+def _play_local(
+    target: Target,
+    jobs: Sequence[Job],
+    arguments: Arguments,
+    report: Report,
+    judge: EvaluationJudge | None,
+) -> None:
     from mosaic_fast.components import build_components
     from mosaic_rollout.chat import Chat
 
@@ -60,7 +75,7 @@ def _play_local(target: Target, jobs: Sequence[Job], arguments: Arguments, repor
     loop = components.loop_at(arguments.temperature)
     chats = {taught: Chat(components.tokenizer, teach_loop=taught) for taught in (False, True)}
 
-    async def one(job: Job) -> Finished:
+    async def one(job: Job, grader: Grader | None) -> Finished:
         group = job.key.index
         engine = _Numbered(loop.engine, group * arguments.samples + job.key.sample, group)
         own = replace(
@@ -74,13 +89,21 @@ def _play_local(target: Target, jobs: Sequence[Job], arguments: Arguments, repor
         ((rollout,),) = await own.groups(
             [job.task], group_size=1, branching="independent", seed=arguments.seed
         )
+        if grader is not None:
+            rollout = replace(rollout, verdict=await grader.grade(rollout))
         return finished(rollout)
 
     with closing(components.engine):
-        components.run(play_all(jobs, one, target.config.engine.max_batch, report), version=0)
+        components.run(play_all(jobs, one, target.config.engine.max_batch, report, judge), version=0)
 
 
-async def _play_endpoint(target: Target, jobs: Sequence[Job], arguments: Arguments, report: Report) -> None:
+async def _play_endpoint(
+    target: Target,
+    jobs: Sequence[Job],
+    arguments: Arguments,
+    report: Report,
+    judge: EvaluationJudge | None,
+) -> None:
     from mosaic_rollout.chat_agent import ChatAgent
     from mosaic_rollout.chat_client import ChatEndpoint
 
@@ -107,12 +130,15 @@ async def _play_endpoint(target: Target, jobs: Sequence[Job], arguments: Argumen
     }
     async with endpoint.open() as http:
 
-        async def one(job: Job) -> Finished:
+        async def one(job: Job, grader: Grader | None) -> Finished:
             number = job.key.index * arguments.samples + job.key.sample
             seed = derived_seed(arguments.seed, f"evaluate/{job.key.suite}", number)
-            return finished(await agents[job.key.suite].play(http, job.environment, job.task, seed))
+            played = await agents[job.key.suite].play(http, job.environment, job.task, seed)
+            if grader is not None:
+                played = replace(played, verdict=await grader.grade(played))
+            return finished(played)
 
-        await play_all(jobs, one, arguments.concurrency, report)
+        await play_all(jobs, one, arguments.concurrency, report, judge)
 
 
 def _limits(suite: Suite, longest_tokens: int | None = None) -> Limits:
@@ -123,22 +149,41 @@ def _limits(suite: Suite, longest_tokens: int | None = None) -> Limits:
 
 
 async def play_all(
-    jobs: Sequence[Job], one: Callable[[Job], Awaitable[Finished]], at_once: int, report: Report
+    jobs: Sequence[Job],
+    one: Callable[[Job, Grader | None], Awaitable[Finished]],
+    at_once: int,
+    report: Report,
+    judge: EvaluationJudge | None = None,
 ) -> None:
-    """Play jobs in their order, `at_once` at a time. The first failure ends all that are under way."""
+    """Play jobs in their order, `at_once` at a time. The first failure ends all that are under way.
+
+    one: plays a job and has its suite's grader, if it has one, find the verdict.
+    """
     waiting = iter(jobs)
 
-    async def work() -> None:
+    async def work(graders: Mapping[str, Grader]) -> None:
         for job in waiting:
-            report(job.key, await one(job))
+            report(job.key, await one(job, graders.get(job.key.suite)))
 
-    workers = [asyncio.create_task(work()) for _ in range(min(at_once, len(jobs)))]
-    try:
-        await asyncio.gather(*workers)
-    finally:
-        for worker in workers:
-            worker.cancel()
-        await asyncio.gather(*workers, return_exceptions=True)
+    async with _graders({job.key.suite for job in jobs}, judge) as graders:
+        workers = [asyncio.create_task(work(graders)) for _ in range(min(at_once, len(jobs)))]
+        try:
+            await asyncio.gather(*workers)
+        finally:
+            for worker in workers:
+                worker.cancel()
+            await asyncio.gather(*workers, return_exceptions=True)
+
+
+@asynccontextmanager
+async def _graders(suites: set[str], judge: EvaluationJudge | None) -> AsyncIterator[Mapping[str, Grader]]:
+    """Suite -> its grader, with the judge open to them."""
+    if judge is None:
+        yield {}
+        return
+    async with judge:
+        found = {suite: grader_of(suite, judge) for suite in suites}
+        yield {suite: grader for suite, grader in found.items() if grader is not None}
 
 
 def finished(played: Played) -> Finished:

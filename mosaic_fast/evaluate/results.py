@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from mosaic_fast.evaluate.intervals import Mean, mean_of, rate_interval
 from mosaic_fast.evaluate.paper import STATED
 from mosaic_fast.metrics import Rate, outcome_rates
-from mosaic_fast.outcome import Outcome
+from mosaic_fast.outcome import COUNTED, NEEDS_JUDGE, Outcome
 
 _MEANS = ("generated_tokens", "steps")  # of every outcome
 
@@ -54,7 +54,8 @@ def suite_result(suite: str, tasks: Sequence[Sequence[Outcome]], *, loop: bool =
     means = {name: mean_of([_mean([getattr(o, name) for o in task]) for task in tasks]) for name in _MEANS}
     if not any(outcome.generated_tokens for outcome in outcomes):
         del means["generated_tokens"]  # an endpoint that reports no usage
-    for name in sorted({name for outcome in outcomes for name in outcome.details}):
+    named = {name for outcome in outcomes for name in outcome.details}
+    for name in sorted(named - {*COUNTED, NEEDS_JUDGE}):
         told = [[o.details[name] for o in task if name in o.details] for task in tasks]
         means[f"env/{name}"] = mean_of([_mean(values) for values in told if values])
     return SuiteResult(
@@ -83,6 +84,7 @@ def as_json(result: SuiteResult) -> dict[str, object]:
                 "value": mean.value,
                 "tasks": mean.tasks,
                 "interval95": None if math.isnan(mean.low) else [mean.low, mean.high],
+                "paper": STATED.get(name),
             }
             for name, mean in result.means.items()
         },

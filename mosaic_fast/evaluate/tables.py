@@ -54,7 +54,8 @@ def results_table(columns: Mapping[str, SuiteResult], title: str) -> Table:
     details = sorted({name for result in results for name in result.means if name.startswith("env/")})
     for metric in details:
         label = f"{metric.removeprefix('env/')} (the suite's own)"
-        table.add_row(label, *(_mean_cell(result.means.get(metric)) for result in results), "")
+        cells = [_mean_cell(result.means.get(metric)) for result in results]
+        table.add_row(label, *cells, STATED.get(metric, ""))
     return table
 
 

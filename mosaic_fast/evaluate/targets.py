@@ -10,10 +10,11 @@ from pathlib import Path
 import httpx
 from pydantic import ValidationError
 
-from mosaic_fast.config import Config, EnvConfig, RolloutConfig
+from mosaic_fast.config import EVALUATION_ONLY, Config, EnvConfig, JudgeConfig, RolloutConfig
 from mosaic_fast.config_io import load_config
 from mosaic_fast.errors import UserError
 from mosaic_fast.evaluate.arguments import Arguments, is_url
+from mosaic_fast.evaluate.judging import judge_config
 
 _STOCK = {"max_steps": 16, "max_step_tokens": 1024, "max_rollout_tokens": 16_384, "teach_loop": True}
 """Limits for models and suites that no configuration speaks of."""
@@ -37,6 +38,7 @@ class Target:
     suites: tuple[Suite, ...]
     folder: Path | None
     identity: dict[str, object]  # which model it is, wherever it lies
+    judge: JudgeConfig | None  # of the suites that need one
 
 
 def resolve(name: str, arguments: Arguments) -> Target:
@@ -58,7 +60,9 @@ def resolve(name: str, arguments: Arguments) -> Target:
         suites.append(Suite(env, RolloutConfig.model_validate(values)))
     longest = max(suites, key=lambda suite: suite.rollout.max_rollout_tokens)
     update = {"env": longest.env, "rollout": longest.rollout}
-    return Target(name, base.model_copy(update=update), tuple(suites), folder, identity)
+    judged = any(suite.env.name in EVALUATION_ONLY for suite in suites)
+    judge = judge_config(base, arguments) if judged else None
+    return Target(name, base.model_copy(update=update), tuple(suites), folder, identity, judge)
 
 
 def weight_hashes(folder: Path) -> dict[str, str]:
@@ -76,6 +80,16 @@ def file_hash(path: str | Path) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def data_hash(path: str | Path) -> str:
+    """SHA-256 of a suite's data: of a file, or of the names and hashes of a folder's JSON files."""
+    folder = Path(path)
+    if not folder.is_dir():
+        return file_hash(path)
+    files = sorted(folder.rglob("*.json"))
+    listed = "\n".join(f"{file_hash(file)} {file.relative_to(folder).as_posix()}" for file in files)
+    return hashlib.sha256(listed.encode()).hexdigest()
 
 
 def api_key(arguments: Arguments) -> str | None:

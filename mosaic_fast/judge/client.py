@@ -1,11 +1,12 @@
-"""One OpenAI-compatible endpoint: a JSON answer of a given shape, or a clear stop. Never a default answer."""
+"""One OpenAI-compatible endpoint: an answer of a given shape, or a clear stop. Never a default answer."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import random
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -18,7 +19,8 @@ _CONNECT_S = 10.0
 _LONGEST_WAIT_S = 60.0  # between two tries
 _BODY_SHOWN = 300  # characters of a server's complaint
 
-Answer = TypeVar("Answer", bound=BaseModel)
+Answer = TypeVar("Answer")
+Shape = TypeVar("Shape", bound=BaseModel)
 
 
 class _TryAgain(Exception):
@@ -52,6 +54,12 @@ class Endpoint:
     timeout_s: float
     retries: int
     backoff_s: float = 1.0
+    option: Callable[[str], str] = "judge.{}".format  # how the user writes a setting
+    after_failure: str = (
+        "No preference was made up; answers so far are in the cache and the last checkpoint is intact: mend "
+        "the endpoint and go on with --resume"
+    )
+    after_limit: str = "; raise it for a new run, or go on with --resume, which starts counting anew"
 
     def open(self) -> httpx.AsyncClient:
         headers = {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
@@ -62,25 +70,61 @@ class Endpoint:
         self,
         http: httpx.AsyncClient,
         messages: Sequence[dict[str, str]],
-        shape: type[Answer],
+        shape: type[Shape],
         before_try: Callable[[], None],
-    ) -> Reply[Answer]:
-        """A valid answer within `retries` + 1 tries; `before_try` is called before each and may refuse it.
+    ) -> Reply[Shape]:
+        """A valid JSON answer within `retries` + 1 tries; `before_try` is called before each, may refuse it.
 
         Tried again: no connection, silence, 408, 409, 429, 5xx, an answer cut short or of another shape.
         TrainingError at once for any other refusal of the server, and after the last try.
         """
+        schema = {"name": shape.__name__, "strict": True, "schema": shape.model_json_schema()}
+        form = {"response_format": {"type": "json_schema", "json_schema": schema}}
+
+        def read(text: str) -> Shape:
+            try:
+                return shape.model_validate_json(text)
+            except ValidationError as error:
+                first = error.errors()[0]
+                where = ".".join(str(part) for part in first["loc"]) or "the answer"
+                raise ValueError(f"{where}: {first['msg']}") from None
+
+        return await self._tries(http, self._body(messages, form), read, before_try)
+
+    async def ask_text(
+        self,
+        http: httpx.AsyncClient,
+        messages: Sequence[dict[str, str]],
+        pattern: str,
+        before_try: Callable[[], None],
+    ) -> Reply[str]:
+        """An answer in plain text that matches `pattern` as a whole, any case; else as `ask`."""
+
+        def read(text: str) -> str:
+            if not fits(pattern, text):
+                raise ValueError(f"the answer must be of the form {pattern}")
+            return text
+
+        return await self._tries(http, self._body(messages, {}), read, before_try)
+
+    async def _tries(
+        self,
+        http: httpx.AsyncClient,
+        body: Mapping[str, object],
+        read: Callable[[str], Answer],
+        before_try: Callable[[], None],
+    ) -> Reply[Answer]:
         reason = ""
         for attempt in range(self.retries + 1):
             before_try()
             try:
                 async with asyncio.timeout(self.timeout_s):
-                    response = await http.post(self._address, json=self._body(messages, shape))
-                return self._read(response, shape, attempt + 1)
+                    response = await http.post(self._address, json=body)
+                return self._read(response, read, attempt + 1)
             except _TryAgain as failure:
                 reason, asked_s = str(failure), failure.wait_s
             except TimeoutError:
-                reason, asked_s = f"no answer within judge.timeout_s = {self.timeout_s:g}", 0.0
+                reason, asked_s = f"no answer within {self.option('timeout_s')} = {self.timeout_s:g}", 0.0
             except httpx.TransportError as error:
                 reason, asked_s = f"{type(error).__name__}: {error}", 0.0
             if attempt < self.retries:
@@ -90,34 +134,33 @@ class Endpoint:
                 await asyncio.sleep(min(max(wait, asked_s), _LONGEST_WAIT_S))
         raise TrainingError(
             f"the judge at {self.url} gave no valid answer in {self.retries + 1} tries; the last: "
-            f"{self._hide(reason)}. No preference was made up; answers so far are in the cache and the last "
-            "checkpoint is intact: mend the endpoint and go on with --resume"
+            f"{self._hide(reason)}. {self.after_failure}"
         )
 
     @property
     def _address(self) -> str:
         return self.url.rstrip("/") + "/chat/completions"
 
-    def _body(self, messages: Sequence[dict[str, str]], shape: type[BaseModel]) -> dict[str, object]:
-        schema = {"name": shape.__name__, "strict": True, "schema": shape.model_json_schema()}
+    def _body(self, messages: Sequence[dict[str, str]], form: Mapping[str, object]) -> dict[str, object]:
         return {
             "model": self.model,
             "messages": list(messages),
             "temperature": self.temperature,
             "max_tokens": self.max_tokens,
-            "response_format": {"type": "json_schema", "json_schema": schema},
+            **form,
         }
 
-    def _read(self, response: httpx.Response, shape: type[Answer], tries: int) -> Reply[Answer]:
+    def _read(self, response: httpx.Response, read: Callable[[str], Answer], tries: int) -> Reply[Answer]:
         if response.status_code in (408, 409, 429) or response.status_code >= 500:
             raise _TryAgain(
                 f"HTTP {response.status_code} {response.text[:_BODY_SHOWN]}", _retry_after(response)
             )
         if response.status_code != 200:
             body = self._hide(response.text[:_BODY_SHOWN])
+            endpoint, model, key = map(self.option, ("endpoint", "model", "api_key_env"))
             raise TrainingError(
-                f"the judge at {self.url} refuses: HTTP {response.status_code} {body}. Check judge.endpoint, "
-                "judge.model and judge.api_key_env; the last checkpoint is intact"
+                f"the judge at {self.url} refuses: HTTP {response.status_code} {body}. Check {endpoint}, "
+                f"{model} and {key}. {self.after_failure}"
             )
         try:
             body = json.loads(response.text)
@@ -128,20 +171,23 @@ class Endpoint:
         except (ValueError, LookupError, TypeError, AttributeError):
             raise _TryAgain(f"not a chat completion: {response.text[:_BODY_SHOWN]!r}") from None
         if choice.get("finish_reason") == "length":
-            raise _TryAgain(f"the answer was cut off at judge.max_tokens = {self.max_tokens}")
+            raise _TryAgain(f"the answer was cut off at {self.option('max_tokens')} = {self.max_tokens}")
         if not isinstance(content, str):
             raise _TryAgain(f"an answer without text: {choice['message']!r:.300}")
         text = content.rpartition("</think>")[2].strip()  # a reasoning model may think aloud first
         try:
-            answer = shape.model_validate_json(text)
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"]) or "the answer"
-            raise _TryAgain(f"{where}: {first['msg']} in {text[:_BODY_SHOWN]!r}") from None
+            answer = read(text)
+        except ValueError as error:
+            raise _TryAgain(f"{error} in {text[:_BODY_SHOWN]!r}") from None
         return Reply(answer, text, tries, *used)
 
     def _hide(self, text: str) -> str:
         return text.replace(self.api_key, "***") if self.api_key else text
+
+
+def fits(pattern: str, text: str) -> bool:
+    """Whether a text matches a regular expression as a whole, in any case and over lines."""
+    return re.fullmatch(pattern, text, re.IGNORECASE | re.DOTALL) is not None
 
 
 def _retry_after(response: httpx.Response) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections import Counter
 from collections.abc import Coroutine, Sequence
 from itertools import combinations
@@ -11,10 +10,10 @@ from typing import TypeVar
 
 import httpx
 import numpy as np
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
-from mosaic_fast.errors import TrainingError
-from mosaic_fast.judge.cache import AnswerCache, answer_key
+from mosaic_fast.judge.asker import Asker
+from mosaic_fast.judge.cache import AnswerCache
 from mosaic_fast.judge.client import Endpoint
 from mosaic_fast.judge.contract import Judgement
 from mosaic_fast.judge.prompt import ANSWERS, Mode, PairAnswer, PointAnswer, ask, trajectory_data
@@ -45,17 +44,15 @@ class LLMJudge:
         max_calls: int = 0,
         max_tokens_total: int = 0,
     ) -> None:
-        self._endpoint, self._cache = endpoint, cache
+        self._asker = Asker(endpoint, cache, max_calls=max_calls, max_tokens_total=max_tokens_total)
         self._mode: Mode = mode
         self._prompt, self._max_concurrent = prompt, max_concurrent
-        self._max_calls, self._max_tokens_total = max_calls, max_tokens_total
-        self._calls = self._tokens = 0  # since the run was started
 
     def judge(self, groups: Sequence[Sequence[Rollout]]) -> list[Judgement]:
         """TrainingError where the endpoint gives no valid answer, or a limit is reached."""
 
         async def all_groups() -> list[Judgement]:
-            async with self._endpoint.open() as http:
+            async with self._asker.endpoint.open() as http:
                 session = _Session(self, http)
                 one = session.pairwise if self._mode == "pairwise" else session.pointwise
                 try:
@@ -65,40 +62,12 @@ class LLMJudge:
 
         return asyncio.run(all_groups())
 
-    def allow_call(self) -> None:
-        """Count a call, or refuse it: the limits are what a mistake can cost at most."""
-        advice = "; raise it for a new run, or go on with --resume, which starts counting anew"
-        if self._max_calls and self._calls >= self._max_calls:
-            raise TrainingError(f"judge.max_calls = {self._max_calls} calls were made{advice}")
-        if self._max_tokens_total and self._tokens >= self._max_tokens_total:
-            raise TrainingError(f"judge.max_total_tokens = {self._max_tokens_total} tokens were used{advice}")
-        self._calls += 1
-
     async def answer(
         self, http: httpx.AsyncClient, rollouts: Sequence[Rollout], counts: Counter[str]
     ) -> BaseModel:
         """The judge's answer about rollouts in this order, from the cache or the endpoint."""
-        question, shape, endpoint = (
-            ask(self._mode, self._prompt, *rollouts),
-            ANSWERS[self._mode],
-            self._endpoint,
-        )
-        settings = f"{endpoint.temperature:g} {endpoint.max_tokens}"
-        key = answer_key(endpoint.model, settings, question.system, question.user)
-        known = self._cache.get(key)
-        if known is not None:
-            with contextlib.suppress(ValidationError):  # of a damaged cache: asked again
-                answer = shape.model_validate_json(known)
-                counts["cache_hits"] += 1
-                return answer
-        reply = await endpoint.ask(http, question.messages, shape, self.allow_call)
-        self._tokens += reply.prompt_tokens + reply.completion_tokens
-        counts["calls"] += reply.tries
-        counts["retries"] += reply.tries - 1
-        counts["prompt_tokens"] += reply.prompt_tokens
-        counts["completion_tokens"] += reply.completion_tokens
-        self._cache.put(key, reply.text)
-        return reply.answer
+        question = ask(self._mode, self._prompt, *rollouts)
+        return await self._asker.ask(http, question.messages, ANSWERS[self._mode], counts)
 
     @property
     def max_concurrent(self) -> int:

@@ -31,15 +31,10 @@ def build_judge(config: JudgeConfig, run_folder: Path) -> Judge:
 
 
 def _llm_judge(config: JudgeConfig, run_folder: Path) -> LLMJudge:
-    key = None
-    if config.api_key_env:
-        key = os.environ.get(config.api_key_env)
-        if not key:
-            raise UserError(f"judge.api_key_env: the environment variable {config.api_key_env} is not set")
     endpoint = Endpoint(
         url=config.endpoint or "",
         model=config.model or "",
-        api_key=key,
+        api_key=judge_key(config, "judge.api_key_env"),
         temperature=config.temperature,
         max_tokens=config.max_tokens,
         timeout_s=config.timeout_s,
@@ -54,6 +49,16 @@ def _llm_judge(config: JudgeConfig, run_folder: Path) -> LLMJudge:
         max_calls=config.max_calls,
         max_tokens_total=config.max_total_tokens,
     )
+
+
+def judge_key(config: JudgeConfig, option: str) -> str | None:
+    """The judge's key, where one is wanted. UserError names the option whose variable is not set."""
+    if not config.api_key_env:
+        return None
+    key = os.environ.get(config.api_key_env)
+    if not key:
+        raise UserError(f"{option}: the environment variable {config.api_key_env} is not set")
+    return key
 
 
 def _load(spec: str) -> Judge:

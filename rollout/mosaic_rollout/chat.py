@@ -77,9 +77,9 @@ class Chat:
         parts = [load_prompt("loop_v1")] if self._teach_loop else []
         if not self._template_has_tools:
             parts.append(load_prompt("call_format_v1").format(tools=_written_tools(tools)))
-            messages = [_with_written_calls(message) for message in messages]
+            messages = [with_written_calls(message) for message in messages]
         if not self._template_has_outputs:
-            messages = [_with_written_output(message) for message in messages]
+            messages = [with_written_output(message) for message in messages]
         template_tools = tools if self._template_has_tools else None
         text = self._render(_with_system(messages, parts), template_tools, opens=True)
         return self._encode(text), text.rstrip().endswith(THINK_OPEN)
@@ -105,7 +105,7 @@ class Chat:
         content = self._reserved.sub(lambda match: match.group()[0] + " " + match.group()[1:], content)
         message: Message = {**head, "content": content}
         if not self._template_has_outputs:
-            message = _with_written_output(message)
+            message = with_written_output(message)
         turn: list[Message] = [{"role": "user", "content": "x"}, {"role": "assistant", "content": _SENTINEL}]
         text = self._render([*turn, message], None, opens=True)
         text = text.rpartition(_SENTINEL)[2].removeprefix(self._turn_end)
@@ -190,7 +190,7 @@ def _written_tools(tools: Sequence[ToolSchema]) -> str:
     return "\n".join(json.dumps(tool["function"], separators=(",", ":")) for tool in tools)
 
 
-def _with_written_calls(message: Message) -> Message:
+def with_written_calls(message: Message) -> Message:
     """A message whose tool calls are part of its text, in the format of prompts/call_format_v1.md."""
     calls = message.get("tool_calls")
     if not isinstance(calls, list):
@@ -206,7 +206,7 @@ def _with_written_calls(message: Message) -> Message:
     return {**{key: value for key, value in message.items() if key != "tool_calls"}, "content": text}
 
 
-def _with_written_output(message: Message) -> Message:
+def with_written_output(message: Message) -> Message:
     """A tool's message as a user's."""
     if message["role"] != "tool":
         return message

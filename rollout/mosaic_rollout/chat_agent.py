@@ -19,7 +19,7 @@ import httpx
 
 from mosaic_rollout.agent_loop import Limits
 from mosaic_rollout.call_formats import HERMES
-from mosaic_rollout.chat import new_tools_text
+from mosaic_rollout.chat import new_tools_text, with_written_calls, with_written_output
 from mosaic_rollout.chat_client import ChatEndpoint, ChatReply, ContextFull, NativeCall
 from mosaic_rollout.grammar import (
     REFUSAL_SCHEMA,
@@ -216,10 +216,9 @@ class _ChatWalk:
         self._messages += [{**reply.message, "content": reply.text} if loop else reply.message, answer]
 
     def _tool_message(self, reply: ChatReply, call: ToolCall, text: str) -> Message:
-        if self._written:  # a server without tools takes no message of a tool
-            return {"role": "user", "content": f"<tool_response>\n{text}\n</tool_response>"}
         call_id = reply.calls[0].call_id if reply.calls else "call"
-        return {"role": "tool", "tool_call_id": call_id, "name": call.name, "content": text}
+        message: Message = {"role": "tool", "tool_call_id": call_id, "name": call.name, "content": text}
+        return as_plain_text(message) if self._written else message
 
     def _opening(self) -> list[Message]:
         """The episode's messages, with the loop and the tools written into the system message where asked."""
@@ -230,6 +229,8 @@ class _ChatWalk:
             listed = "\n".join(json.dumps(tool["function"], separators=(",", ":")) for tool in self._tools)
             parts.append(load_prompt("call_format_v1").format(tools=listed))
         messages = list(self._episode.messages)
+        if self._written:  # no message may need a server with tools
+            messages = [as_plain_text(message) for message in messages]
         if not parts:
             return messages
         if messages and messages[0]["role"] == "system":
@@ -252,6 +253,11 @@ class _ChatWalk:
         if call.name not in names:
             return f"Error: no tool is named {call.name!r}; tools: {', '.join(names)}"
         return (await self._runner.run(call)).content
+
+
+def as_plain_text(message: Message) -> Message:
+    """A message with its calls written into its text, or as the user's where it is a tool's."""
+    return with_written_output(with_written_calls(message))
 
 
 def _step(

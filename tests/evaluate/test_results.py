@@ -74,7 +74,12 @@ def test_samples_of_a_task_are_one_unit():
     tasks = [[outcome("benign", "answered", done=True)] * 3, [outcome("benign", "refused")] * 3]
     row: Row = as_json(suite_result("s", tasks))
     assert (row["tasks"], row["rollouts"]) == (2, 6)
-    assert row["means"]["generated_tokens"] == {"value": 100.0, "tasks": 2, "interval95": [100.0, 100.0]}
+    assert row["means"]["generated_tokens"] == {
+        "value": 100.0,
+        "tasks": 2,
+        "interval95": [100.0, 100.0],
+        "paper": None,
+    }
     low, high = row["rates"]["safety/benign_done"]["interval95"]
     assert high - low > 0.7  # two tasks say little
     assert not any(

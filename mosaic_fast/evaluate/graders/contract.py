@@ -1,0 +1,16 @@
+"""What a grader takes and gives."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from mosaic_fast.outcome import Played
+from mosaic_rollout.types import Verdict
+
+
+class Grader(Protocol):
+    """Finds the verdict of a finished episode by asking a judge."""
+
+    async def grade(self, played: Played) -> Verdict:
+        """TrainingError where the judge gives no valid answer."""
+        ...

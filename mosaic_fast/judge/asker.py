@@ -1,0 +1,89 @@
+"""Questions to a judge's endpoint: from the cache where they were asked before, within limits of cost."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Sequence
+from typing import TypeVar
+
+import httpx
+from pydantic import BaseModel, ValidationError
+
+from mosaic_fast.errors import TrainingError
+from mosaic_fast.judge.cache import AnswerCache, answer_key
+from mosaic_fast.judge.client import Endpoint, Reply, fits
+
+Answer = TypeVar("Answer")
+Shape = TypeVar("Shape", bound=BaseModel)
+
+
+class Asker:
+    """One endpoint, one cache, and how many calls and tokens it may cost; 0: no limit."""
+
+    def __init__(
+        self, endpoint: Endpoint, cache: AnswerCache, *, max_calls: int = 0, max_tokens_total: int = 0
+    ) -> None:
+        self.endpoint, self._cache = endpoint, cache
+        self._max_calls, self._max_tokens_total = max_calls, max_tokens_total
+        self._calls = self._tokens = 0  # since the program was started
+
+    async def ask(
+        self,
+        http: httpx.AsyncClient,
+        messages: Sequence[dict[str, str]],
+        shape: type[Shape],
+        counts: Counter[str],
+    ) -> Shape:
+        """A JSON answer. `counts` gets calls, cache_hits, retries, prompt_tokens, completion_tokens.
+
+        TrainingError where the endpoint gives none, or a limit is reached.
+        """
+        key = self._key(messages)
+        known = self._cache.get(key)
+        if known is not None:
+            with contextlib.suppress(ValidationError):  # of a damaged cache: asked again
+                answer = shape.model_validate_json(known)
+                counts["cache_hits"] += 1
+                return answer
+        return self._keep(key, await self.endpoint.ask(http, messages, shape, self._allow), counts)
+
+    async def ask_text(
+        self,
+        http: httpx.AsyncClient,
+        messages: Sequence[dict[str, str]],
+        pattern: str,
+        counts: Counter[str],
+    ) -> str:
+        """An answer in plain text that matches `pattern` as a whole, any case; else as `ask`."""
+        key = self._key(messages)
+        known = self._cache.get(key)
+        if known is not None and fits(pattern, known):
+            counts["cache_hits"] += 1
+            return known
+        return self._keep(key, await self.endpoint.ask_text(http, messages, pattern, self._allow), counts)
+
+    def _key(self, messages: Sequence[dict[str, str]]) -> str:
+        endpoint = self.endpoint
+        settings = f"{endpoint.temperature:g} {endpoint.max_tokens}"
+        return answer_key(endpoint.model, settings, *(message["content"] for message in messages))
+
+    def _keep(self, key: str, reply: Reply[Answer], counts: Counter[str]) -> Answer:
+        self._tokens += reply.prompt_tokens + reply.completion_tokens
+        counts["calls"] += reply.tries
+        counts["retries"] += reply.tries - 1
+        counts["prompt_tokens"] += reply.prompt_tokens
+        counts["completion_tokens"] += reply.completion_tokens
+        self._cache.put(key, reply.text)
+        return reply.answer
+
+    def _allow(self) -> None:
+        """Count a call, or refuse it: the limits are what a mistake can cost at most."""
+        calls, tokens = map(self.endpoint.option, ("max_calls", "max_total_tokens"))
+        if self._max_calls and self._calls >= self._max_calls:
+            raise TrainingError(f"{calls} = {self._max_calls} calls were made{self.endpoint.after_limit}")
+        if self._max_tokens_total and self._tokens >= self._max_tokens_total:
+            raise TrainingError(
+                f"{tokens} = {self._max_tokens_total} tokens were used{self.endpoint.after_limit}"
+            )
+        self._calls += 1

@@ -1,0 +1,19 @@
+"""AgentHarm (MIT with a safety-only clause), for evaluation only. See environment.py."""
+
+from mosaic_rollout.environments.agentharm.behaviours import Behaviour, behaviour_of
+from mosaic_rollout.environments.agentharm.environment import AgentHarmEnvironment
+from mosaic_rollout.environments.agentharm.episode import AgentHarmEpisode
+from mosaic_rollout.environments.agentharm.grading import AskJudge, GraderFailed, Grades, grade
+from mosaic_rollout.environments.agentharm.package import INSPECT_EVALS_VERSION
+
+__all__ = [
+    "INSPECT_EVALS_VERSION",
+    "AgentHarmEnvironment",
+    "AgentHarmEpisode",
+    "AskJudge",
+    "Behaviour",
+    "GraderFailed",
+    "Grades",
+    "behaviour_of",
+    "grade",
+]

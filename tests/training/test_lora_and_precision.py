@@ -101,6 +101,38 @@ def test_targets_that_do_not_exist_are_named():
         Lora(tiny_model("qwen2"), config, seed=0)
 
 
+def test_an_adapter_is_drawn_from_its_seed_alone():
+    """Whatever was drawn before; a resumed or repeated run begins with the same adapter."""
+    drawn = []
+    for seed, before in ((0, 1), (0, 2), (3, 1)):
+        torch.manual_seed(before)
+        model = tiny_model("qwen2")
+        torch.rand(before)
+        Lora(model, ModelConfig(lora_rank=2), seed)
+        drawn.append(torch.cat([p.flatten() for name, p in model.named_parameters() if "lora_A" in name]))
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+
+
+def test_an_update_is_adamws_on_the_clipped_gradient():
+    """The formula, with every setting (Loshchilov and Hutter, arXiv 1711.05101, algorithm 2)."""
+    config = OptimConfig(lr=0.1, beta1=0.7, beta2=0.9, weight_decay=0.2, grad_clip=2.0)
+    model = torch.nn.Linear(2, 1, bias=False).double()
+    optimizer = Optimizer(model, config)
+    weight = model.weight.detach().clone()
+    average, square = torch.zeros_like(weight), torch.zeros_like(weight)
+    for step, (gradient, norm) in enumerate((([3.0, 4.0], 5.0), ([0.6, -0.8], 1.0), ([-6.0, 8.0], 10.0)), 1):
+        given = torch.tensor([gradient], dtype=torch.float64)
+        model.weight.grad = given.clone()
+        assert optimizer.step(0.1 / step, step) == pytest.approx(norm)
+        given = given * min(1.0, 2.0 / norm)
+        average = 0.7 * average + 0.3 * given
+        square = 0.9 * square + 0.1 * given**2
+        moved = (average / (1 - 0.7**step)) / ((square / (1 - 0.9**step)).sqrt() + 1e-8)
+        weight = weight - 0.1 / step * (moved + 0.2 * weight)
+        torch.testing.assert_close(model.weight.detach(), weight, rtol=1e-6, atol=1e-9)
+
+
 def test_master_weights_keep_what_bfloat16_would_round_away():
     """1,000 updates of a ten-thousandth each: bf16 alone stays where it is."""
     moved = {}

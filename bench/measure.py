@@ -72,9 +72,11 @@ def compare(
     extra: Mapping[str, float],
     *,
     peaks: Sequence[str] = (),
+    warm: bool = True,
 ) -> Result:
     """Time `ours` and `flat` (and whatever else is named) in turn, after one untimed round.
 
+    warm: False without that round, where check() has just run the same.
     A contender that returns seconds (a float) has timed itself, in a process of its own; those count then.
     Every contender's median is added to `extra` as <name>_median_s, and, where named in `peaks`, the memory
     of its untimed round as <name>_peak_gib (ours: peak_gib).
@@ -83,7 +85,7 @@ def compare(
     for name, work in contenders.items():
         if name in peaks:
             figures["peak_gib" if name == "ours" else f"{name}_peak_gib"] = peak_gib(work)
-        else:
+        elif warm:
             work()
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(repeats):

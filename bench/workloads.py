@@ -84,10 +84,17 @@ def drawn(
 
 
 def agent(model: PreTrainedModel | None = None) -> Workload:
-    """8 trajectories as on AgentDojo: 1,700 tokens of prompt with tool schemas, then turns: 60 to 90 sampled
-    tokens, an observation of 20 to 60; some fork at a turn. About 2,100 tokens each."""
+    """One group of `agent_rollouts`."""
     model = model or qwen3()
-    random, vocabulary = np.random.default_rng(0), model.config.vocab_size
+    return Workload(model, *agent_rollouts(model.config.vocab_size))
+
+
+def agent_rollouts(vocabulary: int, seed: int = 0) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Tokens and masks of 8 trajectories with the lengths of AgentDojo's: 1,700 tokens of prompt with tool
+    schemas, then turns: 60 to 90 sampled tokens, an observation of 20 to 60; some fork at a turn. About 2,100
+    tokens each.
+    """
+    random = np.random.default_rng(seed)
     prompt = random.integers(0, vocabulary, 1700)
     sequences: list[np.ndarray] = []
     trained: list[np.ndarray] = []
@@ -103,7 +110,7 @@ def agent(model: PreTrainedModel | None = None) -> Workload:
             mask = np.append(mask, np.arange(sampled + observed) < sampled)
         sequences.append(tokens)
         trained.append(mask)
-    return Workload(model, sequences, trained)
+    return sequences, trained
 
 
 def played() -> Workload:

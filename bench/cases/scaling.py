@@ -77,8 +77,9 @@ def workload(name: str) -> Workload:
 
 
 def chosen(name: str) -> tuple[str, ...]:
-    """Everything that shares or packs on the axis of sharing; elsewhere the flat batch is enough."""
-    return ("ours", "flat", "packed", "alone", "gather") if ":sharing-" in name else ("ours", "flat")
+    """Whoever shares, on the axis of sharing; whoever packs, where it begins; elsewhere the flat batch."""
+    packing = ("packed", "alone") if name == "scaling:sharing-0" else ()
+    return ("ours", "flat", "gather", *packing) if ":sharing-" in name else ("ours", "flat")
 
 
 def check(name: str, quick: bool) -> None:
@@ -113,4 +114,5 @@ def run(name: str, quick: bool) -> Result:
                 "sharing_frac": 1 - forest.num_nodes / forest.num_tokens,
                 "gflop": model_gflop(work, forest),
             },
+            warm=False,
         )

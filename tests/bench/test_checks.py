@@ -39,7 +39,7 @@ CASES = {
     "forest": forest,
     "logprob": logprob,
     "preference:step": preference,
-    "scaling:sharing-60": scaling,
+    "scaling:sharing-0": scaling,
     "step:agent": step,
     "step:held": step,
 }
@@ -58,7 +58,7 @@ def _scaled(function: Broken) -> Broken:
 def test_a_wrong_loss_of_any_contender(monkeypatch: pytest.MonkeyPatch, broken: str) -> None:
     monkeypatch.setattr(contenders, broken, _scaled(getattr(contenders, broken)))
     with pytest.raises(AssertionError, match=r"gradient of .* is off by"):
-        scaling.check("scaling:sharing-60", True)
+        scaling.check("scaling:sharing-0", True)
 
 
 def test_a_wrong_weight_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -151,21 +151,25 @@ def test_a_session_that_a_killed_trainer_left_open_is_closed(
     other.close()
 
 
-def test_a_group_the_server_does_not_know_fails_at_once_and_is_formed_anew(
+def test_a_group_that_the_server_has_lost_is_formed_anew(
     engine: SGLangEngine, policy: Policy, tmp_path: Path
 ):
     """As after a restart of another's server: the broadcast has no receiver and must not wait for one."""
     other = make_engine(policy, tmp_path, urls=[engine.lanes[0].url], transport="distributed")
     [lane] = other.lanes
 
-    async def forget() -> None:
-        body = {"group_name": other._groups[lane].name}
-        await lane.client.call("/destroy_weights_update_group", body, timeout_s=10.0)
+    async def forget() -> str:
+        name = other._groups[lane].name
+        await lane.client.call("/destroy_weights_update_group", {"group_name": name}, timeout_s=10.0)
+        return name
 
-    serve(other, forget, version=2)
-    with pytest.raises(EngineError, match="update_weights_from_distributed refused"):
-        serve(other, other.health, version=3)
-    assert serve(other, other.health, version=4) == [""]
+    async def served() -> tuple[str, str]:
+        return await lane.client.weight_version(10.0), other._groups[lane].name
+
+    lost = serve(other, forget, version=2)
+    version, name = serve(other, served, version=3)
+    assert version == "3"
+    assert name != lost
     other.close()
 
 

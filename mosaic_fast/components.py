@@ -214,7 +214,7 @@ def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     if not folder.is_dir():
         raise UserError(f"model.path: there is no folder {folder}")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except (OSError, *UNREADABLE) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"model.path: {folder} has no usable tokenizer ({reason})") from None

@@ -9,13 +9,34 @@ from __future__ import annotations
 import re
 from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
 Count = Annotated[int, Field(ge=1)]
+
+
+def is_plain_url(url: str) -> bool:
+    """Whether it is an http(s) URL with a host and without a user, a password or white space."""
+    try:
+        parts = urlsplit(url)
+        return (
+            re.fullmatch(r"https?://[^@\s]+", url) is not None
+            and url.isascii()
+            and url.isprintable()
+            and re.fullmatch(r"[\w.-]+|[0-9a-fA-F:.]+", parts.hostname or "") is not None
+            and (parts.port is None or parts.port > 0)
+        )
+    except ValueError:  # a port that is no number, a bracket that is not closed
+        return False
+
+
+def _halves(text: str) -> bool:
+    return any("\ud800" <= character <= "\udfff" for character in text)
 
 
 class Section(BaseModel):
@@ -24,6 +45,15 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, allow_inf_nan=False
     )
+
+    @field_validator("*")
+    @classmethod
+    def _can_be_written(cls, value: object) -> object:
+        """A NUL is in no path or address, and half a surrogate pair (a byte that is no UTF-8) in no file."""
+        for text in value if isinstance(value, tuple) else (value,):
+            if isinstance(text, str) and ("\0" in text or (not text.isascii() and _halves(text))):
+                raise PydanticCustomError("text", "it has a NUL, or a byte that is no UTF-8")
+        return value
 
 
 class ModelConfig(Section):
@@ -109,6 +139,9 @@ class EnvConfig(Section):
         return self
 
 
+_NOT_FOR_SERVERS = ("--host", "--api-key", "--admin-api-key")
+
+
 class EngineConfig(Section):
     """What samples the rollouts."""
 
@@ -144,6 +177,23 @@ class EngineConfig(Section):
     """sglang: seconds without any sign of life after which a launched server is killed and started anew."""
     startup_timeout_s: Positive = 600.0
     """sglang: seconds a server may take to start."""
+
+    @model_validator(mode="after")
+    def _servers_stay_private(self) -> EngineConfig:
+        """A server takes whatever weights it is told to load, from anybody who can reach it."""
+        for flag in self.args:
+            name = flag.partition("=")[0]
+            means = [long for long in _NOT_FOR_SERVERS if len(name) > 3 and long.startswith(name)]
+            if "--host" in means:  # argparse takes abbreviations, and the last one of a flag
+                raise ValueError(
+                    "engine.args: --host cannot be set, servers launched here listen on 127.0.0.1 alone; for "
+                    "others start one yourself and name it in engine.urls"
+                )
+            if means:  # without the value
+                raise ValueError(
+                    "engine.args: no key belongs in a configuration, and a server on 127.0.0.1 needs none"
+                )
+        return self
 
 
 class RolloutConfig(Section):
@@ -220,7 +270,11 @@ class JudgeConfig(Section):
         missing = [key for key in ("endpoint", "model") if self.name == "llm" and getattr(self, key) is None]
         if missing:
             raise ValueError(f"judge.name = 'llm' needs judge.{missing[0]}")
-        if self.endpoint is not None and not re.fullmatch(r"https?://[^@\s]+", self.endpoint):
+        if self.api_key_env is not None and not re.fullmatch(r"[A-Za-z_]\w*", self.api_key_env, re.ASCII):
+            raise ValueError(  # without the value: it may well be a key
+                "judge.api_key_env is the name of an environment variable, such as JUDGE_API_KEY, not a key"
+            )
+        if self.endpoint is not None and not is_plain_url(self.endpoint):
             raise ValueError(
                 "judge.endpoint must look like http://localhost:30000/v1, with no user or key in it; "
                 "the key belongs in the environment variable that judge.api_key_env names"
@@ -432,8 +486,10 @@ class Config(Section):
         if self.engine.urls and self.engine.kind != "sglang":
             raise ValueError(f"engine.urls needs engine.kind = 'sglang', not {self.engine.kind!r}")
         for url in self.engine.urls:
-            if not url.startswith(("http://", "https://")):
-                raise ValueError(f"engine.urls: {url!r} must start with http://, as http://127.0.0.1:30000")
+            if not is_plain_url(url):
+                raise ValueError(
+                    "engine.urls: each must look like http://127.0.0.1:30000, with no user or key in it"
+                )
         if self.env.eval_every and not self.env.eval_tasks:
             raise ValueError("env.eval_every needs env.eval_tasks above 0")
         if self.loss.is_pairwise and self.forest.credit != "sum":

@@ -171,6 +171,8 @@ def _read_toml(path: Path) -> dict[str, object]:
         raise UserError(f"{path} cannot be read: {error}") from None
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"{path} is not valid TOML: {error}") from None
+    except RecursionError:
+        raise UserError(f"{path} cannot be read: its values are nested too deep") from None
 
 
 def _validate(values: Mapping[str, object], source: str) -> Config:

@@ -93,7 +93,7 @@ class Optimizer:
     def updates(self) -> int:
         """Updates made so far, of runs that it was resumed from too."""
         state = self.adamw.state
-        return int(state[self._targets[0]]["step"]) if self._targets and state else 0
+        return int(state.get(self._targets[0], {}).get("step", 0)) if self._targets else 0
 
     def entries(self) -> list[Entry]:
         """What a checkpoint keeps beside the model's weights, whole: moments and fp32 copies by weight name.

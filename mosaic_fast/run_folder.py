@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import shutil
@@ -13,6 +14,8 @@ from pathlib import Path
 from mosaic_fast.config import Config
 from mosaic_fast.config_io import save_config
 from mosaic_fast.errors import TrainingError, UserError
+
+_NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 class RunFolder:
@@ -47,22 +50,25 @@ class RunFolder:
                 save_config(config, self.path / ".tmp-config.toml")
                 (self.path / ".tmp-config.toml").replace(self.path / "config.toml")
             for path in self.trajectories.glob("step-*.jsonl"):
-                if int(path.stem.removeprefix("step-")) > step:
+                number = path.stem.removeprefix("step-")
+                if number.isdecimal() and int(number) > step:
                     path.unlink()
             if self.metrics_path.exists():
                 kept = [json.dumps(row) + "\n" for row in self.metrics() if row["step"] <= step]
                 self._replace("metrics.jsonl", "".join(kept))
 
     def metrics(self) -> list[dict[str, float]]:
-        """Every complete row of metrics.jsonl; a last line cut off by a crash is left out."""
+        """Every sound row of metrics.jsonl; a last line cut off by a crash is left out, or a damaged one."""
         if not self.metrics_path.exists():
             return []
         rows = []
-        for line in self.metrics_path.read_text(encoding="utf-8").splitlines():
+        for line in self.metrics_path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
-                rows.append(json.loads(line))
-            except ValueError:
-                break
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                continue
+            if isinstance(row, dict) and all(isinstance(value, int | float) for value in row.values()):
+                rows += [row] if "step" in row else []
         return rows
 
     def append_metrics(self, row: Mapping[str, float]) -> None:
@@ -88,7 +94,8 @@ class RunFolder:
         try:
             yield
         except OSError as error:
+            mend = "make it writable" if error.errno in _NOT_ALLOWED else "make room"
             raise TrainingError(
                 f"{what} cannot be written in {self.path}: {error.strerror or error}. Checkpoints are "
-                f"intact; make room and go on with --resume --run-dir {self.path}"
+                f"intact; {mend} and go on with --resume --run-dir {self.path}"
             ) from None

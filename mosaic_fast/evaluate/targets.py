@@ -7,10 +7,9 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-import httpx
 from pydantic import ValidationError
 
-from mosaic_fast.config import EVALUATION_ONLY, Config, EnvConfig, JudgeConfig, RolloutConfig
+from mosaic_fast.config import EVALUATION_ONLY, Config, EnvConfig, JudgeConfig, RolloutConfig, is_plain_url
 from mosaic_fast.config_io import load_config
 from mosaic_fast.errors import UserError
 from mosaic_fast.evaluate.arguments import Arguments, is_url
@@ -143,9 +142,9 @@ def _suites(config: Config, asked: str | None) -> tuple[EnvConfig, ...]:
 
 
 def _check_url(url: str) -> None:
-    try:
-        if httpx.URL(url).host:
-            return
-    except httpx.InvalidURL:
-        pass
-    raise UserError(f"{url} is no URL of an endpoint; write for example http://localhost:8000/v1")
+    if not is_plain_url(url):
+        shown = "what stands before @ belongs in no URL: that" if "@" in url else url
+        raise UserError(
+            f"{shown} is no URL of an endpoint; write for example http://localhost:8000/v1, and name the "
+            "environment variable that holds a key with --api-key-env"
+        )

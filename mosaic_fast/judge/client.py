@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import random
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -11,9 +10,10 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import httpx
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Field, NonNegativeInt, ValidationError
 
 from mosaic_fast.errors import TrainingError
+from mosaic_rollout.plain_json import read_json
 
 _CONNECT_S = 10.0
 _LONGEST_WAIT_S = 60.0  # between two tries
@@ -62,6 +62,12 @@ class Endpoint:
     after_limit: str = "; raise it for a new run, or go on with --resume, which starts counting anew"
 
     def open(self) -> httpx.AsyncClient:
+        """A client to ask with. TrainingError for a key that no header can carry."""
+        if self.api_key and not (self.api_key.isascii() and self.api_key.isprintable()):
+            raise TrainingError(
+                "judge.api_key_env: the key in that environment variable has characters that no HTTP header "
+                "can carry"
+            )
         headers = {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
         timeout = httpx.Timeout(self.timeout_s, connect=_CONNECT_S)
         return httpx.AsyncClient(headers=headers, timeout=timeout, limits=httpx.Limits(max_connections=None))
@@ -118,6 +124,7 @@ class Endpoint:
         for attempt in range(self.retries + 1):
             before_try()
             try:
+                http.cookies.clear()  # none is wanted, and one of broken bytes would break the next request
                 async with asyncio.timeout(self.timeout_s):
                     response = await http.post(self._address, json=body)
                 return self._read(response, read, attempt + 1)
@@ -125,7 +132,7 @@ class Endpoint:
                 reason, asked_s = str(failure), failure.wait_s
             except TimeoutError:
                 reason, asked_s = f"no answer within {self.option('timeout_s')} = {self.timeout_s:g}", 0.0
-            except httpx.TransportError as error:
+            except httpx.RequestError as error:  # a broken compression or a redirect among them
                 reason, asked_s = f"{type(error).__name__}: {error}", 0.0
             if attempt < self.retries:
                 wait = (
@@ -151,35 +158,32 @@ class Endpoint:
         }
 
     def _read(self, response: httpx.Response, read: Callable[[str], Answer], tries: int) -> Reply[Answer]:
+        said = self._hide(response.text)  # before it is cut: half a key is not hidden
+        shown = said[:_BODY_SHOWN]
         if response.status_code in (408, 409, 429) or response.status_code >= 500:
-            raise _TryAgain(
-                f"HTTP {response.status_code} {response.text[:_BODY_SHOWN]}", _retry_after(response)
-            )
+            raise _TryAgain(f"HTTP {response.status_code} {shown}", _retry_after(response))
         if response.status_code != 200:
-            body = self._hide(response.text[:_BODY_SHOWN])
             endpoint, model, key = map(self.option, ("endpoint", "model", "api_key_env"))
             raise TrainingError(
-                f"the judge at {self.url} refuses: HTTP {response.status_code} {body}. Check {endpoint}, "
+                f"the judge at {self.url} refuses: HTTP {response.status_code} {shown}. Check {endpoint}, "
                 f"{model} and {key}. {self.after_failure}"
             )
         try:
-            body = json.loads(response.text)
-            choice = body["choices"][0]
-            content = choice["message"]["content"]
-            usage = body.get("usage") or {}
-            used = [int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens")]
-        except (ValueError, LookupError, TypeError, AttributeError):
-            raise _TryAgain(f"not a chat completion: {response.text[:_BODY_SHOWN]!r}") from None
-        if choice.get("finish_reason") == "length":
+            completion = _Completion.model_validate(read_json(said))
+        except ValueError:  # pydantic's own is one
+            raise _TryAgain(f"not a chat completion: {shown!r}") from None
+        choice, usage = completion.choices[0], completion.usage or _Usage()
+        if choice.finish_reason == "length":
             raise _TryAgain(f"the answer was cut off at {self.option('max_tokens')} = {self.max_tokens}")
-        if not isinstance(content, str):
-            raise _TryAgain(f"an answer without text: {choice['message']!r:.300}")
+        content = choice.message.content
+        if content is None:
+            raise _TryAgain(f"an answer without text: {shown!r}")
         text = content.rpartition("</think>")[2].strip()  # a reasoning model may think aloud first
         try:
             answer = read(text)
         except ValueError as error:
             raise _TryAgain(f"{error} in {text[:_BODY_SHOWN]!r}") from None
-        return Reply(answer, text, tries, *used)
+        return Reply(answer, text, tries, usage.prompt_tokens or 0, usage.completion_tokens or 0)
 
     def _hide(self, text: str) -> str:
         return text.replace(self.api_key, "***") if self.api_key else text
@@ -188,6 +192,27 @@ class Endpoint:
 def fits(pattern: str, text: str) -> bool:
     """Whether a text matches a regular expression as a whole, in any case and over lines."""
     return re.fullmatch(pattern, text, re.IGNORECASE | re.DOTALL) is not None
+
+
+class _Message(BaseModel):
+    content: str | None = None
+
+
+class _Choice(BaseModel):
+    message: _Message
+    finish_reason: str | None = None
+
+
+class _Usage(BaseModel):
+    prompt_tokens: NonNegativeInt | None = None
+    completion_tokens: NonNegativeInt | None = None
+
+
+class _Completion(BaseModel):
+    """What is read of a chat completion."""
+
+    choices: list[_Choice] = Field(min_length=1)
+    usage: _Usage | None = None
 
 
 def _retry_after(response: httpx.Response) -> float:

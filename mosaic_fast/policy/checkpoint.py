@@ -71,6 +71,7 @@ def _load_folder(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Rep
                 dtype=dtype,
                 local_files_only=True,
                 use_safetensors=True,
+                trust_remote_code=False,  # code in the folder is never run, nor is anybody asked
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # reported, and refused by the caller
             )
@@ -93,7 +94,12 @@ def _load_gguf(file: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Report]
     try:
         with _quiet():
             model, report = AutoModelForCausalLM.from_pretrained(
-                file.parent, gguf_file=file.name, dtype=dtype, output_loading_info=True, **options
+                file.parent,
+                gguf_file=file.name,
+                dtype=dtype,
+                output_loading_info=True,
+                trust_remote_code=False,
+                **options,
             )
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file}: {error}") from error

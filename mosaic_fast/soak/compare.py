@@ -10,7 +10,7 @@ from mosaic_fast.checkpoint import latest_checkpoint
 from mosaic_fast.soak.state import finished_trajectories
 
 _NOT_CLOCKED = ("seed", "steps", "complete", "eval_tasks", "before", "after", "counts")
-_HOLDS_SECONDS = ("progress.json", "manifest.json")  # the second one holds the first one's checksum
+_PROGRESS, _MANIFEST = "progress.json", "manifest.json"
 
 
 def differences(run: Path, undisturbed: Path) -> list[str]:
@@ -24,14 +24,7 @@ def differences(run: Path, undisturbed: Path) -> list[str]:
     if ours is None or theirs is None or ours.name != theirs.name:
         found.append(f"last checkpoint: {ours and ours.name} instead of {theirs and theirs.name}")
     else:
-        contents = [
-            {
-                path.relative_to(folder).as_posix(): path.read_bytes()
-                for path in folder.rglob("*")
-                if path.is_file() and path.name not in _HOLDS_SECONDS
-            }
-            for folder in (ours, theirs)
-        ]
+        contents = [_checkpoint(folder) for folder in (ours, theirs)]
         found += [f"checkpoint {ours.name}: {name}" for name in _unequal(*contents)]
     found += [
         f"metrics of step {step}" for step in _unequal(*(_metrics(folder) for folder in (run, undisturbed)))
@@ -43,6 +36,14 @@ def differences(run: Path, undisturbed: Path) -> list[str]:
     ]
     found += [f"summary: {key}" for key in _NOT_CLOCKED if summaries[0].get(key) != summaries[1].get(key)]
     return found + [f"left over: {path.relative_to(run)}" for path in sorted(run.rglob(".tmp-*"))]
+
+
+def _checkpoint(folder: Path) -> dict[str, object]:
+    """Name of a file -> what is in it, without the seconds and without the checksums, seconds' included."""
+    files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    found: dict[str, object] = {name: path.read_bytes() for name, path in files.items() if name != _MANIFEST}
+    progress = json.loads(files[_PROGRESS].read_text(encoding="utf-8"))
+    return found | {_PROGRESS: {name: value for name, value in progress.items() if name != "train_s"}}
 
 
 def _metrics(folder: Path) -> dict[str, dict[str, float]]:

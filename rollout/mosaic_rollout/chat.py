@@ -12,12 +12,12 @@ from collections.abc import Sequence
 from typing import cast
 
 import numpy as np
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from mosaic_rollout.call_formats import HERMES, CallFormat, detect_call_format
 from mosaic_rollout.errors import UserError
 from mosaic_rollout.grammar import SAFETY_OPEN, THINK_CLOSE, THINK_OPEN
+from mosaic_rollout.plain_json import without_surrogates
 from mosaic_rollout.prompts import load_prompt
 from mosaic_rollout.types import Message, ToolSchema
 
@@ -142,15 +142,24 @@ class Chat:
         return low
 
     def _encode(self, text: str) -> np.ndarray:
-        return np.asarray(self.tokenizer.encode(text, add_special_tokens=False), dtype=np.int64)
+        return np.asarray(self.tokenizer.encode(without_surrogates(text), add_special_tokens=False), np.int64)
 
     def _render(
         self, messages: Sequence[Message], tools: Sequence[ToolSchema] | None, *, opens: bool = False
     ) -> str:
         conversation = cast("list[dict[str, str]]", list(messages))  # the annotation upstream is too narrow
-        text = self.tokenizer.apply_chat_template(
-            conversation, tools=list(tools) if tools else None, add_generation_prompt=opens, tokenize=False
-        )
+        try:
+            text = self.tokenizer.apply_chat_template(
+                conversation,
+                tools=list(tools) if tools else None,
+                add_generation_prompt=opens,
+                tokenize=False,
+            )
+        except Exception as error:  # a template is a program, though confined to a sandbox
+            raise UserError(
+                f"the chat template of {self.tokenizer.name_or_path!r} fails on a conversation of "
+                f"{', '.join(str(message['role']) for message in messages)}: {type(error).__name__}: {error}"
+            ) from error
         return str(text)
 
     def _detect_outputs(self) -> bool:
@@ -164,7 +173,7 @@ class Chat:
         turn: list[Message] = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "x"}]
         try:
             return _SENTINEL in self._render([*turn, output], None, opens=True)
-        except TemplateError:
+        except UserError:
             return False
 
     def _detect_call_format(self) -> CallFormat:

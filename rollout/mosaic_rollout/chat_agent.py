@@ -30,6 +30,7 @@ from mosaic_rollout.grammar import (
     THINK_OPEN,
     parse_turn,
 )
+from mosaic_rollout.plain_json import read_json
 from mosaic_rollout.prompts import load_prompt
 from mosaic_rollout.tool_runner import ToolRunner
 from mosaic_rollout.types import (
@@ -286,7 +287,7 @@ def _step(
 def _parsed(native: NativeCall) -> ToolCall | None:
     """A native call with its arguments read; None where they are no JSON object."""
     try:
-        arguments = json.loads(native.arguments or "{}")
+        arguments = read_json(native.arguments or "{}")
     except ValueError:
         return None
     return ToolCall(native.name, arguments) if isinstance(arguments, dict) else None

@@ -100,6 +100,7 @@ class ChatEndpoint:
         for attempt in range(self.retries + 1):
             asked_s = 0.0
             try:
+                http.cookies.clear()  # none is wanted, and one of broken bytes would break the next request
                 async with asyncio.timeout(self.timeout_s):
                     response = await http.post(self._address, json=body)
                 return self._read(response)
@@ -107,7 +108,7 @@ class ChatEndpoint:
                 reason, asked_s = str(failure), failure.wait_s
             except TimeoutError:
                 reason = f"no answer within {self.timeout_s:g} s"
-            except httpx.TransportError as error:
+            except httpx.RequestError as error:  # a broken compression or a redirect among them
                 reason = f"{type(error).__name__} {error}".strip()
             if attempt < self.retries:
                 wait_s = (
@@ -138,7 +139,7 @@ class ChatEndpoint:
         return body
 
     def _read(self, response: httpx.Response) -> ChatReply:
-        status, shown = response.status_code, self._hide(response.text[:_BODY_SHOWN])
+        status, shown = response.status_code, self._hide(response.text)[:_BODY_SHOWN]
         if status in _TRIED_AGAIN or status >= 500:
             raise _TryAgain(f"HTTP {status} {shown}", _retry_after(response))
         if status in (400, 413) and any(sign in response.text.lower() for sign in _TOO_LONG):

@@ -9,11 +9,10 @@ kept to the grammar.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Literal
 
-from mosaic_rollout.call_formats import CallFormat
+from mosaic_rollout.call_formats import CallFormat, WrittenCall
 from mosaic_rollout.types import ToolCall, ToolSchema
 
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
@@ -34,8 +33,14 @@ REFUSAL_SCHEMA: ToolSchema = {
     },
 }
 
-_PLAN = re.compile(rf"{THINK_OPEN}(.*?){THINK_CLOSE}", re.DOTALL)
-_CHECK = re.compile(rf"{SAFETY_OPEN}(.*?){SAFETY_CLOSE}", re.DOTALL)
+
+@dataclass(frozen=True)
+class _Block:
+    """A tagged block of a text: characters [start, end), tags included, and what is between them."""
+
+    start: int
+    end: int
+    inner: str
 
 
 @dataclass(frozen=True)
@@ -61,29 +66,29 @@ def parse_turn(text: str, call_format: CallFormat, *, think_is_open: bool = Fals
     """
     if think_is_open:
         text = THINK_OPEN + text
-    plan_match, check_match = _PLAN.search(text), _CHECK.search(text)
-    rest = _CHECK.sub("", _PLAN.sub("", text, count=1), count=1)
-    calls = list(call_format.pattern.finditer(rest))
+    plan_block, check_block = _block(text, THINK_OPEN, THINK_CLOSE), _block(text, SAFETY_OPEN, SAFETY_CLOSE)
+    rest = _without(_without(text, THINK_OPEN, THINK_CLOSE), SAFETY_OPEN, SAFETY_CLOSE)
+    calls = call_format.find(rest)
     action, call, answer = _parse_action(rest, calls, call_format)
-    plan = plan_match.group(1).strip() if plan_match else None
-    check = check_match.group(1).strip() if check_match else None
+    plan = plan_block.inner.strip() if plan_block else None
+    check = check_block.inner.strip() if check_block else None
     well_formed = (
         action != "malformed"
         and bool(plan)
         and check != ""
-        and all(text.count(tag) == (1 if plan_match else 0) for tag in (THINK_OPEN, THINK_CLOSE))
-        and all(text.count(tag) == (1 if check_match else 0) for tag in (SAFETY_OPEN, SAFETY_CLOSE))
-        and _in_order(text, plan_match, check_match, call_format)
+        and all(text.count(tag) == (1 if plan_block else 0) for tag in (THINK_OPEN, THINK_CLOSE))
+        and all(text.count(tag) == (1 if check_block else 0) for tag in (SAFETY_OPEN, SAFETY_CLOSE))
+        and _in_order(text, plan_block, check_block, call_format)
     )
     return Turn(plan, check, action, call, answer, well_formed)
 
 
 def _parse_action(
-    rest: str, calls: list[re.Match[str]], call_format: CallFormat
+    rest: str, calls: list[WrittenCall], call_format: CallFormat
 ) -> tuple[Literal["tool_call", "refusal", "answer", "malformed"], ToolCall | None, str | None]:
     """The action in what is left of a turn once plan and check are taken out."""
     if len(calls) == 1:
-        call = call_format.parse(calls[0].group("body"))
+        call = call_format.parse(calls[0].body)
         if call is None:
             return "malformed", None, None
         return ("refusal" if call.name == REFUSAL_TOOL else "tool_call"), call, None
@@ -92,17 +97,29 @@ def _parse_action(
     return ("malformed", None, None) if broken else ("answer", None, answer)
 
 
-def _in_order(
-    text: str, plan: re.Match[str] | None, check: re.Match[str] | None, call_format: CallFormat
-) -> bool:
+def _in_order(text: str, plan: _Block | None, check: _Block | None, call_format: CallFormat) -> bool:
     """Nothing before the plan, the check right after it, and nothing around a call."""
-    if plan is None or text[: plan.start()].strip():
+    if plan is None or text[: plan.start].strip():
         return False
-    after = plan.end()
+    after = plan.end
     if check is not None:
-        if text[after : check.start()].strip() or check.start() < after:
+        if text[after : check.start].strip() or check.start < after:
             return False
-        after = check.end()
+        after = check.end
     action = text[after:].strip()
-    call = call_format.pattern.search(action)
-    return call is None or (call.start() == 0 and call.end() == len(action))
+    calls = call_format.find(action)
+    return not calls or (calls[0].start == 0 and calls[0].end == len(action))
+
+
+def _block(text: str, opens: str, closes: str) -> _Block | None:
+    """The first block between two tags, found in time linear in the text, which a pattern would not be."""
+    start = text.find(opens)
+    stop = text.find(closes, start + len(opens)) if start >= 0 else -1
+    if stop < 0:
+        return None
+    return _Block(start, stop + len(closes), text[start + len(opens) : stop])
+
+
+def _without(text: str, opens: str, closes: str) -> str:
+    block = _block(text, opens, closes)
+    return text if block is None else text[: block.start] + text[block.end :]

@@ -64,12 +64,12 @@ def served_model(*, parses: bool = False, stall_s: float = 0.0) -> Iterator[Serv
 
 def _parsed(text: str) -> Row:
     thought = re.search(r"<think>(.*?)</think>", text, re.DOTALL)
-    call = HERMES.pattern.search(text)
+    found = HERMES.find(text)
     rest = text.replace(thought.group(), "") if thought else text
     calls = []
-    if call is not None:
-        rest = rest.replace(call.group(), "")
-        body = json.loads(call.group("body"))
+    if found:
+        rest = rest.replace(text[found[0].start : found[0].end], "")
+        body = json.loads(found[0].body)
         function = {"name": body["name"], "arguments": json.dumps(body["arguments"])}
         calls = [{"id": "c1", "type": "function", "function": function}]
     return {"content": rest or None, "reasoning_content": thought and thought.group(1), "tool_calls": calls}

@@ -168,8 +168,10 @@ def test_hostile_values_in_every_field_are_text_too(page: Chromium, tmp_path: Pa
     """Statuses, kinds, tool and argument names, roles, metrics, configuration: all of it could be forged."""
     run = write_run(tmp_path / "run", steps=1)
     for path in [*run.glob("trajectories/*.jsonl"), run / "metrics.jsonl", run / "summary.json"]:
-        lines = [json.dumps(hostile(json.loads(line))) for line in path.read_text().splitlines()]
-        path.write_text("\n".join(lines) + "\n")
+        rows = [hostile(json.loads(line)) for line in path.read_text().splitlines()]
+        if path.name == "metrics.jsonl":  # names of metrics, as an environment may make them up
+            rows = [{**row, HOSTILE: 1.0, f"env/{HOSTILE}": 0.5} for row in rows if isinstance(row, dict)]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     (run / "config.toml").write_text(f"model = {json.dumps(HOSTILE.replace(chr(0), ''))}\n")
     page.open(write_page(tmp_path / "page.html", run))
     page.wait_for("document.querySelector('.chart')")

@@ -150,9 +150,9 @@ def test_calls_shown_in_the_prompt_are_read_back(family: str):
     assert "what it holds" in text
     begins = text.index("show me")
     assert chat.call_format is (LLAMA if family == "llama-3" else HERMES)
-    found = chat.call_format.pattern.search(text[begins : text.index("what it holds")])
-    assert found is not None
-    assert chat.call_format.parse(found.group("body")) == ToolCall("read", {"path": "a.txt"})
+    found = chat.call_format.find(text[begins : text.index("what it holds")])
+    assert len(found) == 1
+    assert chat.call_format.parse(found[0].body) == ToolCall("read", {"path": "a.txt"})
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -7,9 +7,11 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Annotated
 
 import httpx
 import numpy as np
+from pydantic import BaseModel, Field, NonNegativeInt, ValidationError
 
 from mosaic_rollout.engine.errors import EngineError
 from mosaic_rollout.types import FinishReason, JsonValue, Request
@@ -17,6 +19,9 @@ from mosaic_rollout.types import FinishReason, JsonValue, Request
 _CONNECT_S = 10.0
 _KEPT_OPEN_S = 2.0
 _ONE_CHUNK = 1 << 30  # tokens between streamed chunks: the first token at once, the rest at the end
+
+
+_TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 
 
 class ServerUnavailableError(EngineError):
@@ -92,7 +97,7 @@ class SGLangClient:
                 async for line in response.aiter_lines():
                     if not line.startswith("data: ") or line == "data: [DONE]":
                         continue
-                    last = json.loads(line.removeprefix("data: "))
+                    last = self._object(line.removeprefix("data: "))
                     if "error" in last:
                         raise self._refusal("/generate", 500, line.encode())
                     if not first_token_s:
@@ -100,7 +105,7 @@ class SGLangClient:
                         on_prefilled()
         except (httpx.HTTPError, httpx.StreamError, OSError, TimeoutError) as error:
             raise self._unavailable(error, timeout_s) from error
-        return self._sample(last, first_token_s)
+        return self._sample(last, request.sampling.max_new_tokens, first_token_s)
 
     async def call(
         self, path: str, body: Mapping[str, JsonValue] | None = None, *, timeout_s: float, method: str = ""
@@ -116,8 +121,8 @@ class SGLangClient:
         if response.status_code != 200:
             raise self._refusal(path, response.status_code, response.content)
         try:
-            answer = response.json()
-        except ValueError:
+            answer = json.loads(response.text)
+        except (ValueError, RecursionError):
             return {}
         return answer if isinstance(answer, dict) else {}
 
@@ -129,27 +134,46 @@ class SGLangClient:
         """The version of the weights that the server says it serves."""
         return str((await self.call("/model_info", timeout_s=timeout_s)).get("weight_version"))
 
-    def _sample(self, answer: Mapping[str, object], first_token_s: float) -> Sample:
-        meta = answer.get("meta_info")
-        reason = meta.get("finish_reason") if isinstance(meta, dict) else None
-        if not isinstance(meta, dict) or not isinstance(reason, dict):
+    def _sample(self, answer: Mapping[str, object], most: int, first_token_s: float) -> Sample:
+        """The last chunk of an answer, read. Half of one, or one of another shape, can be asked for again."""
+        if not isinstance(answer.get("meta_info"), dict):
             raise ServerUnavailableError(f"{self.url}: the answer broke off before the request was finished")
-        kind = reason["type"]
+        try:
+            meta = _Meta.model_validate(answer["meta_info"])
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise ServerUnavailableError(
+                f"{self.url}: an answer of another shape than SGLang's, {where}: {first['msg']}"
+            ) from None
+        if meta.finish_reason is None:
+            raise ServerUnavailableError(f"{self.url}: the answer broke off before the request was finished")
+        kind, message = meta.finish_reason.type, meta.finish_reason.message
         if kind == "abort":
-            status, message = reason.get("status_code"), reason.get("message", "")
-            error = ServerRefusedError if status == 400 else ServerUnavailableError
+            error = ServerRefusedError if meta.finish_reason.status_code == 400 else ServerUnavailableError
             raise error(f"{self.url} aborted a request: {message or 'no reason given'}")
-        triples = meta["output_token_logprobs"]
-        token_ids = np.array([triple[1] for triple in triples], np.int64)
+        count = len(meta.output_token_logprobs)
+        if not 0 < count <= most:
+            raise ServerUnavailableError(f"{self.url} answered {count} tokens, asked for 1 to {most}")
         return Sample(
-            token_ids=token_ids,
-            logprobs=np.array([triple[0] for triple in triples], np.float32),
-            weight_versions=_versions(meta, len(token_ids)),
+            token_ids=np.array([token[1] for token in meta.output_token_logprobs], np.int64),
+            logprobs=np.array([token[0] for token in meta.output_token_logprobs], np.float32),
+            weight_versions=meta.versions(),
             finish_reason="length" if kind == "length" else "stop",
-            prompt_tokens=int(meta["prompt_tokens"]),
-            cached_tokens=int(meta["cached_tokens"]),
+            prompt_tokens=meta.prompt_tokens,
+            cached_tokens=meta.cached_tokens,
             first_token_s=first_token_s,
         )
+
+    def _object(self, text: str) -> dict[str, object]:
+        """A chunk of a stream. ServerUnavailableError where it is no JSON object."""
+        try:
+            value: object = json.loads(text)
+        except (ValueError, RecursionError):
+            value = None
+        if not isinstance(value, dict):
+            raise ServerUnavailableError(f"{self.url} answered what is no JSON object: {text[:200]!r}")
+        return value
 
     def _refusal(self, path: str, status: int, body: bytes) -> EngineError:
         text = body.decode(errors="replace").strip()[:500]
@@ -164,15 +188,36 @@ class SGLangClient:
         return ServerUnavailableError(f"{self.url} cannot be reached: {type(error).__name__}, {detail}")
 
 
-def _versions(meta: Mapping[str, object], count: int) -> np.ndarray:
-    """Weight version of each of `count` tokens, [count] int64; -1 where the server's is not a number."""
-    versions = np.full(count, _number(meta.get("weight_version")), np.int64)
-    spans = meta.get("weight_versions")
-    for span in spans if isinstance(spans, list) else []:
-        versions[int(span["start"]) : int(span["end"])] = _number(span["version"])
-    return versions
+class _Reason(BaseModel):
+    type: str
+    message: str | None = None
+    status_code: int | None = None
 
 
-def _number(version: object) -> int:
+class _Span(BaseModel):
+    start: NonNegativeInt
+    end: NonNegativeInt
+    version: int | str | None = None
+
+
+class _Meta(BaseModel):
+    """What is read of a finished request's `meta_info`."""
+
+    finish_reason: _Reason | None = None
+    output_token_logprobs: list[tuple[float | None, _TokenId, object]] = Field(default_factory=list)
+    weight_version: int | str | None = None
+    weight_versions: list[_Span] | None = None
+    prompt_tokens: NonNegativeInt = 0
+    cached_tokens: NonNegativeInt = 0
+
+    def versions(self) -> np.ndarray:
+        """Weight version of each token, [N] int64; -1 where the server's is not a number."""
+        versions = np.full(len(self.output_token_logprobs), _number(self.weight_version), np.int64)
+        for span in self.weight_versions or ():
+            versions[span.start : span.end] = _number(span.version)
+        return versions
+
+
+def _number(version: int | str | None) -> int:
     text = str(version)
-    return int(text) if text.isdigit() else -1
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 19 else -1

@@ -183,7 +183,13 @@ class SGLangEngine:
             seed = (
                 stream_base(request.seed, request.rollout_key) >> 1
             )  # 63 bits: SGLang takes a signed number
-        return _completion(await lane.generate(request, seed), self._version)
+        sample = await lane.generate(request, seed)
+        if sample.token_ids.max() >= self.options.vocab_size:
+            raise EngineError(
+                f"{lane.url} sampled token {sample.token_ids.max()}, outside the vocabulary of "
+                f"{self.options.vocab_size}: it serves another model"
+            )
+        return _completion(sample, self._version)
 
     def _starts(self, lane: Lane) -> bool:
         return lane.process is not None and (lane.process.pid is None or lane.process.exit_code is not None)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 import torch
+from safetensors import SafetensorError
 
 from mosaic_rollout.engine.errors import EngineError
 from mosaic_rollout.engine.sglang.client import ServerRefusedError, SGLangClient
@@ -43,6 +44,7 @@ class WeightFolder:
 
     def __init__(self, source: WeightSource, root: Path) -> None:
         self._source, self.root = source, root
+        self._newest: list[Path] = []  # in the order of publishing: a clock may jump, version numbers go back
 
     def publish(self, version: int) -> Path:
         """Write the current weights as `version`, complete or not at all; EngineError where it fails."""
@@ -53,13 +55,15 @@ class WeightFolder:
             self._source.save(unfinished)
             shutil.rmtree(final, ignore_errors=True)
             unfinished.rename(final)
-        except OSError as error:
+        except (OSError, RuntimeError, SafetensorError) as error:  # a full disk, as each library reports it
             shutil.rmtree(unfinished, ignore_errors=True)
             raise EngineError(
                 f"the weights for the SGLang server cannot be written to {final}: {error}"
             ) from error
-        for old in sorted(self.root.glob("v[0-9]*"), key=lambda path: path.stat().st_mtime)[:-2]:
-            shutil.rmtree(old, ignore_errors=True)
+        self._newest = [*(path for path in self._newest if path != final), final][-2:]
+        for old in self.root.glob("v[0-9]*"):
+            if old not in self._newest:
+                shutil.rmtree(old, ignore_errors=True)
         return final
 
     def remove(self) -> None:

@@ -1,0 +1,52 @@
+"""JSON that a model or a server wrote: read so that nothing in it can trip what comes after."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import cast
+
+from mosaic_rollout.types import JsonValue
+
+_DEEPEST = 64  # values within values; Python's own reader and writer give up at their stack's end
+_LARGEST = 2**63  # integers that some language's reader would round or refuse stay out, too
+
+
+def read_json(text: str) -> JsonValue:
+    """The value of a JSON text. ValueError where it is none, or none that everybody can read.
+
+    Refused: NaN and infinities (not JSON, though Python reads them), numbers beyond the range of a double or
+    of 64 bits, nesting deeper than 64. Halves of surrogate pairs, which no UTF-8 can carry, become U+FFFD.
+
+    >>> read_json('{"a": [1, 2.5]}')
+    {'a': [1, 2.5]}
+    """
+    try:
+        return _plain(json.loads(text, parse_constant=_refuse), 0)
+    except RecursionError:
+        raise ValueError(f"it is nested deeper than {_DEEPEST}") from None
+
+
+def without_surrogates(text: str) -> str:
+    """A text with U+FFFD in place of lone surrogates: it can be encoded and tokenised."""
+    return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _plain(value: object, depth: int) -> JsonValue:
+    if depth > _DEEPEST:
+        raise ValueError(f"it is nested deeper than {_DEEPEST}")
+    if isinstance(value, str):
+        return without_surrogates(value)
+    if isinstance(value, list):
+        return [_plain(inner, depth + 1) for inner in value]
+    if isinstance(value, dict):
+        return {without_surrogates(key): _plain(inner, depth + 1) for key, inner in value.items()}
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError("a number is too large")
+    if isinstance(value, int) and not -_LARGEST <= value < _LARGEST:
+        raise ValueError("a number is too large")
+    return cast(JsonValue, value)
+
+
+def _refuse(constant: str) -> object:
+    raise ValueError(f"{constant} is not JSON")

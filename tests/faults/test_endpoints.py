@@ -1,0 +1,119 @@
+"""Endpoints that drop, stall, answer garbage or half an answer, in a whole run: named, and nothing lost."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+
+import pytest
+
+from mosaic_fast.checkpoint import latest_checkpoint, verify_checkpoint
+from mosaic_fast.config_io import run_cli
+from mosaic_fast.soak.compare import differences
+from tests.judge.endpoint import Json, Raw, endpoint
+
+from .conftest import run
+from .servers import Generate, answer, sglang_server
+
+
+async def drops(asked: dict[str, object], writer: asyncio.StreamWriter) -> None:
+    """The connection is gone without a word."""
+
+
+async def stalls(asked: dict[str, object], writer: asyncio.StreamWriter) -> None:
+    writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n\r\n")
+    await asyncio.sleep(5)
+
+
+async def answers_garbage(asked: dict[str, object], writer: asyncio.StreamWriter) -> None:
+    writer.write(b'HTTP/1.1 200 OK\r\nconnection: close\r\n\r\ndata: {"meta_info": {"output_token\r\n\r\n')
+
+
+async def answers_another_shape(asked: dict[str, object], writer: asyncio.StreamWriter) -> None:
+    meta = {"finish_reason": {"type": "stop"}, "output_token_logprobs": [["x", {}, 3]]}
+    whole = b"data: " + json.dumps({"meta_info": meta}).encode() + b"\n\n"
+    writer.write(b"HTTP/1.1 200 OK\r\nconnection: close\r\n\r\n" + whole)
+
+
+async def answers_half(asked: dict[str, object], writer: asyncio.StreamWriter) -> None:
+    writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 10000\r\n\r\ndata: {}\n\n")
+    await writer.drain()
+
+
+async def refuses(asked: dict[str, object], writer: asyncio.StreamWriter) -> None:
+    writer.write(answer({"error": "no"}, 400))
+
+
+@pytest.mark.parametrize(
+    ("generate", "named"),
+    [
+        (drops, "cannot be reached"),
+        (stalls, "gave no answer within 0.3 s"),
+        (answers_garbage, "no JSON object"),
+        (answers_another_shape, "of another shape"),
+        (answers_half, "cannot be reached"),
+        (refuses, "refused the request"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_an_engine_that_fails_ends_the_run_with_one_message_and_a_checkpoint(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], generate: Generate, named: str
+):
+    folder = tmp_path / "run"
+    with sglang_server(generate) as url:
+        options = ["--engine.kind", "sglang", "--engine.urls", url, "--engine.request-timeout-s", "0.3"]
+        assert run_cli(lambda: run(folder, *options, "--engine.startup-timeout-s", "5")) == 2
+    said = capsys.readouterr().err
+    assert said.count("error: ") == 1, said
+    assert named in said
+    assert url in said
+    checkpoint = latest_checkpoint(folder / "checkpoints")
+    assert checkpoint is not None
+    assert checkpoint.name == "step-000000"
+    verify_checkpoint(checkpoint)
+
+
+def prefers_one(request: Json) -> Json:
+    """By nothing but the question, so that a run judged by it can be had again."""
+    return {"reason": "-", "winner": "1" if len(str(request["messages"])) % 2 else "tie"}
+
+
+def judged_by(url: str) -> list[str]:
+    options = {"name": "llm", "endpoint": url, "model": "m", "retries": "1", "timeout-s": "0.5"}
+    return [part for key, value in options.items() for part in (f"--judge.{key}", value)]
+
+
+@pytest.mark.parametrize(
+    ("fault", "named"),
+    [
+        (Raw(status=503, body="overloaded"), "HTTP 503 overloaded"),
+        (Raw(stall_s=1.0, body="{}"), "no answer within judge.timeout_s = 0.5"),
+        (Raw(body='{"choices": [{"message": {"content": "\\ud800 '), "not a chat completion"),
+        (Raw(body="x" * 50, half=True), "RemoteProtocolError"),
+        (Raw(body="not gzip", headers={"content-encoding": "gzip"}), "DecodingError"),
+    ],
+    ids=["refuses", "stalls", "answers garbage", "answers half", "answers in broken gzip"],
+)
+def test_a_judge_that_fails_in_the_second_step_costs_nothing_of_the_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], fault: Raw, named: str
+):
+    """Once it is sound again the run is resumed, and ends like the one whose judge never failed."""
+    folder = tmp_path / "run"
+    first, broken = folder / "checkpoints" / "step-000001", True
+
+    def judge(request: Json) -> Raw | Json:
+        return fault if broken and first.exists() else prefers_one(request)
+
+    with endpoint(judge) as served:
+        assert run_cli(lambda: run(folder, *judged_by(served.url))) == 2
+        said = capsys.readouterr().err
+        assert said.count("error: ") == 1, said
+        assert named in said
+        assert "--resume" in said
+        kept = [path.read_bytes() for path in sorted(first.iterdir())]
+        broken = False
+        assert run(folder, "--resume") == 0
+        assert kept == [path.read_bytes() for path in sorted(first.iterdir())]
+        assert run(tmp_path / "undisturbed", *judged_by(served.url)) == 0
+    assert differences(folder, tmp_path / "undisturbed") == []

@@ -1,0 +1,200 @@
+"""Model output and tool output are data, keys stay in the environment, servers of ours on loopback."""
+
+from __future__ import annotations
+
+import ast
+import asyncio
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from mosaic_fast.components import build_components, model_folder
+from mosaic_fast.config import Config
+from mosaic_fast.config_io import parse_train_arguments
+from mosaic_fast.errors import UserError
+from mosaic_rollout.chat import Chat
+from mosaic_rollout.engine import EngineError
+from mosaic_rollout.engine.sglang.server import ServerOptions, ServerProcess
+from tests.judge.endpoint import Json, Raw, endpoint
+from tests.rollout.tokenizers_for_tests import byte_tokenizer
+
+from .conftest import OPTIONS
+
+ROOT = Path(__file__).parents[2]
+FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__", "os.system", "os.popen", "yaml.unsafe_load"}
+FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+KNOWN = {
+    # Runs a function of the installed SGLang's own source, inside SGLang's process.
+    ("rollout/mosaic_rollout/engine/sglang/server_side/cpu_stand_in/triton.py", "exec"),
+    ("rollout/mosaic_rollout/engine/sglang/server_side/cpu_stand_in/triton.py", "compile"),
+    # Runs AgentHarm's own files, from the package the user installed; no model's nor tool's text is run.
+    ("rollout/mosaic_rollout/environments/agentharm/stand_ins.py", "exec"),
+    ("rollout/mosaic_rollout/environments/agentharm/stand_ins.py", "compile"),
+    # Writes handles of shared tensors for a server of ours, in SGLang's format; none is ever read.
+    ("rollout/mosaic_rollout/engine/sglang/weights.py", "ForkingPickler"),
+}
+
+
+def dangers(source: str) -> Iterator[str]:
+    """Whatever could run data as code: by name, so that a comment or a string is none."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call):
+            name = ast.unparse(node.func)
+            options = {word.arg: ast.unparse(word.value) for word in node.keywords}
+            if name in FORBIDDEN_CALLS:
+                yield name
+            if name == "torch.load" and options.get("weights_only") != "True":
+                yield name
+            if (
+                name == "yaml.load"
+                and "SAFE" not in ast.unparse(node).upper()
+                and "_YAML_LOADER" not in ast.unparse(node)
+            ):
+                yield name
+            if options.get("shell", "False") != "False":
+                yield "shell"
+            if options.get("trust_remote_code", "False") != "False":
+                yield "trust_remote_code"
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            modules = [alias.name for alias in node.names]
+            modules += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            yield from (name for name in modules if name in FORBIDDEN_MODULES or name == "ForkingPickler")
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        *("eval(x)", "exec(x)", "os.system(x)", "import pickle", "from pickle import loads", "torch.load(x)"),
+        *("torch.load(x, weights_only=False)", "subprocess.run(x, shell=True)", "yaml.load(x)"),
+        "AutoModel.from_pretrained(x, trust_remote_code=True)",
+    ],
+)
+def test_a_danger_is_seen(source: str):
+    assert list(dangers(source))
+
+
+def test_nothing_runs_data_as_code():
+    found = set()
+    for folder in ("mosaic_fast", "rollout", "kernels"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            name = path.relative_to(ROOT).as_posix()
+            found |= {(name, danger) for danger in dangers(path.read_text(encoding="utf-8"))}
+    assert found == KNOWN
+
+
+def test_code_in_a_model_folder_is_not_run(tmp_path: Path):
+    """Under a family's own name, where the code is passed over, and under another, which is refused."""
+    folder, trace = tmp_path / "model", tmp_path / "was_run"
+    shutil.copytree(model_folder("embedded"), folder)
+    (folder / "evil.py").write_text(f"open({str(trace)!r}, 'w')\nclass Config: pass\nclass Model: pass\n")
+    settings = json.loads((folder / "config.json").read_text())
+    settings["auto_map"] = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
+    tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
+    tokenizer["auto_map"] = {"AutoTokenizer": ["evil.Model", "evil.Model"]}
+    for model_type in (settings["model_type"], "evil"):
+        (folder / "config.json").write_text(json.dumps(settings | {"model_type": model_type}))
+        for kind in ({}, tokenizer):
+            (folder / "tokenizer_config.json").write_text(json.dumps(kind or tokenizer | {"auto_map": {}}))
+            refused = pytest.raises(UserError) if model_type == "evil" else contextlib.nullcontext()
+            with refused:
+                build_components(Config(), folder)
+            assert not trace.exists()
+
+
+@pytest.mark.parametrize(
+    "template", ["{{ ''.__class__.__mro__[1].__subclasses__() }}", "{% for %}", "{{ 1 / 0 }}"]
+)
+def test_a_chat_template_is_confined_and_a_broken_one_named(template: str):
+    with pytest.raises(UserError, match="chat template"):
+        Chat(byte_tokenizer(template), teach_loop=False)
+
+
+KEY = "sk-never-written-4711"
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Raw(status=500, body="x" * 290 + KEY),  # half of it within what is shown of a complaint
+    ],
+    ids=["half a key"],
+)
+def test_a_key_is_nowhere_but_in_the_header(tmp_path: Path, fault: Raw):
+    """The endpoint even sends the key back. Console, log, report page and every file are searched."""
+    folder, asked = tmp_path / "run", []
+
+    def judge(request: Json) -> Raw | Json:
+        asked.append(request)
+        return {"reason": f"you are {KEY}", "winner": "1"} if len(asked) < 9 else fault
+
+    environment = {**os.environ, "JUDGE_KEY": KEY}
+    with endpoint(judge) as served:
+        options = ["--judge.name", "llm", "--judge.endpoint", served.url, "--judge.model", "m"]
+        options += ["--judge.api-key-env", "JUDGE_KEY", "--judge.retries", "0", "--steps", "30"]
+        commands = [
+            ["mosaic_fast.train", *OPTIONS, *options, "--run-dir", str(folder)],
+            ["mosaic_fast.report", str(folder)],
+        ]
+        said = ""
+        for command, status in zip(commands, (2, 0), strict=True):
+            ended = subprocess.run(
+                [sys.executable, "-m", *command], capture_output=True, text=True, check=False, env=environment
+            )
+            assert ended.returncode == status, ended.stderr
+            said += ended.stdout + ended.stderr
+        assert served.keys[0] == f"Bearer {KEY}"
+    assert "Traceback" not in said
+    for secret in (KEY, KEY[:12]):
+        assert secret not in said
+        holders = [
+            path for path in folder.rglob("*") if path.is_file() and secret.encode() in path.read_bytes()
+        ]
+        assert holders == []
+    assert (folder / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--engine.args", "--host", "0.0.0.0"], "--host cannot be set"),
+        (["--engine.args", "--ho=0.0.0.0"], "--host cannot be set"),
+        (["--engine.args", "--api-key", KEY], "no key belongs in a configuration"),
+        (["--engine.urls", f"http://me:{KEY}@there:1"], "no user or key"),
+        (["--judge.endpoint", f"http://{KEY}@there/v1"], "no user or key"),
+        (["--judge.api-key-env", KEY], "the name of an environment variable"),
+    ],
+)
+def test_what_would_expose_a_server_or_a_key_is_refused(tmp_path: Path, arguments: list[str], named: str):
+    """The message does not repeat the key."""
+    section, key = arguments[0].removeprefix("--").split(".")
+    value = arguments[1:] if key in ("args", "urls") else arguments[1]
+    path = tmp_path / "run.toml"
+    kind = 'kind = "sglang"\n' if section == "engine" else ""
+    path.write_text(f"[{section}]\n{kind}{key.replace('-', '_')} = {json.dumps(value)}\n")
+    with pytest.raises(UserError, match=named) as refused:
+        parse_train_arguments([str(path)])
+    assert KEY not in str(refused.value)
+
+
+def test_a_launched_server_listens_on_loopback_alone(tmp_path: Path):
+    """By the command line that a Python in its place is started with."""
+    fake = tmp_path / "python"
+    fake.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" > {tmp_path}/flags\n')
+    fake.chmod(0o755)
+    options = ServerOptions(
+        fake, "cpu", "float32", 512, 8, 4096, False, False, 0, 5.0, 5.0, ("--tp-size", "1")
+    )
+    process = ServerProcess(options, tmp_path / "log", 0)
+    with pytest.raises(EngineError, match="exited with 0 while starting"):
+        asyncio.run(process.start(tmp_path, 0))
+    flags = (tmp_path / "flags").read_text().splitlines()
+    assert flags.count("--host") == 1
+    assert flags[flags.index("--host") + 1] == "127.0.0.1"
+    assert process.url.startswith("http://127.0.0.1:")

@@ -1,0 +1,12 @@
+"""Everything that reads what somebody else wrote."""
+
+from __future__ import annotations
+
+from . import answers, configurations, outputs
+from .subject import Subject
+
+SUBJECTS: tuple[Subject, ...] = (
+    *(configurations.FILES, configurations.COMMAND_LINES, configurations.RUN_FOLDERS),
+    *(outputs.TASKS, outputs.PARSED, outputs.ROLLOUTS),
+    *(answers.ENGINE, answers.JUDGE, answers.CHAT),
+)

@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase
 
+from mosaic_fast.distributed import ALONE, World
 from mosaic_fast.errors import TrainingError
 from mosaic_fast.optimizer import Optimizer
 from mosaic_fast.tensor_file import Entry, reading, write_tensors
@@ -43,14 +44,23 @@ def checkpoint_path(folder: Path, progress: Progress) -> Path:
 
 def save_checkpoint(
     folder: Path,
-    save_weights: Callable[[Path], None],
+    save_weights: Callable[[Path | None], None],
     tokenizer: PreTrainedTokenizerBase,
     optimizer: Optimizer,
     progress: Progress,
     keep: int,
+    world: World = ALONE,
 ) -> Path:
-    """Write `folder`/step-NNNNNN and keep the newest `keep`. TrainingError where the disk refuses."""
+    """Write `folder`/step-NNNNNN and keep the newest `keep`. TrainingError where the disk refuses.
+
+    Of several ranks the first one writes, and all of them hand over their parts.
+    save_weights: write the model to a folder; without one, only hand over.
+    """
     final = checkpoint_path(folder, progress)
+    if not world.is_first:
+        save_weights(None)
+        write_tensors(None, _state(optimizer))
+        return final
     unfinished = folder / f".tmp-{final.name}"
     try:
         shutil.rmtree(unfinished, ignore_errors=True)

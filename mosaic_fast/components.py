@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
@@ -13,6 +14,9 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from mosaic_fast.config import Config
+from mosaic_fast.distributed import ALONE, World
+from mosaic_fast.distributed.exchange import Share, stopped_together
+from mosaic_fast.distributed.sharding import Sharding
 from mosaic_fast.engine import build_engine, longest_rollout
 from mosaic_fast.errors import EngineStoppedError, UserError
 from mosaic_fast.learner import Reference
@@ -20,9 +24,10 @@ from mosaic_fast.lora import Lora
 from mosaic_fast.policy import Policy
 from mosaic_fast.policy.checkpoint import UNREADABLE
 from mosaic_rollout.agent_loop import AgentLoop, Limits
+from mosaic_rollout.branching import Branching
 from mosaic_rollout.chat import Chat
 from mosaic_rollout.engine import EngineError
-from mosaic_rollout.types import Environment, ManagedEngine
+from mosaic_rollout.types import Environment, ManagedEngine, Task
 
 Result = TypeVar("Result")
 
@@ -31,24 +36,78 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Components:
-    """Everything a run plays with. A local engine and the policy share one model."""
+    """Everything a run plays with. A local engine and the policy share one model.
+
+    On several ranks each has its local engine and plays its share of a step's groups; servers are asked by
+    the first rank alone. Where nothing else is said, every rank has to call a method when one does.
+    """
 
     tokenizer: PreTrainedTokenizerBase
     policy: Policy
     engine: ManagedEngine
     loop: AgentLoop
     lora: Lora | None = None
+    world: World = ALONE
+    sharding: Sharding | None = None  # None: the weights are whole
+    engine_is_local: bool = True
 
-    def save_weights(self, folder: Path) -> None:
-        """Write the policy as a Hugging Face folder; with LoRA the merged weights, and the adapter in it."""
-        if self.lora is None:
-            self.policy.save_pretrained(folder)
-        else:
-            self.lora.save(folder)
+    def save_weights(self, folder: Path | None) -> None:
+        """Write the policy as a Hugging Face folder; with LoRA the merged weights, and the adapter in it.
+
+        folder: None on ranks that hand over their part only.
+        """
+        with self._whole_weights():
+            if folder is None:
+                return
+            if self.lora is None:
+                self.policy.save_pretrained(folder)
+            else:
+                self.lora.save(folder)
 
     def publish(self, version: int) -> None:
         """Have the engine serve the policy's current weights as `version`."""
-        self.run(_nothing(), version=version)
+        reason = ""
+        with self._whole_weights():
+            if self.engine_is_local or self.world.is_first:
+                try:
+                    self.run(_nothing(), version=version)
+                except EngineStoppedError as error:
+                    reason = str(error)
+        stopped_together(self.world, [str(one) for one in self.world.gather(reason)])
+
+    def play(self, loop: AgentLoop, tasks: Sequence[Task], plan: GroupPlan, *, version: int | None) -> Share:
+        """This rank's share of a step's groups, by the current weights as `version`; None: by those served.
+
+        Without a version it calls no other rank, so it may run beside training.
+        """
+        numbers = list(range(len(tasks)))
+        if self.engine_is_local or self.world.size == 1:
+            with self._whole_weights():
+                own = numbers[self.world.rank :: self.world.size]
+                return self._play(loop, tasks, own, plan, version)
+        if version is not None:
+            self.publish(version)
+        return self._play(loop, tasks, numbers if self.world.is_first else [], plan, None)
+
+    def _play(
+        self, loop: AgentLoop, tasks: Sequence[Task], numbers: list[int], plan: GroupPlan, version: int | None
+    ) -> Share:
+        work = loop.groups(
+            [tasks[number] for number in numbers],
+            group_size=plan.group_size,
+            branching=plan.branching,
+            seed=plan.seed,
+            gate_contrast=plan.gate_contrast,
+            group_ids=numbers,
+        )
+        try:
+            groups = self.run(work, version=version)
+        except EngineStoppedError as error:
+            return Share(stopped=str(error))
+        return Share(dict(zip(numbers, groups, strict=True)))
+
+    def _whole_weights(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.sharding is None else self.sharding.gathered()
 
     def run(self, work: Coroutine[None, None, Result], *, version: int | None) -> Result:
         """Run engine work with the policy's current weights as `version`; None: with those it serves.
@@ -77,6 +136,16 @@ class Components:
         return replace(loop, temperature=temperature)
 
 
+@dataclass(frozen=True)
+class GroupPlan:
+    """How groups of rollouts are played: the arguments of `AgentLoop.groups` that tasks have in common."""
+
+    group_size: int
+    seed: int
+    branching: Branching = "independent"
+    gate_contrast: bool = False
+
+
 async def _nothing() -> None:
     pass
 
@@ -87,7 +156,12 @@ def model_folder(path: str) -> Path:
 
 
 def build_components(
-    config: Config, weights: Path, scratch: Path | None = None, *, base: Path | None = None
+    config: Config,
+    weights: Path,
+    scratch: Path | None = None,
+    *,
+    base: Path | None = None,
+    world: World = ALONE,
 ) -> Components:
     """Everything of a run, with the model of folder `weights`. Raises UserError for what is missing.
 
@@ -95,27 +169,37 @@ def build_components(
     base: given to train, the folder that training starts from. With LoRA the model is that one, with the
         adapter of `weights`, or with a new one where `weights` is the base itself.
     """
+    if world.size > 1 and config.engine.colocated:
+        raise UserError(
+            "engine.colocated shares one GPU between one trainer and its server; several ranks need "
+            "engine.kind = 'local', or servers with GPUs of their own in engine.urls"
+        )
     if config.model.threads:
         torch.set_num_threads(config.model.threads)
     environment = build_environment(config)
     tokenizer = _load_tokenizer(weights)
     chat = Chat(tokenizer, teach_loop=config.rollout.teach_loop)
     if base is not None and config.model.lora_rank:
-        policy = load_policy(config, base)
+        policy = load_policy(config, base, world=world)
         lora = Lora(policy.model, config.model, config.seed)
         if weights != base:
             lora.load(weights)
     else:
-        policy, lora = load_policy(config, weights), None
+        policy, lora = load_policy(config, weights, world=world), None
     if config.model.activation_checkpointing:
         checkpoint_activations(policy.model)
-    engine = build_engine(config, policy, lora, scratch)
+    sharding = None
+    if world.size > 1:
+        sharding = Sharding(policy, world, device_of(config), master_weights=config.optim.master_weights)
+    with nullcontext() if sharding is None else sharding.gathered():  # a local engine tries the model
+        engine = build_engine(config, policy, lora, scratch)
     rollout = config.rollout
     limits = Limits(rollout.max_steps, rollout.max_step_tokens, longest_rollout(config, policy))
     loop = AgentLoop(
         engine, chat, environment, limits, rollout.temperature, tool_timeout_s=config.env.tool_timeout_s
     )
-    return Components(tokenizer, policy, engine, loop, lora)
+    local = config.engine.kind == "local"
+    return Components(tokenizer, policy, engine, loop, lora, world, sharding, local)
 
 
 def checkpoint_activations(model: PreTrainedModel, *, reentrant: bool = False) -> None:
@@ -131,7 +215,11 @@ def build_reference(config: Config, initial: Path, components: Components) -> Re
         return None
     if components.lora is not None:
         return Reference(components.policy, components.lora.off)
-    return Reference(load_policy(config, initial, trainable=False))
+    world = components.world
+    policy = load_policy(config, initial, trainable=False, world=world)
+    if world.size == 1:
+        return Reference(policy)
+    return Reference(policy, Sharding(policy, world, device_of(config)).no_backward)
 
 
 def build_environment(config: Config) -> Environment:
@@ -193,10 +281,14 @@ def build_environment(config: Config) -> Environment:
     return WorldEnvironment()
 
 
-def load_policy(config: Config, weights: Path, *, trainable: bool = True) -> Policy:
-    """The policy of a folder, in the configured precision and place; frozen if it is the reference."""
+def load_policy(config: Config, weights: Path, *, trainable: bool = True, world: World = ALONE) -> Policy:
+    """The policy of a folder, in the configured precision and place; frozen if it is the reference.
+
+    One of several ranks loads it into ordinary memory: `Sharding` moves the rank's part.
+    """
+    device = torch.device("cpu") if world.size > 1 else device_of(config)
     return Policy.from_pretrained(
-        weights, dtype=_DTYPES[config.model.dtype], device=device_of(config), trainable=trainable
+        weights, dtype=_DTYPES[config.model.dtype], device=device, trainable=trainable
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from typing import cast
 
 import numpy as np
 import torch
@@ -16,6 +17,8 @@ from torch import Tensor
 
 from mosaic_fast.config import Config
 from mosaic_fast.credit import assign_credit
+from mosaic_fast.distributed import ALONE, World
+from mosaic_fast.distributed.sharding import Sharding
 from mosaic_fast.errors import UserError
 from mosaic_fast.execution import CostModel, Execution, Schedule
 from mosaic_fast.gate import Gates
@@ -28,6 +31,7 @@ from mosaic_fast.policy.support import depends_on_length
 from mosaic_fast.reach import Reach, narrow, needed_tokens
 from mosaic_fast.step_batch import StepBatch
 from mosaic_kernels import ideal_speedup
+from mosaic_rollout.types import JsonValue
 
 
 @dataclass(frozen=True)
@@ -62,14 +66,22 @@ class Learner:
         reference: Reference | None,
         config: Config,
         cost: CostModel | None = None,  # None: the shipped coefficients
+        world: World = ALONE,
+        sharding: Sharding | None = None,  # of the policy's weights, where there are several ranks
     ) -> None:
         if config.loss.needs_reference and reference is None:
             raise UserError(f"loss.name = {config.loss.name!r} as configured needs a reference policy")
         self.policy, self.reference, self._config = policy, reference, config
-        self.optimizer = Optimizer(policy.model, config.optim)
+        self._world, self._sharding = world, sharding
+        masters = sharding is not None and sharding.masters
+        self.optimizer = Optimizer(policy.model, config.optim, world, sharded_masters=masters)
         self._loss = build_loss(config.loss)
         self._execution = Execution(
-            config.forest.tokens_per_microbatch, config.rollout.temperature, policy.model.config, cost
+            config.forest.tokens_per_microbatch,
+            config.rollout.temperature,
+            policy.model.config,
+            cost,
+            world=world,
         )
 
     def learning_rate(self, step: int) -> float:
@@ -91,15 +103,20 @@ class Learner:
         totals: dict[str, SumCount] = {}
         rate, norms = self.learning_rate(step), []
         for _ in range(self._config.optim.epochs):
+            own: dict[str, SumCount] = {}
             logprobs = run_epoch(
                 self._execution,
                 self.policy,
                 prepared.schedule,
                 prepared.loss,
-                lambda own, source, start=start: self._batch_at(prepared, own, source, start),
-                lambda metrics: _add(totals, metrics),
+                lambda given, source, start=start: self._batch_at(prepared, given, source, start),
+                lambda metrics, own=own: _add(own, metrics),
             )
+            # What is coupled every rank has computed whole; of the rest each has its share.
+            _add(totals, own if prepared.loss.coupled else self._over_ranks(own))
             start = logprobs if start is None else start
+            if self._sharding is not None:
+                self._sharding.reshard()  # nothing was in reach of the loss, so no backward pass did it
             norms.append(self.optimizer.step(rate, step))
         assert start is not None
         return {
@@ -181,6 +198,16 @@ class Learner:
             finite &= torch.isfinite(batch.reference_logprobs)
         return batch.without(~finite)
 
+    def _over_ranks(self, own: Mapping[str, SumCount]) -> dict[str, SumCount]:
+        """Each metric's sum over the ranks."""
+        if self._world.size == 1:
+            return dict(own)
+        pairs: JsonValue = {name: [value.sum, value.count] for name, value in own.items()}
+        totals: dict[str, SumCount] = {}
+        for one in cast(list[dict[str, list[float]]], self._world.gather(pairs)):
+            _add(totals, {name: SumCount(*pair) for name, pair in one.items()})
+        return totals
+
     def _loss_figures(self, totals: Mapping[str, SumCount], prepared: _Prepared) -> dict[str, float]:
         """Means over tokens, the loss over epochs. A token out of reach counts as one not clipped."""
         epochs, totals = self._config.optim.epochs, dict(totals)
@@ -192,7 +219,7 @@ class Learner:
         return {**figures, "policy/dropped_tokens": computed * epochs - counted}
 
     def _tree_figures(self, batch: StepBatch, prepared: _Prepared) -> dict[str, float]:
-        forest, reach, schedule = batch.forest, prepared.reach, prepared.schedule
+        forest, reach = batch.forest, prepared.reach
         return {
             "tree/raw_tokens": float(forest.num_tokens),
             "tree/unique_tokens": float(forest.num_nodes),
@@ -200,8 +227,6 @@ class Learner:
             "tree/ideal_speedup": ideal_speedup(forest, self.policy.model.config),
             "tree/pruned_frac": reach.pruned_frac,
             "tree/pruned_edge_frac": reach.pruned_edge_frac,
-            "tree/microbatches": float(len(schedule.parts)),
-            "tree/packed_tokens": float(schedule.packed_tokens),
             **self._execution.figures(),
         }
 

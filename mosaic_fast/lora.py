@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from mosaic_fast.config import ModelConfig
 from mosaic_fast.errors import UserError
-from mosaic_fast.policy.checkpoint import save_model
+from mosaic_fast.policy.checkpoint import save_model, weights_of
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -74,7 +74,9 @@ class Lora:
     def save(self, folder: Path) -> None:
         """The merged model, which loads without peft, and in `adapter` what peft loads on the base."""
         save_model(self._model, folder, self.merged_weights())
-        self._wrapper.save_pretrained(str(folder / ADAPTER), save_embedding_layers=False)
+        self._wrapper.save_pretrained(
+            str(folder / ADAPTER), save_embedding_layers=False, state_dict=weights_of(self._wrapper)
+        )
 
     @torch.no_grad()
     def merged_weights(self) -> dict[str, Tensor]:
@@ -87,7 +89,7 @@ class Lora:
             if isinstance(module, Linear)
         }
         merged = {}
-        for name, tensor in self._model.state_dict().items():
+        for name, tensor in weights_of(self._model).items():
             if "lora_" in name:
                 continue
             if name in deltas:

@@ -36,7 +36,7 @@ def one_pass(
         return value
 
     execution.backward(policy, schedule, loss_of)
-    return measured
+    return execution.world.sum(measured)
 
 
 def two_passes(

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from mosaic_fast.config import Config
 from mosaic_fast.config_io import save_config
+from mosaic_fast.distributed import ALONE, World
 from mosaic_fast.errors import TrainingError, UserError
 
 _NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -25,9 +26,12 @@ class RunFolder:
     found while a run is set up leaves no folder behind.
     """
 
-    def __init__(self, config: Config, name: str, *, resume: bool) -> None:
-        stamp = time.strftime("%Y%m%d-%H%M%S")
+    def __init__(self, config: Config, name: str, *, resume: bool, world: World = ALONE) -> None:
+        """Of several ranks the first one names the folder, and it alone may write."""
+        stamp = world.from_first(time.strftime("%Y%m%d-%H%M%S"))
         self.path = Path(config.run_dir) if config.run_dir else Path("runs") / f"{stamp}-{name}"
+        if not world.is_first:
+            resume = True  # whether the folder is empty is the first rank's to see, before it writes there
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"run_dir: {self.path} is a file; name a folder")
         if not resume and self.path.exists() and any(self.path.iterdir()):

@@ -23,8 +23,9 @@ class Tracker(Protocol):
 class Trackers:
     """Every tracker of `trackers.log_to`, for the duration of a `with` block."""
 
-    def __init__(self, config: Config, folder: Path) -> None:
-        self._trackers = [_open(name, config, folder) for name in config.trackers.log_to]
+    def __init__(self, config: Config, folder: Path, *, active: bool = True) -> None:
+        """active: False on all ranks but one; no tracker is opened then."""
+        self._trackers = [_open(name, config, folder) for name in config.trackers.log_to if active]
 
     def __enter__(self) -> Trackers:
         return self

@@ -1,6 +1,7 @@
 """MOSAIC training: roll out, judge, advantage, pack, update, sync, log.
 
 python -m mosaic_fast.train [run.toml] [--options]      --dry-run prints the memory it will take, and ends
+torchrun --nproc-per-node N -m mosaic_fast.train [run.toml] [--options]    the same on several ranks
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import sys
 from contextlib import closing
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from transformers.utils.logging import disable_progress_bar
@@ -21,98 +23,135 @@ from mosaic_fast.checkpoint import (
     verify_checkpoint,
 )
 from mosaic_fast.clock import Clock
-from mosaic_fast.components import Components, build_components, build_reference, model_folder
+from mosaic_fast.components import (
+    Components,
+    GroupPlan,
+    build_components,
+    build_reference,
+    model_folder,
+)
 from mosaic_fast.config import EVALUATION_ONLY, Config
 from mosaic_fast.config_io import parse_train_command, run_cli
 from mosaic_fast.curves import draw_curves
+from mosaic_fast.distributed import ALONE, World
+from mosaic_fast.distributed.exchange import Share, all_groups
+from mosaic_fast.distributed.job import INTERRUPTED, run_as_rank
 from mosaic_fast.errors import EngineStoppedError, TrainingError, UserError
 from mosaic_fast.evaluate import evaluate_policy, rates_table
 from mosaic_fast.execution.cost import cost_model_of_run, keep_cost_model
 from mosaic_fast.interrupt import Interrupt
 from mosaic_fast.judge import Judge, build_judge, judgement_figures
+from mosaic_fast.judged import judged_together
 from mosaic_fast.learner import Learner
 from mosaic_fast.memory import dry_run
 from mosaic_fast.metrics import Rate, pairs_of, prefix_hit, reward_figures, rollout_figures, values_of
 from mosaic_fast.overlap import Ahead
 from mosaic_fast.progress import ProgressView
-from mosaic_fast.reward import group_reward
 from mosaic_fast.run_folder import RunFolder
 from mosaic_fast.seeds import derived_seed
 from mosaic_fast.step_batch import step_batch
 from mosaic_fast.trackers import Trackers, require_trackers
-from mosaic_fast.trajectories import write_trajectories
-from mosaic_rollout.types import Rollout
-
-INTERRUPTED = 130  # exit code after Ctrl-C, as shells have it
+from mosaic_rollout.types import Task
 
 
 def main() -> int:
+    disable_progress_bar()  # transformers' own bars would be drawn across the table
+    return run_as_rank(_main)
+
+
+def _main(world: World) -> int:
     command = parse_train_command(sys.argv[1:])
     if command.dry_run:
-        return dry_run(command.config)
-    disable_progress_bar()  # transformers' own bars would be drawn across the table
-    return train(command.config, command.name, resume=command.resume)
+        return dry_run(command.config) if world.is_first else 0
+    return train(command.config, command.name, resume=command.resume, world=world)
 
 
-def train(config: Config, name: str = "world", *, resume: bool = False) -> int:
+def train(config: Config, name: str = "world", *, resume: bool = False, world: World = ALONE) -> int:
     """Run the training that `config` describes, from its last checkpoint if `resume`; returns the exit code.
 
-    Raises UserError for what a user can mend, and nothing of the run on disk is lost then.
+    Raises UserError for what a user can mend, and nothing of the run on disk is lost then. Every rank of
+    `world` calls it; the first one writes all files, and reads what the others need to agree on.
     """
     if config.env.name in EVALUATION_ONLY:
         raise UserError(
             f"env.name: {config.env.name} is for evaluation only and is not trained on; play it with "
             f"python -m mosaic_fast.evaluate MODEL --suite {config.env.name}={config.env.tasks}"
         )
-    folder = RunFolder(config, name, resume=resume)
-    checkpoint = latest_checkpoint(folder.checkpoints)
-    if checkpoint is not None:
-        verify_checkpoint(checkpoint)
-    judge = build_judge(config.judge, folder.path)
+    folder = RunFolder(config, name, resume=resume, world=world)
+    checkpoint = _checkpoint_to_load(folder, world)
+    judge = build_judge(config.judge, folder.path) if world.is_first else None
     require_trackers(config)
     initial = model_folder(config.model.path)
-    components = build_components(config, checkpoint or initial, folder.path / "sglang", base=initial)
+    components = build_components(
+        config, checkpoint or initial, folder.path / "sglang", base=initial, world=world
+    )
     cost = cost_model_of_run(folder.path, config.forest.cost_model)
-    learner = Learner(components.policy, build_reference(config, initial, components), config, cost)
+    learner = Learner(
+        components.policy,
+        build_reference(config, initial, components),
+        config,
+        cost,
+        world,
+        components.sharding,
+    )
     torch.manual_seed(config.seed)  # nothing draws from it today; a checkpoint holds its state all the same
     progress = load_training_state(checkpoint, learner.optimizer) if checkpoint else Progress()
-    folder.open(config, progress.step)
-    with folder.writing("cost.toml"):
-        keep_cost_model(cost, folder.path)
+    if world.is_first:
+        folder.open(config, progress.step)
+        with folder.writing("cost.toml"):
+            keep_cost_model(cost, folder.path)
     trainer = _Trainer(config, folder, components, learner, judge)
+    console = config.trackers.console if world.is_first else "quiet"
 
     with (
         closing(components.engine),
         closing(trainer.rollouts),
-        ProgressView(config.trackers.console, config.steps, progress.step) as view,
-        Trackers(config, folder.path) as trackers,
-        Interrupt() as interrupt,
+        ProgressView(console, config.steps, progress.step) as view,
+        Trackers(config, folder.path, active=world.is_first) as trackers,
+        Interrupt(one_of_many=world.size > 1) as interrupt,
     ):
         view.say(f"run folder {folder.path}")
+        if world.size > 1:
+            view.say(f"{world.size} ranks")
         after: dict[str, Rate] = {}
         if not progress.before and config.env.eval_tasks:
             view.say(f"evaluating the start on {config.env.eval_tasks} held-out tasks, greedy")
             before = trainer.evaluate(config.env.eval_tasks, progress.step)
             progress = replace(progress, before=pairs_of(before))
-        while progress.step < config.steps and not interrupt.requested:
+        stop = False
+        while progress.step < config.steps and not (stop := trainer.agree(interrupt.requested)):
             row, progress = trainer.step(progress)
             view.step(row)
             trackers.log(row)
-        if config.env.eval_tasks and not interrupt.requested:
+        if config.env.eval_tasks and not (stop := stop or trainer.agree(interrupt.requested)):
             view.say(f"evaluating the result on {config.env.eval_tasks} held-out tasks, greedy")
             after = trainer.evaluate(config.env.eval_tasks, progress.step)
     trainer.finish(progress, after, view)
-    return INTERRUPTED if interrupt.requested else 0
+    return INTERRUPTED if stop or interrupt.requested else 0
+
+
+def _checkpoint_to_load(folder: RunFolder, world: World) -> Path | None:
+    """The newest checkpoint, once the first rank has seen that it is sound."""
+    checkpoint = latest_checkpoint(folder.checkpoints) if world.is_first else None
+    if checkpoint is not None:
+        verify_checkpoint(checkpoint)
+    name = world.from_first(None if checkpoint is None else checkpoint.name)
+    if name is None:
+        return None
+    checkpoint = folder.checkpoints / str(name)
+    if not checkpoint.is_dir():
+        raise UserError(f"{checkpoint} is not there on every node; run_dir must be on storage that all share")
+    return checkpoint
 
 
 class _Trainer:
     """The parts of a run that its steps share."""
 
     def __init__(
-        self, config: Config, folder: RunFolder, components: Components, learner: Learner, judge: Judge
+        self, config: Config, folder: RunFolder, components: Components, learner: Learner, judge: Judge | None
     ) -> None:
         self.config, self.folder, self.components = config, folder, components
-        self.learner, self.judge = learner, judge
+        self.learner, self.judge, self.world = learner, judge, components.world
         self._checkpoint_s = 0.0  # seconds the last checkpoint took
         ahead = config.rollout.max_staleness
         self.rollouts = Ahead(
@@ -122,19 +161,20 @@ class _Trainer:
             steps=config.steps,
         )
 
-    def _play(self, step: int, *, version: int | None) -> list[list[Rollout]]:
-        """A group of trajectories for every task of a step."""
-        config, loop = self.config.rollout, self.components.loop
-        seed = self.config.seed
-        tasks = loop.environment.sample("train", config.prompts_per_step, derived_seed(seed, "tasks", step))
-        work = loop.groups(
-            tasks,
-            group_size=config.group_size,
-            branching=config.branching,
-            seed=derived_seed(seed, "draws", step),
-            gate_contrast=config.gate_contrast,
-        )
-        return self.components.run(work, version=version)
+    def agree(self, wish: bool) -> bool:
+        """Whether any rank wishes it."""
+        return bool(self.world.maximum(int(wish)))
+
+    def _tasks(self, step: int) -> list[Task]:
+        seed = derived_seed(self.config.seed, "tasks", step)
+        return self.components.loop.environment.sample("train", self.config.rollout.prompts_per_step, seed)
+
+    def _play(self, step: int, *, version: int | None) -> Share:
+        """A group of trajectories for each of this rank's tasks of a step."""
+        config = self.config.rollout
+        seed = derived_seed(self.config.seed, "draws", step)
+        plan = GroupPlan(config.group_size, seed, config.branching, config.gate_contrast)
+        return self.components.play(self.components.loop, self._tasks(step), plan, version=version)
 
     def step(self, progress: Progress) -> tuple[dict[str, float], Progress]:
         """One training step; returns its metrics and how far the run has come."""
@@ -143,34 +183,21 @@ class _Trainer:
 
         # roll out: a group of trajectories for every task, by the current weights unless sampled ahead
         try:
-            groups = self.rollouts.take(step)
+            groups = all_groups(self.world, self.rollouts.take(step), self._tasks(step))
         except EngineStoppedError:
             self.save_unsaved(progress)
             raise
         rollouts = [rollout for group in groups for rollout in group]
         clock.lap("time/rollout_s")
 
-        # judge, advantage
-        judgements = self.judge.judge(groups)
-        rewards = [
-            group_reward(group, judgement.preferences, config.reward.length_target)
-            for group, judgement in zip(groups, judgements, strict=True)
-        ]
-        divide_by_std = config.reward.divide_by_std is not False
-        advantages = [
-            reward.advantages(config.reward.std_epsilon, divide_by_std=divide_by_std) for reward in rewards
-        ]
-        with self.folder.writing("the trajectories"):
-            path = self.folder.trajectory_path(step + 1)
-            write_trajectories(path, groups, judgements, rewards, advantages)
-        if config.reward.require_signal and not any(a.any() for a in advantages):
+        # judge, advantage; the trajectories are written
+        judged = judged_together(self.judge, groups, config.reward, self.folder, step, self.world)
+        if config.reward.require_signal and not any(a.any() for a in judged.advantages):
             raise TrainingError(f"step {step + 1}: every group is a tie, there is nothing to learn from")
         clock.lap("time/judge_s")
 
         # pack, update
-        batch = step_batch(
-            groups, [j.preferences for j in judgements], [reward.total for reward in rewards], advantages
-        )
+        batch = step_batch(groups, judged.preferences, judged.totals, judged.advantages)
         figures, forest = self.learner.update(batch, step), batch.forest
         if config.reward.require_signal and not figures["optim/grad_norm"] > 0.0:
             raise TrainingError(f"step {step + 1}: the gradient is zero")
@@ -181,8 +208,8 @@ class _Trainer:
             "step": step + 1.0,
             **rollout_figures(rollouts),
             "policy/staleness": sum(step - r.policy_version for r in rollouts) / len(rollouts),
-            **reward_figures(rewards),
-            **judgement_figures(judgements),
+            **(reward_figures(judged.rewards) if judged.rewards else {}),
+            **judgement_figures(judged.judgements),
             **figures,
             **prefix_hit(rollouts, forest),
             **clock.laps,
@@ -198,7 +225,8 @@ class _Trainer:
                 row |= {f"heldout/{name}": rate.value for name, rate in rates.items() if rate.total}
             except EngineStoppedError as error:  # the step itself is done, and is kept
                 stopped = error
-        self.folder.append_metrics(row)
+        if self.world.is_first:
+            self.folder.append_metrics(row)
         progress = replace(progress, step=step + 1, train_s=progress.train_s + row["time/step_s"])
         if stopped or progress.step % config.checkpoint.every == 0 or progress.step == config.steps:
             self.save(progress)
@@ -209,7 +237,8 @@ class _Trainer:
     def save_unsaved(self, progress: Progress) -> None:
         """A checkpoint of where the run stands, if there is none yet."""
         folder = self.folder.checkpoints
-        if latest_checkpoint(folder) != checkpoint_path(folder, progress):
+        missing = self.world.is_first and latest_checkpoint(folder) != checkpoint_path(folder, progress)
+        if self.agree(missing):
             self.save(progress)
 
     def save(self, progress: Progress) -> None:
@@ -222,6 +251,7 @@ class _Trainer:
             self.learner.optimizer,
             progress,
             keep,
+            self.world,
         )
         self._checkpoint_s = clock.total
 
@@ -237,6 +267,8 @@ class _Trainer:
         done = progress.step == config.steps
         if not done:
             self.save_unsaved(progress)
+        if not self.world.is_first:
+            return
         summary = {
             "seed": config.seed,
             "steps": progress.step,

@@ -16,6 +16,7 @@ SILENCE_S = 30.0
 """A rank that has said nothing for so long is dead or stuck. A long call into C may hold one up."""
 SETTLE_S = 3.5
 """How long ranks listen to each other once a collective has failed, to tell who is gone."""
+STORE_GONE = "the process that hosts the job's store is gone"
 LOST = 1  # exit code of a rank that ends because another one is gone
 
 
@@ -53,22 +54,29 @@ class Watch:
         except RuntimeError:
             return True
 
-    def explain(self, error: BaseException) -> str:
-        """Who is gone, after a collective failed: those that say nothing for a few seconds."""
+    def say_lost(self, what: str) -> None:
+        """Say, once for all ranks, that the job ends because of one."""
+        if self.first_to_say("lost"):
+            text = "the job ends. The last checkpoint is intact: start the job again with --resume"
+            print(f"error: {what}; {text}", file=sys.stderr, flush=True)
+
+    def gone(self) -> str | None:
+        """Who is gone, asked after a collective has failed: those that say nothing for a few seconds.
+
+        Empty where ranks have ended by themselves and said why; None where all are there.
+        """
         try:
             before = self._beats()
             time.sleep(SETTLE_S)
             after = self._beats()
+            ended = {rank for rank in range(self._size) if self._store.check([f"ended/{rank}"])}
             silent = [rank for rank in range(self._size) if before[rank] == after[rank]]
-            ended = [rank for rank in range(self._size) if self._store.check([f"ended/{rank}"])]
-            names = [self._name(rank) for rank in silent if rank != self._rank and rank not in ended]
-            if names:
-                return f"{', '.join(names)} is gone" if len(names) == 1 else f"{', '.join(names)} are gone"
-            if ended:
-                return f"{', '.join(self._name(rank) for rank in ended)} has ended"
+            names = [self._name(rank) for rank in silent if rank not in ended | {self._rank}]
         except RuntimeError:
-            return "the rank that hosts the job's store is gone"
-        return f"ranks cannot reach each other: {str(error).splitlines()[0]}"
+            return STORE_GONE
+        if names:
+            return f"{' and '.join(names)} {'is' if len(names) == 1 else 'are'} gone"
+        return "" if ended else None
 
     def _beats(self) -> list[int]:
         return [self._store.add(f"beat/{rank}", 0) for rank in range(self._size)]
@@ -87,7 +95,7 @@ class Watch:
                 ended = self._store.check([f"ended/{beside}"])
                 name = self._name(beside)
             except RuntimeError:
-                self._end("the rank that hosts the job's store is gone")
+                self._end(STORE_GONE)
                 return
             now = time.monotonic()
             if beat != heard or ended:
@@ -99,11 +107,5 @@ class Watch:
         """End this process from its thread: the main one may wait for the silent rank for ever."""
         if self._over.is_set():
             return
-        if self.first_to_say("lost"):
-            print(f"error: {lost(what)}", file=sys.stderr, flush=True)
+        self.say_lost(what)
         os._exit(LOST)
-
-
-def lost(what: str) -> str:
-    """The message of a job that ends because a rank is gone."""
-    return f"{what}; the job ends. The last checkpoint is intact: start the job again with --resume"

@@ -41,7 +41,12 @@ class World:
         return self.rank == 0
 
     def mesh(self, device: torch.device) -> DeviceMesh:
-        """All ranks in a row, on their devices."""
+        """All ranks in a row, on their devices. UserError where this one has no GPU of its own."""
+        if device.type == "cuda" and self.local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"this node has {torch.cuda.device_count()} GPUs, and none for its process "
+                f"{self.local_rank + 1}; start torchrun with a smaller --nproc-per-node"
+            )
         return init_device_mesh(device.type, (self.size,))
 
     def gather(self, value: JsonValue) -> list[JsonValue]:
@@ -93,18 +98,13 @@ ALONE = World()
 """The world of one process."""
 
 
-def is_rank() -> bool:
-    """Whether a launcher has started this process as one of several."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
-
-
 @contextmanager
 def joined_world() -> Iterator[World]:
     """The world that the launcher's variables describe; one process where there are none.
 
     RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT are torchrun's. UserError where one is missing.
     """
-    if not is_rank():
+    if int(os.environ.get("WORLD_SIZE", "1")) <= 1:
         yield ALONE
         return
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
@@ -115,25 +115,28 @@ def joined_world() -> Iterator[World]:
         )
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     on_gpu = torch.cuda.is_available()
-    if on_gpu:
-        if local_rank >= torch.cuda.device_count():
-            raise UserError(
-                f"this node has {torch.cuda.device_count()} GPUs and no place for process {local_rank + 1}; "
-                "start torchrun with --nproc-per-node no larger than that"
-            )
+    if on_gpu and local_rank < torch.cuda.device_count():
         torch.cuda.set_device(local_rank)
-    store, rank, size = next(iter(dist.rendezvous("env://", timeout=PASS_TIMEOUT)))
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
-        store=dist.PrefixStore("ranks", store),
-        rank=rank,
-        world_size=size,
-        timeout=PASS_TIMEOUT,
-    )
-    group = dist.new_group(backend="gloo", timeout=EXCHANGE_TIMEOUT)
+    try:
+        store, rank, size = next(iter(dist.rendezvous("env://", timeout=PASS_TIMEOUT)))
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+            store=dist.PrefixStore("ranks", store),
+            rank=rank,
+            world_size=size,
+            timeout=PASS_TIMEOUT,
+        )
+        group = dist.new_group(backend="gloo", timeout=EXCHANGE_TIMEOUT)
+    except dist.DistError as error:
+        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise UserError(
+            f"the ranks do not find each other at {place}: {str(error).splitlines()[0]}"
+        ) from None
     assert isinstance(group, dist.ProcessGroup), "every rank is in it"
     name = f"rank {rank} (process {os.getpid()} on {socket.gethostname()})"
     watch = Watch(dist.PrefixStore("watch", store), rank, size, name)
     with watch:
-        yield World(rank, size, local_rank, group, watch)
+        world = World(rank, size, local_rank, group, watch)
+        yield world
+        world.gather(None)  # nobody leaves before all are done: one of them may host the store
     dist.destroy_process_group()

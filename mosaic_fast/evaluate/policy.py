@@ -16,9 +16,10 @@ def evaluate_policy(
     components: Components, split: str, count: int, *, temperature: float, version: int = 0, seed: int = 0
 ) -> dict[str, Rate]:
     """Rates of one rollout a task on `count` fixed tasks of a split, by the current weights as `version`."""
+    from mosaic_fast.components import GroupPlan
+    from mosaic_fast.distributed.exchange import all_groups
+
     tasks = components.loop.environment.sample(split, count, EVALUATION_SEED)
-    loop = components.loop_at(temperature)
-    groups = components.run(
-        loop.groups(tasks, group_size=1, branching="independent", seed=seed), version=version
-    )
+    share = components.play(components.loop_at(temperature), tasks, GroupPlan(1, seed), version=version)
+    groups = all_groups(components.world, share, tasks)
     return rollout_rates([rollout for group in groups for rollout in group])

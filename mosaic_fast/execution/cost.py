@@ -49,10 +49,7 @@ class CostModel:
 
 def work_of(parts: Sequence[Forward], shape: ModelShape) -> Work:
     """Count a schedule's work. The last layer's queries, output projection and MLP run on needed rows."""
-    head_dim = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
-    query, key_value = shape.num_attention_heads * head_dim, shape.num_key_value_heads * head_dim
-    on_keys = 2 * shape.hidden_size * key_value
-    on_queries = shape.hidden_size * (2 * query + 3 * shape.intermediate_size)
+    key_value, on_keys, query, on_queries = _sizes(shape)
     windows = _windows(shape)
     linear = attention = head = held = 0.0
     predicting: dict[int, NDArray[np.bool_]] = {}  # the forwards of one forest share its mask
@@ -72,6 +69,19 @@ def work_of(parts: Sequence[Forward], shape: ModelShape) -> Work:
         if part.parent >= 0:
             held += 2.0 * key_value * len(windows) * (int(visible[0]) - 1)
     return Work(float(linear), attention, head, float(len(windows) * len(parts)), held)
+
+
+def node_seconds(forest: PackedForest, shape: ModelShape, cost: CostModel) -> NDArray[np.float64]:  # [U]
+    """What each node adds to a forward and backward pass: all its cost but that of starting the layers."""
+    _, on_keys, query, on_queries = _sizes(shape)
+    windows, visible = _windows(shape), forest.positions + 1
+    pairs = [visible if window is None else np.minimum(visible, window) for window in windows]
+    earlier = sum(pairs[:-1], np.zeros(forest.num_nodes))
+    seconds = cost.linear * ((len(windows) - 1) * (on_keys + on_queries) + on_keys)
+    seconds = seconds + cost.attention * 2.0 * query * earlier
+    on_row = cost.linear * on_queries + cost.head * shape.hidden_size * shape.vocab_size
+    on_row = on_row + cost.attention * 2.0 * query * pairs[-1]
+    return (seconds + np.where(_predicting(forest), on_row, 0.0)).astype(np.float64)
 
 
 def default_cost_model() -> CostModel:
@@ -130,6 +140,14 @@ def _parse(text: str, source: str) -> CostModel:
     if not any(values.values()):
         raise UserError(f"{source}: every coefficient is 0, so every plan would cost nothing")
     return CostModel(**{name: float(value) for name, value in values.items()})
+
+
+def _sizes(shape: ModelShape) -> tuple[int, int, int, int]:
+    """Numbers of a key or value; multiply-adds a token for both; numbers of a query; the rest a token."""
+    head_dim = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
+    query, key_value = shape.num_attention_heads * head_dim, shape.num_key_value_heads * head_dim
+    on_queries = shape.hidden_size * (2 * query + 3 * shape.intermediate_size)
+    return key_value, 2 * shape.hidden_size * key_value, query, on_queries
 
 
 def _windows(shape: ModelShape) -> list[int | None]:

@@ -6,12 +6,16 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from mosaic_fast.execution.cost import CostModel, default_cost_model, work_of
+from mosaic_fast.distributed import ALONE, World
+from mosaic_fast.execution.balance import share_of, shares
+from mosaic_fast.execution.cost import CostModel, default_cost_model, node_seconds, work_of
 from mosaic_fast.execution.held import Held
 from mosaic_fast.execution.schedule import PLANS, Forward, Schedule, cut, hold, unmerged, whole
 from mosaic_fast.policy import Policy
@@ -19,8 +23,9 @@ from mosaic_fast.policy.attention import KeysAndValues
 from mosaic_fast.policy.forest_tensors import ForestTensors, IntArray, forest_tensors
 from mosaic_fast.policy.layout import checkpoints_reentrantly
 from mosaic_fast.policy.policy import ForwardResult
-from mosaic_kernels import PackedForest
+from mosaic_kernels import PackedForest, pack_forest
 from mosaic_kernels.ideal import ModelShape
+from mosaic_rollout.types import JsonValue
 
 logger = logging.getLogger("mosaic_fast")
 
@@ -45,6 +50,10 @@ class Execution:
     in one forward (`tree`), cut with repeated context (`cut`), with shared prefixes held (`held`), or its
     rollouts without sharing (`flat`). The prediction depends on the forest, the model's shape and the
     coefficients alone: nothing is measured to make it.
+
+    On several ranks each runs a share of the rollouts, and all run as many forwards as the one with the most:
+    the collectives inside a forward want everyone. For the same reason nothing is held there, whose forwards
+    and backward passes would come in another order on each rank.
     """
 
     def __init__(
@@ -55,35 +64,45 @@ class Execution:
         cost: CostModel | None = None,  # None: the shipped coefficients
         *,
         plan: str = "auto",  # or one of PLANS
+        world: World = ALONE,
     ) -> None:
         if plan not in ("auto", *PLANS):
             raise ValueError(f"plan must be 'auto' or one of {', '.join(PLANS)}, got {plan!r}")
         self._budget, self._temperature, self._shape = tokens_per_microbatch, temperature, shape
-        self._cost, self._plan = cost or default_cost_model(), plan
+        self._cost, self._plan, self.world = cost or default_cost_model(), plan, world
         self._tensors: WeakKeyDictionary[Forward, ForestTensors] = WeakKeyDictionary()
         self._cuts: WeakKeyDictionary[Schedule, Schedule] = WeakKeyDictionary()
+        self._one_token: ForestTensors | None = None
         self._figures: dict[str, float] = {}
         self._passes: list[float] = []  # seconds of each backward pass of the last schedule
 
     def schedule(self, forest: PackedForest) -> Schedule:
         """Choose a plan. ValueError if a rollout alone exceeds the budget; it says the budget needed."""
-        flat = unmerged(forest)
-        possible = {"cut": cut(forest, self._budget), "held": hold(forest, self._budget)}
-        if forest.num_nodes <= self._budget:
-            possible = {"tree": whole(forest)}  # what a cut or a hold would give, too
-        possible["flat"] = cut(flat, self._budget)
+        own = self._own_share(forest)
+        possible = {"cut": cut(own, self._budget)}
+        if self.world.size == 1:
+            possible["held"] = hold(own, self._budget)
+        if own.num_nodes <= self._budget:
+            possible = {"tree": whole(own)}  # what a cut or a hold would give, too
+        possible["flat"] = cut(unmerged(own), self._budget)
         if self._plan != "auto":
             name = "tree" if self._plan in ("cut", "held") and "tree" in possible else self._plan
             if name not in possible:
+                if name == "held":
+                    raise ValueError("plan 'held' needs one rank")
                 raise ValueError(
-                    f"plan 'tree' needs a budget of {forest.num_nodes} tokens, it is {self._budget}"
+                    f"plan {name!r} needs a budget of {own.num_nodes} tokens, it is {self._budget}"
                 )
             possible = {name: possible[name]}
         predicted = {
             name: self._cost.predict(work_of(parts, self._shape)) for name, parts in possible.items()
         }
         best = min(predicted, key=lambda name: (predicted[name], PLANS.index(name)))
-        schedule = Schedule(forest, possible[best], best, predicted)
+        parts = possible[best]
+        if self.world.size > 1:
+            parts = longest_first(parts, self._shape, self._cost)
+        most = self.world.maximum(len(parts))
+        schedule = Schedule(forest, parts, best, predicted, idle=most - len(parts))
         logger.debug(
             "plan %s: %d forwards of %d tokens for %d rollout tokens, predicted seconds %s",
             best, len(schedule.parts), schedule.packed_tokens, forest.num_tokens,
@@ -92,6 +111,7 @@ class Execution:
         self._figures = {f"tree/plan_{name}": float(name == best) for name in PLANS}
         self._figures |= {f"tree/predicted_{name}_s": seconds for name, seconds in predicted.items()}
         self._figures["tree/predicted_s"] = predicted[best]
+        self._figures |= self._over_ranks(schedule, predicted[best])
         self._passes = []
         return schedule
 
@@ -103,6 +123,27 @@ class Execution:
         if not self._passes:
             return dict(self._figures)
         return {**self._figures, "time/tree_pass_s": sum(self._passes) / len(self._passes)}
+
+    def _own_share(self, forest: PackedForest) -> PackedForest:
+        """The rollouts of this rank. The first rank decides: no rounding of another machine's may differ."""
+        if self.world.size == 1:
+            return forest
+        found: JsonValue = None
+        if self.world.is_first:
+            seconds = node_seconds(forest, self._shape, self._cost)
+            found = [share.tolist() for share in shares(forest, seconds, self.world.size)]
+        every = cast(list[list[int]], self.world.from_first(found))
+        return share_of(forest, np.array(every[self.world.rank], np.int64))
+
+    def _over_ranks(self, schedule: Schedule, predicted_s: float) -> dict[str, float]:
+        """Forwards and tokens over all ranks, and how evenly the predicted time lies on them."""
+        own: JsonValue = [float(len(schedule.parts)), float(schedule.packed_tokens), predicted_s]
+        every = cast(list[list[float]], self.world.gather(own))
+        parts, tokens, seconds = (list(values) for values in zip(*every, strict=True))
+        figures = {"tree/microbatches": sum(parts), "tree/packed_tokens": sum(tokens)}
+        if len(every) > 1 and max(seconds):
+            figures["scale/balance"] = sum(seconds) / len(seconds) / max(seconds)
+        return figures
 
     @torch.no_grad()
     def logprobs(self, policy: Policy, schedule: Schedule) -> tuple[Tensor, Tensor]:  # [T], [T]
@@ -121,6 +162,9 @@ class Execution:
                 stack.append((index, forward.keys_and_values))
             if piece is not None:
                 result[0, piece.source], result[1, piece.source] = piece.logprobs, piece.entropy
+        for _ in range(schedule.idle):
+            self._idle(policy)
+        result = self.world.sum(result)  # each token is one rank's
         return result[0], result[1]
 
     def backward(self, policy: Policy, schedule: Schedule, loss_of: Callable[[Piece], Tensor]) -> None:
@@ -140,7 +184,16 @@ class Execution:
                 for held in stack:
                     held.collect()
         _finish(stack, -1)
+        for _ in range(schedule.idle):
+            (self._idle(policy) * 0.0).backward()
         self._passes.append(time.perf_counter() - start)
+
+    def _idle(self, policy: Policy) -> Tensor:
+        """The shortest forward that calls every module: one token predicts another. Its log-prob."""
+        if self._one_token is None:
+            self._one_token = forest_tensors(pack_forest([[0, 0]]), policy.model.device)
+        result = policy.run(self._one_token, longest_alone=2, temperature=self._temperature)
+        return result.edge_logprobs.sum()
 
     def _forward(
         self, policy: Policy, schedule: Schedule, part: Forward, held: Sequence[KeysAndValues]
@@ -186,6 +239,11 @@ class Execution:
             parts = cut(schedule.forest, self._budget)
             self._cuts[schedule] = replace(schedule, parts=parts, plan="cut")
         return self._cuts[schedule]
+
+
+def longest_first(parts: Sequence[Forward], shape: ModelShape, cost: CostModel) -> tuple[Forward, ...]:
+    """Forwards that stand on no other, by falling cost: ranks that meet in each one wait the least."""
+    return tuple(sorted(parts, key=lambda part: -cost.predict(work_of([part], shape))))
 
 
 def _finish(stack: list[Held], parent: int) -> None:

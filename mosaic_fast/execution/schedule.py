@@ -34,12 +34,16 @@ class Forward:
 
 @dataclass(frozen=True, eq=False)
 class Schedule:
-    """The forwards of a forest, decided once a step and used by every pass over it."""
+    """The forwards of a forest, decided once a step and used by every pass over it.
+
+    On one of several ranks the parts are those of its share; what they own is counted in the whole forest.
+    """
 
     forest: PackedForest
     parts: tuple[Forward, ...]
     plan: str  # of PLANS
     predicted_s: dict[str, float]  # a forward and backward pass, for each plan that was possible
+    idle: int = 0  # forwards that other ranks run beyond the parts here
 
     @property
     def packed_tokens(self) -> int:

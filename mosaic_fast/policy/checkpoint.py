@@ -50,6 +50,17 @@ def load_model(path: Path, dtype: torch.dtype | str, device: torch.device | str)
     return model
 
 
+def weights_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """What `state_dict` gives. That of a sharded model would give shards, even while all is gathered."""
+    found: dict[str, torch.Tensor] = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        kept = {n: b for n, b in module._buffers.items() if n not in module._non_persistent_buffers_set}
+        for name, tensor in (module._parameters | kept).items():
+            if tensor is not None:
+                found[f"{prefix}.{name}" if prefix else name] = tensor.detach()
+    return found
+
+
 def save_model(model: PreTrainedModel, folder: Path, weights: dict[str, torch.Tensor] | None = None) -> None:
     """config.json, generation_config.json and one model.safetensors; tied weights are written once.
 
@@ -58,7 +69,7 @@ def save_model(model: PreTrainedModel, folder: Path, weights: dict[str, torch.Te
     if folder.is_file():
         raise UserError(f"{folder} is a file: a model is saved in a folder")
     with _quiet():
-        model.save_pretrained(folder, state_dict=weights, max_shard_size="1000TB")
+        model.save_pretrained(folder, state_dict=weights or weights_of(model), max_shard_size="1000TB")
 
 
 def _load_folder(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Report]:

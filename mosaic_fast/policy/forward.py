@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import cast
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -10,13 +12,49 @@ from transformers import PreTrainedModel
 
 from mosaic_fast.errors import UserError
 from mosaic_fast.policy.attention import TreeForward
+from mosaic_fast.policy.head import head_logprobs
 from mosaic_fast.policy.layout import DecoderLayer, decoder_of, has_known_attention, has_known_layer
 from mosaic_fast.policy.row_attention import attention_on_rows
 from mosaic_fast.policy.support import depends_on_length, rope_type
 
+Arguments: TypeAlias = "dict[str, object]"
+LayerCall: TypeAlias = Callable[[Tensor, TreeForward, Arguments], Tensor]
+"""A layer as `final_hidden` calls it: hidden states [1, U, D] -> [1, U, D], of the last one [1, N, D]."""
+
+ForwardInParts: TypeAlias = Callable[[TreeForward, int, float, bool], tuple[Tensor, Tensor | None]]
+"""(tree, longest_alone, temperature, return_entropy) -> log-probs of the edges [E], entropies of rows [N]."""
+
+
+def layer_calls(model: PreTrainedModel) -> list[LayerCall]:
+    """The layers of a model of known layout, in order."""
+    layers = decoder_of(model).layers[: model.config.num_hidden_layers]
+    return [partial(_call, layer) for layer in layers[:-1]] + [partial(_call_last, model, layers[-1])]
+
+
+def run_in_parts(
+    model: PreTrainedModel,
+    layers: Sequence[LayerCall],
+    tree: TreeForward,
+    longest_alone: int,
+    temperature: float,
+    return_entropy: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """The forward of a model of known layout; with its first two arguments given, a `ForwardInParts`."""
+    hidden = final_hidden(model, tree, longest_alone, layers)
+    if not len(tree.forest.rows):
+        return hidden.new_zeros(0), None
+    return head_logprobs(
+        model.lm_head,
+        hidden,
+        tree.forest,
+        vocab_size=model.config.vocab_size,
+        temperature=temperature,
+        return_entropy=return_entropy,
+    )
+
 
 def final_hidden(
-    model: PreTrainedModel, tree: TreeForward, longest_alone: int
+    model: PreTrainedModel, tree: TreeForward, longest_alone: int, layers: Sequence[LayerCall]
 ) -> Tensor:  # [N, D] normed, what the LM head reads
     """Call a model of known layout part by part; the last layer and the final norm see the N rows only.
 
@@ -24,7 +62,7 @@ def final_hidden(
     """
     forest, decoder = tree.forest, decoder_of(model)
     hidden = decoder.embed_tokens(forest.tokens)
-    arguments: dict[str, object] = {
+    arguments: Arguments = {
         "attention_mask": None,
         "position_ids": forest.positions,
         "past_key_values": None,
@@ -32,13 +70,8 @@ def final_hidden(
         "position_embeddings": _rotary(decoder.rotary_emb, hidden, forest.positions, longest_alone),
         "tree": tree,
     }
-    layers = decoder.layers[: model.config.num_hidden_layers]
-    for layer in layers[:-1]:
-        hidden = layer(hidden, **arguments)
-    if has_known_layer(model, layers[-1]):
-        hidden = _layer_on_rows(model, cast(DecoderLayer, layers[-1]), hidden, tree, arguments)
-    else:
-        hidden = layers[-1](hidden, **arguments).index_select(1, forest.rows)
+    for layer in layers:
+        hidden = layer(hidden, tree, arguments)
     return decoder.norm(hidden)[0]
 
 
@@ -72,12 +105,24 @@ def _rotary(
     return cos[:, :-1], sin[:, :-1]
 
 
+def _call(layer: nn.Module, hidden: Tensor, tree: TreeForward, arguments: Arguments) -> Tensor:
+    return layer(hidden, **arguments)
+
+
+def _call_last(
+    model: PreTrainedModel, layer: nn.Module, hidden: Tensor, tree: TreeForward, arguments: Arguments
+) -> Tensor:
+    if has_known_layer(model, layer):
+        return _layer_on_rows(model, cast(DecoderLayer, layer), hidden, tree, arguments)
+    return layer(hidden, **arguments).index_select(1, tree.forest.rows)
+
+
 def _layer_on_rows(
     model: PreTrainedModel,
     layer: DecoderLayer,
     hidden: Tensor,  # [1, U, D]
     tree: TreeForward,
-    arguments: dict[str, object],
+    arguments: Arguments,
 ) -> Tensor:  # [1, N, D]
     """The last layer: keys and values of all positions, everything else of the N rows."""
     rows, normed = tree.forest.rows, layer.input_layernorm(hidden)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal, overload
 from weakref import WeakKeyDictionary
@@ -17,8 +18,8 @@ from mosaic_fast.errors import UserError
 from mosaic_fast.policy.attention import KeysAndValues, TreeForward, tree_attention_selected
 from mosaic_fast.policy.checkpoint import load_model, save_model
 from mosaic_fast.policy.forest_tensors import ForestTensors, forest_tensors
-from mosaic_fast.policy.forward import final_hidden, final_logits
-from mosaic_fast.policy.head import head_logprobs, logprobs_from_logits
+from mosaic_fast.policy.forward import ForwardInParts, final_logits, layer_calls, run_in_parts
+from mosaic_fast.policy.head import logprobs_from_logits
 from mosaic_fast.policy.layout import has_known_layout
 from mosaic_fast.policy.support import check_model, check_modules, check_rope_lengths
 from mosaic_kernels import PackedForest
@@ -48,11 +49,13 @@ class Policy:
     """
 
     model: PreTrainedModel
+    forward_in_parts: ForwardInParts | None  # of sharded weights; None: the model's parts called as they are
 
     def __init__(self, model: PreTrainedModel) -> None:
         """UserError names what the model has that a forest forward would get wrong."""
         check_model(model)
         self.model = model
+        self.forward_in_parts: ForwardInParts | None = None
         self._prepared: WeakKeyDictionary[PackedForest, ForestTensors] = WeakKeyDictionary()
 
     @classmethod
@@ -151,17 +154,8 @@ class Policy:
         row_entropy = None
         with tree_attention_selected(model):
             if has_known_layout(model):
-                hidden = final_hidden(model, tree, longest_alone)
-                edge_logprobs = hidden.new_zeros(0)
-                if len(forest.rows):
-                    edge_logprobs, row_entropy = head_logprobs(
-                        model.lm_head,
-                        hidden,
-                        forest,
-                        vocab_size=model.config.vocab_size,
-                        temperature=temperature,
-                        return_entropy=return_entropy,
-                    )
+                forward = self.forward_in_parts or partial(run_in_parts, model, layer_calls(model))
+                edge_logprobs, row_entropy = forward(tree, longest_alone, temperature, return_entropy)
             else:
                 logits = final_logits(model, tree, longest_alone)
                 edge_logprobs, row_entropy = logprobs_from_logits(

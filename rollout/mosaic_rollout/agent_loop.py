@@ -62,14 +62,16 @@ class AgentLoop:
         branching: Branching,
         seed: int,
         gate_contrast: bool = False,
+        group_ids: Sequence[int] | None = None,
     ) -> list[list[Rollout]]:
         """A group of rollouts a task, all played at once. Same arguments and weights, same rollouts.
 
         gate_contrast: siblings of a trunk fork at one of its gates, some with the check and some without.
+        group_ids: of the tasks, where they are some of a step's; draws go by them. None: 0, 1, ...
         """
         plays = [
             self._group(group_id, task, group_size, branching, seed, gate_contrast)
-            for group_id, task in enumerate(tasks)
+            for group_id, task in zip(group_ids or range(len(tasks)), tasks, strict=True)
         ]
         return list(await asyncio.gather(*plays))
 

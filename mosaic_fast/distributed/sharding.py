@@ -1,0 +1,129 @@
+"""Weights, gradients and optimiser state spread over the ranks by torch's FSDP2.
+
+`fully_shard` gathers a module's weights when the module is called, and frees them after it. Policy calls a
+model's parts, of the last layer even the projections, so what is sharded are small modules of our own: one
+around each layer, whose call is what Policy does with the layer, and a root that holds these and the rest of
+the model, whose call is the whole forward. The model's own modules stay as they are, without hooks: with
+everything gathered they are an ordinary model, which an engine may use or a file be written from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from transformers import PreTrainedModel
+
+from mosaic_fast.distributed.world import World
+from mosaic_fast.errors import UserError
+from mosaic_fast.policy import Policy
+from mosaic_fast.policy.attention import TreeForward
+from mosaic_fast.policy.forward import Arguments, LayerCall, layer_calls, run_in_parts
+from mosaic_fast.policy.layout import decoder_of, has_known_layout
+
+
+class Sharding:
+    """A policy's weights over the ranks of a world. With one rank nothing is changed, and nothing costs.
+
+    The gradient of a weight is the sum over the ranks, in fp32 or wider, and each rank holds its own rows of
+    weight, gradient and optimiser state.
+    """
+
+    def __init__(
+        self, policy: Policy, world: World, device: torch.device, *, master_weights: bool = False
+    ) -> None:
+        """Shard in place.
+
+        master_weights: trainable bfloat16 weights are kept in fp32 and gathered in bfloat16, which is the
+            rounding that `Optimizer` does in one process.
+        UserError for a model that cannot be called part by part.
+        """
+        self.masters = False  # whether the sharded weights are fp32 copies of bfloat16 ones
+        self._units: list[FSDPModule] = []
+        if world.size == 1:
+            return
+        model = policy.model
+        if not has_known_layout(model):
+            raise UserError(
+                f"{type(model).__name__} has hooks or a forward of its own: several ranks run models as "
+                "transformers has them; remove the hooks, or train in one process"
+            )
+        trained = [p for p in model.parameters() if p.requires_grad]
+        self.masters = master_weights and bool(trained) and all(p.dtype == torch.bfloat16 for p in trained)
+        if self.masters:
+            for weight in trained:
+                weight.data = weight.data.float()
+        precision = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16 if self.masters else None,
+            reduce_dtype=torch.float32 if model.dtype != torch.float64 else None,
+            cast_forward_inputs=False,
+        )
+        mesh = world.mesh(device)
+        decoder = decoder_of(model)
+        layers = [_Layer(call, layer) for call, layer in zip(layer_calls(model), decoder.layers, strict=True)]
+        root = _Root(model, layers)
+        for unit in (*layers, root):
+            fully_shard(unit, mesh=mesh, mp_policy=precision)
+            self._units.append(cast(FSDPModule, unit))
+        for unit in self._units:
+            unit.set_gradient_divide_factor(1.0)  # the sum: the loss is normalised by the global count
+            unit.set_force_sum_reduction_for_comms(True)
+        policy.forward_in_parts = root
+        with self.gathered():  # whether a weight is trained is settled when it is first gathered
+            pass
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """While entered the model holds its whole weights, on every rank. Every rank has to enter."""
+        for unit in self._units:
+            unit.unshard()
+        try:
+            yield
+        finally:
+            self.reshard()
+
+    @contextmanager
+    def no_backward(self) -> Iterator[None]:
+        """Around forwards that no backward pass follows, which would leave the root gathered."""
+        try:
+            yield
+        finally:
+            self.reshard()
+
+    def reshard(self) -> None:
+        """Free whatever is gathered."""
+        for unit in self._units:
+            unit.reshard()
+
+
+class _Layer(nn.Module):
+    """What Policy does with a layer, as one call."""
+
+    def __init__(self, call: LayerCall, layer: nn.Module) -> None:
+        super().__init__()
+        self._call, self.layer = call, layer
+
+    def forward(self, hidden: Tensor, tree: TreeForward, arguments: Arguments) -> Tensor:
+        return self._call(hidden, tree, arguments)
+
+
+class _Root(nn.Module):
+    """The whole forward as one call: a `ForwardInParts`."""
+
+    def __init__(self, model: PreTrainedModel, layers: list[_Layer]) -> None:
+        super().__init__()
+        decoder = decoder_of(model)
+        vars(self)["model"] = model  # not a submodule: its layers would be found a second time
+        self.embed_tokens, self.rotary_emb = decoder.embed_tokens, decoder.rotary_emb
+        self.layers = nn.ModuleList(layers)
+        self.norm, self.lm_head = decoder.norm, model.lm_head
+
+    def forward(
+        self, tree: TreeForward, longest_alone: int, temperature: float, return_entropy: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        calls = [cast(LayerCall, layer) for layer in self.layers]
+        return run_in_parts(vars(self)["model"], calls, tree, longest_alone, temperature, return_entropy)

@@ -2,14 +2,14 @@
 
 PREDICTED from formulas; nothing here was run on a GPU. Qwen2.5-7B's shape; 16 groups of 8 agent trajectories.
 
-    operations  multiply-adds of linear layers, attention and LM head (as `cost.py` counts them), times 2, times
-                the products of forward and backward: forward, forward again (activation checkpointing), for
-                inputs and for weights. LoRA's frozen weights need no gradient: one product less. Attention's
-                backward has 5 products beside the forward's 2
+    operations  multiply-adds of linear layers, attention and LM head (as `cost.py` counts them), times 2,
+                times the products of forward and backward: forward, forward again (activation
+                checkpointing), for inputs and for weights. LoRA's frozen weights need no gradient: one
+                product less. Attention's backward has 5 products beside the forward's 2
     bytes       every linear layer's input, output and weights once a product, bf16; Q, K, V and output of
                 attention; AdamW with fp32 master weights: 28 bytes a parameter
-    links       FSDP: weights gathered for forward and backward, gradients scattered, bf16, once a micro-batch;
-                overlapped with computation, so the longer of both counts
+    links       FSDP: weights gathered for forward and backward, gradients scattered, bf16, once a
+                micro-batch; overlapped with computation, so the longer of both counts
     floor       sum over parts of the longer of operations / peak and bytes / bandwidth
 """
 
@@ -142,8 +142,9 @@ def main() -> int:
         for batch, cost in zip(("flat", "forest"), pair, strict=True):
             fits = "" if cost.memory_gb <= MEMORY_GB else ", does not fit"
             print(
-                f"| {name} | {batch} | {cost.tokens:,} | {cost.tera_operations:,.0f} | {cost.giga_bytes:,.0f} | "
-                f"{cost.link_giga_bytes:,.0f} | {cost.floor_s:.2f} s | {cost.memory_gb:.0f} GB{fits} |"
+                f"| {name} | {batch} | {cost.tokens:,} | {cost.tera_operations:,.0f} | "
+                f"{cost.giga_bytes:,.0f} | {cost.link_giga_bytes:,.0f} | {cost.floor_s:.2f} s | "
+                f"{cost.memory_gb:.0f} GB{fits} |"
             )
     for name, (flat, forest) in plan().items():
         print(f"\n{name}: {flat.floor_s / forest.floor_s:.2f}x", end="")

@@ -34,7 +34,7 @@ train: $(STAMP)  ## train the embedded agent in the embedded world, 2 to 3 minut
 
 test: $(STAMP) lint types  ## lint, types and tests, under 10 minutes
 	$(BIN)/python -m pytest $(ARGS)
-	$(MAKE) ARGS= test-interpreter test-ttsem
+	$(MAKE) ARGS= -j2 --output-sync test-interpreter test-ttsem
 
 test-interpreter: $(STAMP)  ## the Triton kernels' tests under Triton's interpreter
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels/triton $(ARGS)

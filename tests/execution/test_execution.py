@@ -133,9 +133,26 @@ def test_checkpointed_layers_run_twice_and_only_twice() -> None:
     a, b = loss_weights(len(logprobs))
     expected = gradients(model, (a * logprobs + b * entropy).sum())
     runs.clear()
-    _, _, found, _ = run(model, data, 20, "held")
+    _, _, found, execution = run(model, data, 20, "held")
+    assert execution.figures()["tree/held_recomputed"] == 1
     assert_gradients_close(found, expected, 1e-10)
     assert sum(runs) == 3 * data.pack().num_nodes  # forward, recomputation, and the pass without gradient
+
+
+def test_what_is_held_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    """A graph kept, or under checkpointing computed again; nothing where nothing is held."""
+    model, data = tiny_model("llama"), nested()
+    with caplog.at_level("DEBUG", "mosaic_fast"):
+        figures = run(model, data, 20, "held")[3].figures()
+    assert figures["tree/held_recomputed"] == 0
+    schedule = Execution(20, 1.0, model.config, plan="held").schedule(data.pack())
+    assert figures["tree/held"] == len({part.parent for part in schedule.parts} - {-1}) > 1
+    assert f"{figures['tree/held']:.0f} forwards are held, their graphs kept" in caplog.text
+    assert "tree/held" not in run(model, data, 20, "cut")[3].figures()
+    checkpoint_activations(model)
+    with caplog.at_level("DEBUG", "mosaic_fast"):
+        run(model, data, 20, "held")
+    assert "their graphs computed again once" in caplog.text
 
 
 def test_reentrant_checkpointing_is_cut_instead(caplog: pytest.LogCaptureFixture) -> None:

@@ -79,6 +79,50 @@ def test_a_chart_shows_the_values_under_the_pointer(page: Chromium, address: str
     assert "harmful refused25%" in text(page, ".chart .legend")
 
 
+@pytest.mark.parametrize("width", [420, 1280])
+@pytest.mark.parametrize("count", [1, 2])
+def test_the_held_out_table_fits_the_window(page: Chromium, tmp_path: Path, width: int, count: int):
+    runs = [write_run(tmp_path / f"run-{number}", steps=6) for number in range(count)]
+    names = ("harmful_refused", "harmful_harm", "injection_harm", "benign_done", "overrefusal", "gate_open")
+    for run in runs:  # nothing at 0% or 100%: the widest figures there are
+        path = run / "summary.json"
+        summary = json.loads(path.read_text())
+        rates = {f"safety/{name}": 0.4567 for name in names}
+        counts = {name: [4567, 10000] for name in rates}
+        summary |= {"before": rates, "after": rates, "counts": {"before": counts, "after": counts}}
+        path.write_text(json.dumps(summary))
+    page.resize(width, 900)
+    try:
+        page.open(write_page(tmp_path / "page.html", *runs))
+        page.wait_for("document.querySelector('.heldout')")
+        folder = os.environ.get("MOSAIC_TEST_SCREENSHOTS")
+        if folder:
+            page.screenshot(Path(folder) / f"overview-{count}-{width}.png")
+        wide = "(() => { const e = document.querySelector('.heldout').parentElement;"
+        assert page.evaluate(wide + " return e.scrollWidth - e.clientWidth; })()") == 0
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    finally:
+        page.resize(1400, 900)
+
+
+@pytest.mark.parametrize("steps", [4, 6])
+def test_a_line_that_is_not_the_legends_figure_says_so(page: Chromium, tmp_path: Path, steps: int):
+    """Up to four steps are drawn as they are; a mean is drawn over the steps themselves, and named."""
+    page.open(write_page(tmp_path / "page.html", write_run(tmp_path / "run", steps=steps)))
+    page.wait_for("document.querySelector('.chart')")
+    chart = "document.querySelector('.chart')"
+    said = page.evaluate(f"Boolean({chart}.querySelector('.smoothing'))")
+    faint = page.evaluate(f"{chart}.querySelectorAll('.line.faint').length")
+    assert (said, bool(faint)) == (steps > 4, steps > 4)
+    if steps == 4:  # injection harm ends at 0%: a line at the axis, 22 units above the lower edge
+        ends = page.evaluate(
+            f"[...{chart}.querySelectorAll('.canvas path.line')]"
+            ".map((e) => e.getAttribute('d').split(' ').at(-1))"
+        )
+        assert isinstance(ends, list)
+        assert {"178.0", "8.0"} >= set(ends), ends
+
+
 def test_filters_choose_and_the_address_keeps_them(page: Chromium, address: str):
     page.open(address + "#view=trajectories")
     page.wait_for("document.querySelector('.row')")

@@ -12,6 +12,8 @@ function niceTicks(low, high, count) {
   return ticks;
 }
 
+const isSmoothed = (one) => Boolean(one.smooth) && one.points.length > 4;
+
 function smoothed(points, half = 2) {
   return points.map(([x], i) => {
     const window = points.slice(Math.max(0, i - half), i + half + 1);
@@ -78,7 +80,8 @@ function chart({ title, note, series, format = number, low = null, high = null, 
   crosshair.addEventListener("move", (event) => { if (canvas.isConnected) show(event.detail); });
   show(null);
   return el("figure", { class: "chart" },
-    el("figcaption", {}, el("h3", {}, title), at, note ? el("p", {}, note) : null),
+    el("figcaption", {}, el("h3", {}, title), at, note ? el("p", {}, note) : null,
+      shown.some(isSmoothed) ? el("p", { class: "smoothing" }, "Bold line: mean of up to 5 steps around. Faint line and the figures here: the step itself.") : null),
     el("ul", { class: "legend" }, legend(shown, values, stacked)),
     canvas);
 }
@@ -100,8 +103,8 @@ function drawSeries(canvas, one, x, y, stacked) {
     canvas.append(svg("path", { d: `${upper}${lower}Z`, class: `area ${tone}` }));
     return;
   }
-  const line = one.smooth ? smoothed(one.points) : one.points;
-  if (one.smooth && one.points.length > 4) canvas.append(svg("path", { d: linePath(one.points, x, y), class: `line faint ${tone}` }));
+  const line = isSmoothed(one) ? smoothed(one.points) : one.points;
+  if (isSmoothed(one)) canvas.append(svg("path", { d: linePath(one.points, x, y), class: `line faint ${tone}` }));
   canvas.append(svg("path", { d: linePath(line, x, y), class: `line ${tone}${dash}` }));
   if (one.dots || one.points.length === 1) {
     for (const [a, b] of one.points) canvas.append(svg("circle", { cx: x(a), cy: y(b), r: 3.6, class: `dot ${tone}${dash}` }));

@@ -106,12 +106,14 @@ function heldoutTable(runs) {
   const columns = runs.flatMap((run) => ["before", "after"].map((when) => (
     { run, when, counts: run.summary.counts?.[when] ?? {}, values: run.summary[when] ?? {} }))).filter((c) => Object.keys(c.values).length);
   if (!columns.length) return null;
-  const cell = ({ counts, values, when }, name, tone) => {
+  const title = (c) => (runs.length > 1 ? `${c.run.letter} ${c.when}` : c.when);
+  const cell = (c, name, tone) => {
+    const { counts, values, when } = c;
     const value = values[name];
-    if (value === undefined || value === null) return el("td", {}, "\u2013");
+    if (value === undefined || value === null) return el("td", { "data-column": title(c) }, "\u2013");
     const interval = counts[name] ? wilson(...counts[name]) : null;
     const at = (v) => 4 + 112 * v;
-    return el("td", {},
+    return el("td", { "data-column": title(c) },
       svg("svg", { viewBox: "0 0 120 14", width: 120, height: 14, class: "range", "aria-hidden": "true" },
         svg("line", { x1: 4, x2: 116, y1: 7, y2: 7, class: "grid" }),
         interval ? svg("line", { x1: at(interval[0]), x2: at(interval[1]), y1: 7, y2: 7, class: `line tone-${tone}` }) : null,
@@ -125,7 +127,7 @@ function heldoutTable(runs) {
     el("h3", {}, "Held-out tasks, greedy"),
     el("p", { class: "note" }, `${tasks ? `${tasks} tasks that training never sees; ` : ""}checked by the environment, no judge involved. 95% Wilson intervals.`),
     el("div", { class: "scroll" }, el("table", { class: columns.length > 2 ? "heldout four" : "heldout" },
-      el("thead", {}, el("tr", {}, el("th", {}), columns.map((c) => el("th", {}, runs.length > 1 ? `${c.run.letter} ${c.when}` : c.when)))),
+      el("thead", {}, el("tr", {}, el("th", {}), columns.map((c) => el("th", {}, title(c))))),
       el("tbody", {}, rows.map(([name, label, tone]) => el("tr", {}, el("th", { scope: "row" }, label), columns.map((c) => cell(c, name, tone))))))));
 }
 

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from mosaic_rollout.environments.agentdojo import AgentDojoEnvironment, replay
+from mosaic_rollout.environments.agentdojo.api import load_agentdojo
 from mosaic_rollout.environments.agentdojo.tasks import SPLITS, payload_of
 from mosaic_rollout.errors import UserError
 from mosaic_rollout.types import Task, ToolCall
@@ -71,6 +72,10 @@ def test_the_injection_shows_in_a_tool_output_and_only_there(everything: AgentDo
         calls, _ = replay.ground_truth_calls(everything, task, "user")
         seen = "".join(episode.step(call).content for call in calls)
         assert "<INFORMATION>" in seen, task.task_id
+
+
+def test_every_attack_of_agentdojo_is_there() -> None:
+    assert len(load_agentdojo().attacks) == 17
 
 
 def test_opening_states_are_agentdojos_own(everything: AgentDojoEnvironment) -> None:

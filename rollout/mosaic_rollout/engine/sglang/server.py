@@ -20,6 +20,8 @@ from mosaic_rollout.errors import UserError
 _LAUNCHER = Path(__file__).with_name("server_side") / "launch.py"
 _POLL_S = 0.25
 _LOG_TAIL_LINES = 12
+_OF_A_JOB = ("MASTER_ADDR", "MASTER_PORT", "TORCH_NCCL_ASYNC_ERROR_HANDLING", "TORCHELASTIC_")
+_OF_A_RANK = ("RANK", "WORLD_SIZE", "ROLE_NAME")  # also LOCAL_RANK, GROUP_WORLD_SIZE and the like
 
 
 @dataclass(frozen=True)
@@ -163,7 +165,7 @@ class ServerProcess:
 
     def _environment(self) -> dict[str, str]:
         environment = {
-            **os.environ,
+            **{name: value for name, value in os.environ.items() if not _is_torchruns(name)},
             "HF_HUB_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "false",
             "SGLANG_HEALTH_CHECK_TIMEOUT": str(max(2, round(self.options.hang_timeout_s))),
@@ -178,6 +180,16 @@ class ServerProcess:
             }
             environment.setdefault("OMP_NUM_THREADS", "1")
         return environment
+
+
+def _is_torchruns(name: str) -> bool:
+    """Whether torchrun tells its ranks by this variable. A server is no rank.
+
+    Given them, PyTorch in the server would look for a store of the launcher's instead of hosting
+    its own.
+    """
+    prefixes = ("", "LOCAL_", "GROUP_", "ROLE_")
+    return name.startswith(_OF_A_JOB) or name in {f"{p}{n}" for p in prefixes for n in _OF_A_RANK}
 
 
 def _free_port() -> int:

@@ -3,7 +3,7 @@
 import pytest
 from pydantic import ValidationError
 
-from mosaic_fast.config import ENVIRONMENTS, Config, EnvConfig
+from mosaic_fast.config import ENVIRONMENTS, EVALUATION_ONLY, Config, EnvConfig
 
 
 @pytest.mark.parametrize(
@@ -25,7 +25,7 @@ def test_what_does_not_fit_the_name_is_refused(values: dict[str, object], words:
 
 def test_every_known_name_and_ones_own_are_accepted() -> None:
     for name in (*ENVIRONMENTS, "bank:Bank", "a.b_c:D1"):
-        tasks = "cases.json" if name == "agent_safetybench" else None
+        tasks = "cases.json" if name in ("agent_safetybench", *EVALUATION_ONLY) else None
         assert EnvConfig(name=name, tasks=tasks).name == name
 
 

@@ -34,8 +34,8 @@ def test_killed_and_interrupted_is_uninterrupted(
     world_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """kill -9 in the middle, Ctrl-C, and on to the end: every episode once, and the figures of one go."""
-    with served_model(stall_s=0.1) as served:
-        options = ["--model-name", "m", "--config", str(world_config), "--tasks", "15", "--concurrency", "2"]
+    with served_model(stall_s=0.1) as served:  # 24 episodes: seconds left when the signals are sent
+        options = ["--model-name", "m", "--config", str(world_config), "--tasks", "24", "--concurrency", "2"]
         arguments = [served.url, *options, "--out", str(tmp_path / "out")]
         command = [sys.executable, "-m", "mosaic_fast.evaluate", *arguments]
         lines = tmp_path / "out" / "outcomes.jsonl"
@@ -47,7 +47,7 @@ def test_killed_and_interrupted_is_uninterrupted(
         with lines.open("a") as file:
             file.write('{"suite": "wor')  # the line it was writing
         kept = lines.read_text().count("\n")
-        assert kept < 15
+        assert kept < 24
 
         stopped = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         wait_for_lines(lines, kept + 2, stopped)
@@ -56,7 +56,7 @@ def test_killed_and_interrupted_is_uninterrupted(
         assert stopped.returncode == 130
         assert f"go on with: python -m mosaic_fast.evaluate {served.url}" in said
         assert "Traceback" not in said
-        assert lines.read_text().count("\n") < 15
+        assert lines.read_text().count("\n") < 24
 
         assert evaluate(monkeypatch, *arguments, "--json", tmp_path / "resumed.json") == 0
         asked = len(served.requests)
@@ -67,7 +67,7 @@ def test_killed_and_interrupted_is_uninterrupted(
     one_go = figures(tmp_path / "one-go.json")
     assert figures(tmp_path / "resumed.json") == one_go
     assert figures(tmp_path / "again.json") == one_go
-    assert one_go["suites"]["world"]["rollouts"] == 15
+    assert one_go["suites"]["world"]["rollouts"] == 24
 
 
 def test_a_sampled_evaluation_goes_on_with_the_same_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

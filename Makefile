@@ -33,8 +33,11 @@ train: $(STAMP)  ## train the embedded agent in the embedded world, 2 to 3 minut
 	$(BIN)/python -m mosaic_fast.train $(ARGS)
 
 test: $(STAMP) lint types  ## lint, types and tests, under 10 minutes
-	$(BIN)/python -m pytest $(ARGS)
-	$(MAKE) ARGS= -j2 --output-sync test-interpreter test-ttsem
+	@$(MAKE) --no-print-directory ARGS= test-interpreter test-ttsem >$(VENV)/emulated.log 2>&1 & emulated=$$!; \
+	trap 'kill $$emulated 2>/dev/null' INT TERM; \
+	echo "the Triton kernels' emulated tests run beside these, into $(VENV)/emulated.log"; \
+	$(BIN)/python -m pytest $(ARGS); failed=$$?; \
+	wait $$emulated || failed=1; cat $(VENV)/emulated.log; exit $$failed
 
 test-interpreter: $(STAMP)  ## the Triton kernels' tests under Triton's interpreter
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels/triton $(ARGS)

@@ -13,6 +13,7 @@ import httpx
 from pydantic import BaseModel, Field, NonNegativeInt, ValidationError
 
 from mosaic_fast.errors import TrainingError
+from mosaic_rollout.no_cookies import no_cookies
 from mosaic_rollout.plain_json import read_json
 
 _CONNECT_S = 10.0
@@ -70,7 +71,8 @@ class Endpoint:
             )
         headers = {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
         timeout = httpx.Timeout(self.timeout_s, connect=_CONNECT_S)
-        return httpx.AsyncClient(headers=headers, timeout=timeout, limits=httpx.Limits(max_connections=None))
+        limits = httpx.Limits(max_connections=None)
+        return httpx.AsyncClient(headers=headers, timeout=timeout, limits=limits, cookies=no_cookies())
 
     async def ask(
         self,
@@ -124,7 +126,6 @@ class Endpoint:
         for attempt in range(self.retries + 1):
             before_try()
             try:
-                http.cookies.clear()  # none is wanted, and one of broken bytes would break the next request
                 async with asyncio.timeout(self.timeout_s):
                     response = await http.post(self._address, json=body)
                 return self._read(response, read, attempt + 1)

@@ -18,6 +18,7 @@ from pydantic import BaseModel, Field, NonNegativeInt
 
 from mosaic_rollout.errors import UserError
 from mosaic_rollout.grammar import THINK_CLOSE, THINK_OPEN
+from mosaic_rollout.no_cookies import no_cookies
 from mosaic_rollout.types import Message, ToolSchema
 
 _CONNECT_S = 10.0
@@ -79,7 +80,8 @@ class ChatEndpoint:
             raise UserError(f"the key in ${self.api_key_env} has characters that no HTTP header can carry")
         headers = {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
         timeout = httpx.Timeout(self.timeout_s, connect=min(_CONNECT_S, self.timeout_s))
-        return httpx.AsyncClient(headers=headers, timeout=timeout, limits=httpx.Limits(max_connections=None))
+        limits = httpx.Limits(max_connections=None)
+        return httpx.AsyncClient(headers=headers, timeout=timeout, limits=limits, cookies=no_cookies())
 
     async def complete(
         self,
@@ -100,7 +102,6 @@ class ChatEndpoint:
         for attempt in range(self.retries + 1):
             asked_s = 0.0
             try:
-                http.cookies.clear()  # none is wanted, and one of broken bytes would break the next request
                 async with asyncio.timeout(self.timeout_s):
                     response = await http.post(self._address, json=body)
                 return self._read(response)

@@ -49,7 +49,8 @@ def _toml(random: Random) -> bytes:
         inside = values.setdefault(section, {}) if section else values
         if isinstance(inside, dict):
             inside[key if random.random() < 0.95 else hostile.text(random)] = _value(random)
-    with contextlib.suppress(TypeError, ValueError):  # TOML has no null, nor everything that JSON has
+    # TOML has no null, nor everything that JSON has, and its writer gives up where values are nested deep.
+    with contextlib.suppress(TypeError, ValueError, RecursionError):
         content = tomli_w.dumps(values).encode("utf-8", "surrogatepass")
         return content if random.random() < 0.6 else hostile.damaged(random, content)
     return hostile.damaged(random, tomli_w.dumps(Config().model_dump(exclude_none=True)).encode())

@@ -14,6 +14,7 @@ import numpy as np
 from pydantic import BaseModel, Field, NonNegativeInt, ValidationError
 
 from mosaic_rollout.engine.errors import EngineError
+from mosaic_rollout.no_cookies import no_cookies
 from mosaic_rollout.types import FinishReason, JsonValue, Request
 
 _CONNECT_S = 10.0
@@ -57,6 +58,7 @@ class SGLangClient:
             limits=httpx.Limits(
                 max_connections=None, max_keepalive_connections=256, keepalive_expiry=_KEPT_OPEN_S
             ),
+            cookies=no_cookies(),
             trust_env=False,  # a proxy for the internet is not for this
         )
 

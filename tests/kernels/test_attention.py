@@ -143,6 +143,20 @@ def test_some_queries_equal_their_rows_of_all(
     assert max(errors_of([got], qkv, [expected], exact, seed)) <= 1e-12
 
 
+@pytest.mark.parametrize(("shared", "rollouts", "trunks"), [(40, 32, 1), (20, 32, 0), (40, 2, 0), (130, 2, 1)])
+def test_a_prompt_is_a_trunk_where_enough_descends_from_it(shared: int, rollouts: int, trunks: int) -> None:
+    """By its length, or by its length times its descendants; and the result stays exact."""
+    rng = np.random.default_rng(0)
+    prompt = rng.integers(0, 99, shared)
+    forest = pack_forest([np.append(prompt, [100 + r, *rng.integers(0, 99, 9)]) for r in range(rollouts)])
+    plan = build_plan(forest.subtree_end)
+    assert len(plan.squares) == len(plan.rectangles) == trunks
+    q, k, v = Heads(2, 1, 8).draw_qkv(forest.num_nodes, 0)
+    got = segments_tree_attention(q, k, v, plan, scale=8**-0.5)
+    expected = tree_attention(q, k, v, forest.subtree_end, backend="reference")
+    assert float((got - expected).detach().abs().max()) <= 1e-12
+
+
 @settings(max_examples=100)
 @given(
     forest=forests(max_rollouts=10),

@@ -143,7 +143,9 @@ def test_some_queries_equal_their_rows_of_all(
     assert max(errors_of([got], qkv, [expected], exact, seed)) <= 1e-12
 
 
-@pytest.mark.parametrize(("shared", "rollouts", "trunks"), [(40, 32, 1), (20, 32, 0), (40, 2, 0), (130, 2, 1)])
+@pytest.mark.parametrize(
+    ("shared", "rollouts", "trunks"), [(40, 32, 1), (20, 32, 0), (40, 2, 0), (130, 2, 1)]
+)
 def test_a_prompt_is_a_trunk_where_enough_descends_from_it(shared: int, rollouts: int, trunks: int) -> None:
     """By its length, or by its length times its descendants; and the result stays exact."""
     rng = np.random.default_rng(0)

@@ -36,8 +36,11 @@ def check_installed() -> None:
 
 @cache
 def has_world(name: str) -> bool:
-    """Whether the package has an environment of this name."""
-    return name.isidentifier() and find_spec(f"asb_envs.envs.{name}") is not None
+    """Whether the package has an environment of this name. EnvironmentMissing where there is no package."""
+    if not name.isidentifier():
+        return False
+    check_installed()
+    return find_spec(f"asb_envs.envs.{name}") is not None
 
 
 def make_world(name: str, parameters: Mapping[str, JsonValue] | None) -> World:

@@ -1,0 +1,60 @@
+"""[judge]: what compares two rollouts, and what calls of an LLM may cost."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from mosaic_fast.config.section import Count, NonNegative, Positive, Section
+from mosaic_fast.config.url import is_plain_url
+
+
+class JudgeConfig(Section):
+    """What compares two rollouts."""
+
+    name: Annotated[str, Field(pattern=r"^(rule|llm|[\w.]+:\w+)$")] = "rule"
+    """`rule`: the environment's verdicts; `llm`: a model; `module:Class`: your own (docs/judges.md)."""
+    mode: Literal["pairwise", "pointwise"] = "pairwise"
+    """llm: every pair in both orders (the paper), or a score a rollout (its ablation)."""
+    endpoint: str | None = None
+    """llm: an OpenAI-compatible server, for example http://localhost:30000/v1; no user or key in it."""
+    model: str | None = None
+    """llm: the model's name there."""
+    api_key_env: str | None = None
+    """llm: the environment variable that holds the key; the key itself is never written anywhere."""
+    prompt: Literal["v1"] = "v1"
+    """llm: version of the judge's prompt (mosaic_fast/judge/prompts)."""
+    temperature: NonNegative = 0.0
+    """llm: sampling temperature of the judge."""
+    max_tokens: Count = 1024
+    """llm: longest answer, reasoning included."""
+    timeout_s: Positive = 120.0
+    """llm: seconds one call may take."""
+    retries: int = Field(default=4, ge=0)
+    """llm: further tries of a call that failed or answered nonsense; then the run stops."""
+    max_concurrent: Count = 16
+    """llm: calls under way at once."""
+    max_calls: int = Field(default=0, ge=0)
+    """llm: calls after which the run stops, counted from its start or resume; 0: no limit."""
+    max_total_tokens: int = Field(default=0, ge=0)
+    """llm: tokens, as the server counts them, after which the run stops, counted likewise; 0: no limit."""
+    cache: str | None = None
+    """llm: file of answers, which runs may share; default judge-answers.sqlite in the run folder."""
+
+    @model_validator(mode="after")
+    def _llm_has_an_endpoint(self) -> JudgeConfig:
+        missing = [key for key in ("endpoint", "model") if self.name == "llm" and getattr(self, key) is None]
+        if missing:
+            raise ValueError(f"judge.name = 'llm' needs judge.{missing[0]}")
+        if self.api_key_env is not None and not re.fullmatch(r"[A-Za-z_]\w*", self.api_key_env, re.ASCII):
+            raise ValueError(  # without the value: it may well be a key
+                "judge.api_key_env is the name of an environment variable, such as JUDGE_API_KEY, not a key"
+            )
+        if self.endpoint is not None and not is_plain_url(self.endpoint):
+            raise ValueError(
+                "judge.endpoint must look like http://localhost:30000/v1, with no user or key in it; "
+                "the key belongs in the environment variable that judge.api_key_env names"
+            )
+        return self

@@ -1,0 +1,30 @@
+"""[optim]: the optimiser."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from mosaic_fast.config.section import Count, Fraction, NonNegative, Positive, Section
+
+
+class OptimConfig(Section):
+    """AdamW."""
+
+    lr: Positive = 5e-4
+    """Learning rate at the start."""
+    final_lr_frac: Fraction = 0.1
+    """The rate falls linearly to this share of lr at the last step."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """Steps over which the rate rises from 0."""
+    beta1: Fraction = 0.9
+    """Decay of the gradient's average."""
+    beta2: Fraction = 0.95
+    """Decay of the squared gradient's average."""
+    weight_decay: NonNegative = 0.0
+    """Decoupled weight decay."""
+    grad_clip: Positive = 1.0
+    """Largest norm of the gradient."""
+    epochs: Count = 2
+    """Optimiser steps on the rollouts of one training step. Above 1 the clipped ratio comes into play."""
+    master_weights: bool = True
+    """bfloat16 models: update fp32 copies of the weights and round; without, small updates are lost."""

@@ -1,0 +1,18 @@
+"""[reward]: from preferences to rewards."""
+
+from __future__ import annotations
+
+from mosaic_fast.config.section import NonNegative, Positive, Section
+
+
+class RewardConfig(Section):
+    """R = r_align + r_fmt - p_len, normalised within the group."""
+
+    length_target: Positive = 40.0
+    """L0: generated tokens a step above which p_len = (L - L0) / L0 is taken off (400 in the paper)."""
+    divide_by_std: bool | None = None
+    """Divide centred rewards by the group's standard deviation; default: yes, but not for loss dr_grpo."""
+    std_epsilon: NonNegative = 0.1
+    """Added to the group's standard deviation, so that tiny differences are not blown up."""
+    require_signal: bool = False
+    """Stop with an error at a step where every group is a tie or the gradient is zero."""

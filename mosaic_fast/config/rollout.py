@@ -1,0 +1,46 @@
+"""[rollout]: how tasks are played."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from mosaic_fast.config.section import Count, Positive, Section
+
+
+class RolloutConfig(Section):
+    """How tasks are played."""
+
+    prompts_per_step: Count = 16
+    """Tasks a training step."""
+    group_size: int = Field(default=4, ge=2, le=64)
+    """Rollouts a task, compared pair by pair (n in the paper)."""
+    branching: Literal["independent", "fork_at_check", "fork_at_step"] = "independent"
+    """Where rollouts of a group begin to differ: at the prompt (the paper), after a plan, or at a step."""
+    gate_contrast: bool = False
+    """fork_at_check: take the gate both ways and train it with its all-action gradient (docs/gate.md)."""
+    max_staleness: int = Field(default=0, ge=0)
+    """sglang: updates that rollouts may be old, sampled while earlier steps train; 0: exactly on policy."""
+    temperature: Positive = 1.0
+    """Sampling temperature; the trainer's log-probs use the same one."""
+    max_steps: Count = 6
+    """Turns of the policy in one rollout."""
+    max_step_tokens: Count = 72
+    """Sampled tokens of one turn."""
+    max_rollout_tokens: Count = 512
+    """Tokens of a whole rollout: prompt, turns and observations."""
+    teach_loop: bool = False
+    """Write the text that teaches plan, check and act into the system message, for models new to it."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _whole_distribution(cls, values: object) -> object:
+        """Named here, since a key that does not exist would not say why."""
+        refused = [name for name in ("top_p", "top_k") if isinstance(values, dict) and name in values]
+        if refused:
+            raise ValueError(
+                f"{refused[0]} cannot be used in training: the trainer's log-probs are those of the whole "
+                "distribution, so tokens must be sampled from it; use rollout.temperature"
+            )
+        return values

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import statistics
 import sys
@@ -11,6 +12,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from torch.profiler import ProfilerActivity, profile
+
+FEWEST = 2  # timed rounds, however long they take
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,7 @@ class Result:
     share_of_ideal: float
     extra: dict[str, float]  # more figures of the case
     contenders: dict[str, Timing] = field(default_factory=dict)  # all of them, ours and flat included
+    not_run: dict[str, str] = field(default_factory=dict)  # peer -> why it does not run here
 
 
 @contextmanager
@@ -73,13 +77,16 @@ def compare(
     *,
     peaks: Sequence[str] = (),
     warm: bool = True,
+    budget_s: float = math.inf,
+    not_run: Mapping[str, str] | None = None,
 ) -> Result:
     """Time `ours`, `flat` and what else is named in turn, each round another first, after an untimed one.
 
-    warm: False without that round, where check() has just run the same.
+    repeats: how many timed rounds; fewer, but FEWEST, where they have taken `budget_s` seconds.
+    warm: False without the untimed round, where check() has just run the same.
     A contender that returns seconds (a float) has timed itself, in a process of its own; those count then.
     Every contender's median is added to `extra` as <name>_median_s, and, where named in `peaks`, the memory
-    of its untimed round as <name>_peak_gib (ours: peak_gib).
+    of its untimed round as <name>_peak_gib (ours: peak_gib); also `rounds`, how many were timed.
     """
     figures = dict(extra)
     for name, work in contenders.items():
@@ -89,7 +96,9 @@ def compare(
             work()
     times: dict[str, list[float]] = {name: [] for name in contenders}
     turns = list(contenders.items())
-    for _ in range(repeats):
+    began, rounds = time.perf_counter(), 0
+    while rounds < repeats and (rounds < FEWEST or time.perf_counter() - began < budget_s):
+        rounds += 1
         for name, work in turns:
             start = time.perf_counter()
             own = work()
@@ -101,6 +110,7 @@ def compare(
         timings[name] = Timing(median, (max(values) - min(values)) / median)
     ours, flat = timings["ours"], timings["flat"]
     ratio = flat.median_s / ours.median_s
+    figures["rounds"] = rounds
     figures |= {f"{name}_median_s": t.median_s for name, t in timings.items() if name not in ("ours", "flat")}
     return Result(
         median_s=ours.median_s,
@@ -111,4 +121,5 @@ def compare(
         share_of_ideal=ratio / ideal,
         extra=figures,
         contenders=timings,
+        not_run=dict(not_run or {}),
     )

@@ -26,7 +26,7 @@ HEADS = (
     "MiB ours",
     "MiB flat",
 )
-HEADS += ("GFLOP/s", "of roofline")
+HEADS += ("rate", "of roofline")
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Report:
     not_run: Mapping[str, str]  # peer -> reason
 
 
-def not_run(trl: bool, *, quick: bool) -> dict[str, str]:
+def not_run(trl: bool, sglang: bool, *, quick: bool) -> dict[str, str]:
     """Peers that no case of this run measures, with the reason."""
     gpu = torch.cuda.is_available()
     reason = "there is a CUDA device, but no case runs on it yet" if gpu else "its kernels need a CUDA device"
@@ -50,7 +50,17 @@ def not_run(trl: bool, *, quick: bool) -> dict[str, str]:
         found["TRL"] = "not installed: make bench-peers"
     elif quick:
         found["TRL"] = "left out by --quick"
+    if not sglang:
+        found["SGLang"] = "not installed: make sglang"
     return found
+
+
+def formulas_by_name(report: Report) -> list[tuple[str, str]]:
+    """Each formula once, with the variants it belongs to."""
+    names: dict[str, list[str]] = {}
+    for name, formula in report.formulas.items():
+        names.setdefault(formula, []).append(name)
+    return [(", ".join(variants), formula) for formula, variants in names.items()]
 
 
 def cells(name: str, result: Result, roofline: Roofline) -> list[str]:
@@ -62,7 +72,10 @@ def cells(name: str, result: Result, roofline: Roofline) -> list[str]:
     no_flat = math.isnan(result.flat_median_s)
     if "gflop" in extra:
         per_second = extra["gflop"] / result.median_s
-        rate, share = f"{per_second:.0f}", f"{per_second / roofline.gemm_gflop_per_s:.0%}"
+        rate, share = f"{per_second:.0f} GFLOP/s", f"{per_second / roofline.gemm_gflop_per_s:.0%}"
+    elif "gbyte" in extra:
+        per_second = extra["gbyte"] / result.median_s
+        rate, share = f"{per_second:.1f} GB/s", f"{per_second / roofline.copy_gb_per_s:.0%}"
     return [
         name,
         f"{1e3 * result.median_s:.1f} ms",
@@ -106,7 +119,11 @@ def console_table(report: Report) -> list[Table]:
 def _table(title: str, heads: tuple[str, ...]) -> Table:
     table = Table(title=title)
     for head in heads:
-        table.add_column(head, justify="left" if head in ("case", "contender", "peer", "reason") else "right")
+        table.add_column(
+            head,
+            justify="left" if head in ("case", "contender", "peer", "reason") else "right",
+            no_wrap=head == "case",
+        )
     return table
 
 
@@ -162,7 +179,7 @@ def write_markdown(report: Report, file: Path) -> None:
         "",
         *_markdown(_CONTENDER_HEADS, list(contender_rows(report))),
         "",
-        *(f"- {name}: {formula}" for name, formula in report.formulas.items()),
+        *(f"- {names}: {formula}" for names, formula in formulas_by_name(report)),
         "",
         *(f"- not run: {name}, {reason}" for name, reason in report.not_run.items()),
     ]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -21,9 +22,18 @@ import tyro
 from charts import draw_charts
 from machine import machine, measure_roofline
 from measure import Result
-from output import Report, console_table, machine_line, not_run, write_json, write_markdown
+from output import (
+    Report,
+    console_table,
+    formulas_by_name,
+    machine_line,
+    not_run,
+    write_json,
+    write_markdown,
+)
 from profiling import profile_step
 from rich.console import Console
+from sglang_server import sglang_installed
 
 CASES = ("forest", "attention", "logprob", "preference", "step", "rollout", "train", "scaling")
 
@@ -43,7 +53,7 @@ class _Arguments:
     """Write the results to this file, a Markdown table and charts beside it."""
     profile: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Instead of timing: where one training step's time goes, of the named variants of step (by default
-    step:long_prefix). A Chrome trace goes to bench/results, or beside --json."""
+    step). A Chrome trace goes to bench/results, or beside --json."""
 
 
 def main() -> int:
@@ -57,14 +67,14 @@ def main() -> int:
             problem = f"no case {name}; there are {', '.join(there)}"
         wanted += [one for one in found if one not in wanted]
     if arguments.profile and arguments.cases == CASES:
-        wanted = ["step" if arguments.quick else "step:long_prefix"]
+        wanted = ["step"]
     if arguments.profile and any(one.partition(":")[0] != "step" for one in wanted):
         problem = "--profile is of variants of step; name one, such as step:agent"
     if problem:
         print(f"error: {problem}", file=sys.stderr)
         return 2
     torch.set_num_threads(arguments.threads)
-    console = Console(width=None if sys.stdout.isatty() else 140)
+    console = Console(width=None if sys.stdout.isatty() else 150)
     if arguments.profile:
         folder = Path(arguments.json).parent if arguments.json else Path(__file__).parent / "results"
         folder.mkdir(exist_ok=True)
@@ -81,23 +91,36 @@ def _measure(wanted: list[str], arguments: _Arguments, console: Console) -> int:
         f"{roofline.copy_gb_per_s:.1f} GB/s (copy), fp32",
         highlight=False,
     )
+    plain = {"highlight": False, "markup": False}  # names in brackets are no styles
+    if not arguments.quick:
+        expected = sum(seconds_of(name) for name in wanted)
+        console.print(f"about {1 + expected // 60} minutes on two idle cores of an AMD EPYC", **plain)
     results: dict[str, Result] = {}
-    for name in wanted:
-        case = load_case(name)
+    began = time.perf_counter()
+    for number, name in enumerate(wanted, start=1):
+        case, start = load_case(name), time.perf_counter()
+        place = f"[{number}/{len(wanted)}] {name}"
         try:
-            console.print(f"{name}: checking", highlight=False)
+            console.print(f"{place}: checking", **plain)
             case.check(name, arguments.quick)
-            console.print(f"{name}: timing", highlight=False)
+            console.print(f"{place}: timing", **plain)
             results[name] = case.run(name, arguments.quick)
+            now = time.perf_counter()
+            console.print(f"{place}: took {now - start:.0f} s, {now - began:.0f} s so far", **plain)
         except AssertionError as error:
             console.print(f"{name}: WRONG, not timed: {error}", style="red", highlight=False)
             return 1
         except trl_peer.PeerError as error:
             console.print(f"{name}: {error}", style="red", highlight=False)
             return 1
-    formulas = {name: getattr(load_case(name), "FORMULA", "see the case's docstring") for name in results}
-    report = Report(results, formulas, roofline, not_run(trl_peer.installed(), quick=arguments.quick))
+    formulas = {name: formula_of(name) for name in results}
+    missing = not_run(trl_peer.installed(), sglang_installed(), quick=arguments.quick)
+    for result in results.values():
+        missing |= result.not_run
+    report = Report(results, formulas, roofline, missing)
     console.print(*console_table(report), sep="\n")
+    for names, formula in formulas_by_name(report):
+        console.print(f"{names}: {formula}", **plain)
     if arguments.json:
         file = Path(arguments.json)
         write_json(report, file)
@@ -124,6 +147,17 @@ def _mistake(arguments: _Arguments) -> str | None:
 
 def load_case(name: str) -> ModuleType:
     return importlib.import_module(f"cases.{name.partition(':')[0]}")
+
+
+def formula_of(name: str) -> str:
+    """The ideal of a variant in words."""
+    found: str | dict[str, str] = load_case(name).FORMULA
+    return found if isinstance(found, str) else found[name]
+
+
+def seconds_of(name: str) -> int:
+    """About how long a variant takes, checks and peers included, on one thread of an AMD EPYC."""
+    return load_case(name).SECONDS.get(name, 10)
 
 
 def variants_of(name: str, quick: bool) -> list[str]:

@@ -14,10 +14,14 @@ from mosaic_rollout.engine.sglang import SGLangEngine
 _PYTHON = Path(__file__).parents[1] / ".venv-sglang" / "bin" / "python"
 
 
+def sglang_installed() -> bool:
+    return _PYTHON.is_file()
+
+
 @contextmanager
 def sglang_engine() -> Iterator[SGLangEngine | str]:
     """The engine, whose server starts at the first update_weights; or why there is none."""
-    if not _PYTHON.is_file():
+    if not sglang_installed():
         yield "not run: SGLang is not installed; make sglang puts it into .venv-sglang"
         return
     config = Config(engine=EngineConfig(kind="sglang", device="cpu", python=str(_PYTHON)))

@@ -6,12 +6,13 @@ import atexit
 import functools
 import subprocess
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
+from contenders import check_same
 from safetensors.torch import load_file
 from torch import Tensor
 from workloads import Workload
@@ -76,6 +77,28 @@ class Peer:
 def _peer(threads: int) -> Peer:
     """Importing TRL takes seconds, so one process serves all variants of a run."""
     return Peer(threads)
+
+
+def join(
+    contenders: dict[str, Callable[[], object]],
+    stack: ExitStack,  # TRL's batch stays loaded until it is left
+    loaded: AbstractContextManager[Peer],  # grpo(...) or dpo(...)
+    expected: Mapping[str, Tensor],  # gradients by parameter name
+) -> dict[str, str]:
+    """Make TRL's step a contender, `trl`; returns {"TRL": why} where it does not run here.
+
+    AssertionError if its gradients are not the expected ones.
+    """
+    if not installed():
+        return {}
+    try:
+        peer = stack.enter_context(loaded)
+        found = peer.gradients()
+    except PeerError as error:
+        return {"TRL": str(error)}
+    check_same("trl", found, expected)
+    contenders["trl"] = peer.step
+    return {}
 
 
 @contextmanager

@@ -49,6 +49,11 @@ def qwen3(layers: int = 10, hidden: int = 384, vocabulary: int = _VOCABULARY) ->
     return model
 
 
+def small_qwen3() -> Qwen3ForCausalLM:
+    """3 layers of 256, 2.9 M parameters: a flat batch of 8,192 tokens takes seconds."""
+    return qwen3(layers=3, hidden=256, vocabulary=2048)
+
+
 def drawn(
     shared: int,
     rollouts: int,

@@ -36,6 +36,7 @@ _SHAPES: dict[str, tuple[int, int, int, bool]] = {
     "attention:nothing_shared": (0, 5, 500, False),
 }
 VARIANTS = DEFAULT = tuple(_SHAPES)
+SECONDS = {"attention": 18}
 QUICK = ("attention:many_short",)
 
 TOLERANCE = 1e-4  # of the largest value, fp32 against fp64
@@ -147,6 +148,7 @@ def run(name: str, quick: bool) -> Result:
     return compare(
         contenders,
         repeats=5,
+        budget_s=4.0,
         ideal=ideal(forest),
         extra={
             "raw_tokens": forest.num_tokens,

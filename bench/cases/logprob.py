@@ -23,6 +23,7 @@ FORMULA = "ideal = 1 (the same matrix products)"
 
 SHAPES = {"logprob": (1024, 384, 8192), "logprob:large_vocabulary": (256, 512, 151_936)}
 VARIANTS = DEFAULT = tuple(SHAPES)
+SECONDS = {"logprob": 5, "logprob:large_vocabulary": 30}
 QUICK = ("logprob",)
 
 TOLERANCE = 1e-4  # of the largest value, fp32 against fp64
@@ -78,7 +79,8 @@ def run(name: str, quick: bool) -> Result:
     rows, size, vocabulary = SHAPES[name]
     return compare(
         {one: lambda one=one: _results(one, hidden, weight, targets) for one in CONTENDERS},
-        repeats=5 if name == "logprob" else 3,
+        repeats=5,
+        budget_s=12.0,
         ideal=ideal(name),
         extra={
             "raw_tokens": rows,

@@ -3,11 +3,12 @@
     preference       the loss from hidden states: forest_preference_loss against log-probs of every rollout's
                      trained tokens and pairwise_preference_loss. 6 rollouts of 250 trained tokens behind 750
                      shared ones, half of them forking halfway, all 15 pairs; hidden size 384, 8,192 tokens
-    preference:step  the whole training step on the same rollouts through a Qwen3 model of 20 M parameters:
-                     the forest against the padded flat batch; `trl` is the step of TRL's DPO trainer, for
-                     which each pair is two rows
+    preference:step  the whole training step through a Qwen3 model of 3 M parameters: the forest against the
+                     padded flat batch; `trl` is the step of TRL's DPO trainer, for which each pair is two
+                     rows. 4 rollouts of 96 trained tokens behind 256 shared ones, all 6 pairs
+    preference:step-large  the same with the rollouts of `preference` and a model of 20 M parameters
 
-ideal of `preference` = trained rollout tokens / rows that some pair needs; of `preference:step` as of `step`.
+ideal of `preference` = trained rollout tokens / rows that some pair needs; of the others as of `step`.
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ from contextlib import ExitStack
 import numpy as np
 import torch
 import trl_peer
-from contenders import check_gradients, check_same, gradients, padded_logprobs, with_steps
+from contenders import check_gradients, gradients, padded_logprobs, with_steps
 from measure import Result, compare
 from torch import Tensor
-from workloads import Workload, drawn, qwen3
+from workloads import Workload, drawn, qwen3, small_qwen3
 
+from cases.step import FORMULA as STEP_FORMULA
 from mosaic_fast.policy import Policy
 from mosaic_kernels import (
     PackedForest,
@@ -33,18 +35,26 @@ from mosaic_kernels import (
 )
 from mosaic_kernels.preference.tree import needed_edges
 
-FORMULA = "ideal = trained rollout tokens / rows some pair needs; preference:step: as of step"
-
-VARIANTS = ("preference", "preference:step")
-DEFAULT = QUICK = ("preference",)
+_SHAPES = {  # shared tokens, rollouts, own tokens
+    "preference": (750, 6, 250),
+    "preference:step": (256, 4, 96),
+    "preference:step-large": (750, 6, 250),
+}
+VARIANTS = tuple(_SHAPES)
+DEFAULT, QUICK = ("preference", "preference:step"), ("preference",)
+SECONDS = {"preference": 10, "preference:step": 20, "preference:step-large": 240}
 
 BETA, TOLERANCE = 0.1, 1e-4
-_SHARED, _ROLLOUTS, _OWN = 750, 6, 250
+
+
+FORMULA = dict.fromkeys(VARIANTS, STEP_FORMULA)
+FORMULA["preference"] = "ideal = trained rollout tokens / rows that some pair needs"
 
 
 def workload(name: str) -> Workload:
-    model = qwen3() if name == "preference:step" else qwen3(1, 128, 8192)
-    return drawn(_SHARED, _ROLLOUTS, _OWN, fork_halfway=True, model=model)
+    models = {"preference": lambda: qwen3(1, 128, 8192), "preference:step": small_qwen3}
+    shared, rollouts, own = _SHAPES[name]
+    return drawn(shared, rollouts, own, fork_halfway=True, model=models.get(name, qwen3)())
 
 
 def all_pairs(rollouts: int) -> np.ndarray:  # [P, 2]
@@ -120,7 +130,7 @@ def _reference_sums(forest: PackedForest) -> np.ndarray:  # [R]
 def check(name: str, quick: bool) -> None:
     """Loss and gradients of both, fp32, 1e-4 of the largest value (of each gradient's norm)."""
     work = workload(name)
-    if name == "preference:step":
+    if name != "preference":
         check_gradients(work.model, step_backwards(work))
         return
     results = {}
@@ -157,15 +167,17 @@ def run(name: str, quick: bool) -> Result:
     backwards = step_backwards(work)
     contenders = with_steps(work.model, backwards)
     with ExitStack() as stack:
-        if trl_peer.installed() and not quick:
-            pairs = all_pairs(forest.num_rollouts)
-            peer = stack.enter_context(trl_peer.dpo(work, pairs, _reference_sums(forest), BETA))
-            check_same("trl", peer.gradients(), gradients(work.model, backwards["flat"]))
-            contenders["trl"] = peer.step
+        not_run: dict[str, str] = {}
+        if not quick:
+            trl = trl_peer.dpo(work, all_pairs(forest.num_rollouts), _reference_sums(forest), BETA)
+            not_run = trl_peer.join(contenders, stack, trl, gradients(work.model, backwards["ours"]))
         return compare(
             contenders,
-            repeats=2,
+            repeats=5,
+            budget_s=8.0,
             ideal=ideal_speedup(forest, work.model.config),
             extra=extra,
             peaks=("ours", "flat"),
+            warm=False,
+            not_run=not_run,
         )

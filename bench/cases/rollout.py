@@ -5,6 +5,7 @@
     rollout:forked     the same with rollouts that fork at a check: siblings also share their first turns
     rollout:groups     16 groups of 8 agents, 4 turns of 16 tokens each, an observation of 24 tokens after
                        each; a system prompt of 120 tokens in common, a task of 60 to each group
+    rollout:groups-small  the same with 8 groups of 4 agents
     rollout:flat       64 prompts that share nothing, one turn of equal length
 
 An agent's next prompt is known only when its last turn is. Ours (`local`, in process) serves each agent as it
@@ -43,7 +44,7 @@ from mosaic_rollout.branching import Branching
 from mosaic_rollout.engine import LocalEngine
 from mosaic_rollout.types import Completion, Engine, ManagedEngine, Request, SamplingParams
 
-FORMULA = "positions that generate forwards / distinct (prefix, token), each forwarded once"
+FORMULA = "ideal = positions that generate forwards / distinct (prefix, token), each forwarded once"
 
 
 @dataclass(frozen=True)
@@ -256,9 +257,13 @@ WORKLOADS: dict[str, Callable[[], Workload]] = {
     "rollout": lambda: _recorded("independent", 16),
     "rollout:forked": lambda: _recorded("fork_at_check", 16),
     "rollout:groups": lambda: _groups(16, 8),
+    "rollout:groups-small": lambda: _groups(8, 4),
     "rollout:flat": lambda: _flat(64),
 }
 VARIANTS, QUICK = tuple(WORKLOADS), ("rollout",)
+DEFAULT = ("rollout", "rollout:groups-small")
+SECONDS = {"rollout": 20, "rollout:forked": 20, "rollout:groups-small": 60}
+SECONDS |= {"rollout:groups": 180, "rollout:flat": 60}
 _RECORDED = ("rollout", "rollout:forked")
 
 
@@ -315,6 +320,7 @@ def run(name: str, quick: bool) -> Result:
         result = compare(
             contenders,
             repeats=3 if quick else 5,
+            budget_s=30.0,
             ideal=_work_ratio(turns),
             extra={
                 "raw_tokens": float(sum(map(len, prompts))),

@@ -1,24 +1,24 @@
 """scaling: how the cost of a training step grows, one axis at a time; the step of `step`, in small.
 
-    scaling:sharing-N   N% of all rollout tokens are shared (1 - unique / raw): 32 rollouts of 96 tokens,
-                        20 M parameters; the rollouts' own tokens are trained
+    scaling:sharing-N   N% of all rollout tokens are shared (1 - unique / raw): 32 rollouts of 256 tokens with
+                        one prompt; the rollouts' own tokens are trained
+    scaling:short-N     the same with rollouts of 96 tokens, through a model of 20 M parameters
     scaling:tokens-N    about N rollout tokens: 4 rollouts, three quarters of each shared
     scaling:group-N     N rollouts of 256 shared and 32 own tokens
     scaling:depth-N     16 rollouts of 64 shared and 128 other tokens, in a binary tree of N levels
     scaling:suffix-N    8 rollouts of 256 shared and N own tokens
 
-All but the first axis: a Qwen3 model of 3 M parameters. `scaling:sharing` runs one axis.
+All but `short`: a Qwen3 model of 3 M parameters (3 layers of 256). `scaling:sharing` runs one axis. The ideal
+is that of `step`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import ExitStack
 
 import trl_peer
 from contenders import (
     check_gradients,
-    check_same,
     gradients,
     model_gflop,
     step_contenders,
@@ -26,14 +26,14 @@ from contenders import (
     with_steps,
 )
 from measure import Result, compare
-from workloads import Workload, drawn, qwen3
+from workloads import Workload, drawn, qwen3, small_qwen3
 
+from cases.step import FORMULA as FORMULA
 from mosaic_kernels import ideal_speedup
-
-FORMULA = "as of step"
 
 AXES = {
     "sharing": (0, 20, 40, 60, 80, 90, 95),
+    "short": (0, 20, 40, 60, 80, 90, 95),
     "tokens": (512, 1024, 2048, 4096),
     "group": (2, 8, 32),
     "depth": (1, 2, 4, 8),
@@ -42,44 +42,47 @@ AXES = {
 VARIANTS = tuple(f"scaling:{axis}-{value}" for axis, values in AXES.items() for value in values)
 DEFAULT = tuple(
     f"scaling:{one}"
-    for one in ("sharing-0", "sharing-60", "sharing-95", "tokens-2048", "group-8", "depth-4", "suffix-32")
+    for one in ("sharing-0", "sharing-60", "sharing-95", "tokens-1024", "group-8", "depth-4", "suffix-32")
 )
 QUICK = ("scaling:suffix-8",)
+SECONDS = {f"scaling:sharing-{n}": 30 for n in AXES["sharing"]}
 
-_ROLLOUTS, _LENGTH = 32, 96  # of the sharing axis
+_ROLLOUTS = 32  # of the axes of sharing
 
 
-def _sharing(percent: int) -> Workload:
+def prompt_tokens(percent: int, length: int) -> int:
     """Prompt length for which 1 - unique / raw is nearest to the share: p (R - 1) / (R L)."""
-    prompt = round(percent / 100 * _LENGTH * _ROLLOUTS / (_ROLLOUTS - 1))
-    return drawn(prompt, _ROLLOUTS, _LENGTH - prompt)
-
-
-def _small() -> Callable[..., Workload]:
-    model = qwen3(layers=4, hidden=256, vocabulary=4096)
-    return lambda shared, rollouts, own, depth=1: drawn(shared, rollouts, own, model=model, depth=depth)
+    return round(percent / 100 * length * _ROLLOUTS / (_ROLLOUTS - 1))
 
 
 def workload(name: str) -> Workload:
     axis, _, value = name.partition(":")[2].partition("-")
     n = int(value)
+    model = qwen3() if axis == "short" else small_qwen3()
     match axis:
-        case "sharing":
-            return _sharing(n)
+        case "sharing" | "short":
+            length = 96 if axis == "short" else 256
+            prompt = prompt_tokens(n, length)
+            return drawn(prompt, _ROLLOUTS, length - prompt, model=model)
         case "tokens":
-            return _small()(n * 3 // 16, 4, n // 16)
+            return drawn(n * 3 // 16, 4, n // 16, model=model)
         case "group":
-            return _small()(256, n, 32)
+            return drawn(256, n, 32, model=model)
         case "depth":
-            return _small()(64, 16, 128, depth=n)
+            return drawn(64, 16, 128, model=model, depth=n)
         case _:
-            return _small()(256, 8, n)
+            return drawn(256, 8, n, model=model)
+
+
+def _is_of_sharing(name: str) -> bool:
+    return name.startswith(("scaling:sharing-", "scaling:short-"))
 
 
 def chosen(name: str) -> tuple[str, ...]:
-    """Whoever shares, on the axis of sharing; whoever packs, where it begins; elsewhere the flat batch."""
-    packing = ("packed", "alone") if name == "scaling:sharing-0" else ()
-    return ("ours", "flat", "gather", *packing) if ":sharing-" in name else ("ours", "flat")
+    """Whoever shares, on the axes of sharing; whoever packs, on that of tokens; elsewhere the flat batch."""
+    if _is_of_sharing(name):
+        return ("ours", "flat", "gather")
+    return ("ours", "flat", "packed", "alone") if ":tokens-" in name else ("ours", "flat")
 
 
 def check(name: str, quick: bool) -> None:
@@ -99,13 +102,14 @@ def run(name: str, quick: bool) -> Result:
     backwards = step_contenders(work, weights)
     contenders = with_steps(model, {one: backwards[one] for one in chosen(name)})
     with ExitStack() as stack:
-        if ":sharing-" in name and trl_peer.installed() and not quick:
-            peer = stack.enter_context(trl_peer.grpo(work, weights))
-            check_same("trl", peer.gradients(), gradients(model, backwards["flat"]))
-            contenders["trl"] = peer.step
+        not_run: dict[str, str] = {}
+        if _is_of_sharing(name) and not quick:
+            trl = trl_peer.grpo(work, weights)
+            not_run = trl_peer.join(contenders, stack, trl, gradients(model, backwards["ours"]))
         return compare(
             contenders,
-            repeats=3,
+            repeats=5,
+            budget_s=8.0 if _is_of_sharing(name) else 5.0,
             ideal=ideal(work),
             extra={
                 "raw_tokens": forest.num_tokens,
@@ -115,4 +119,5 @@ def run(name: str, quick: bool) -> Result:
                 "gflop": model_gflop(work, forest),
             },
             warm=False,
+            not_run=not_run,
         )

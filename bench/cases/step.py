@@ -22,7 +22,6 @@ from dataclasses import replace
 import trl_peer
 from contenders import (
     check_gradients,
-    check_same,
     forest_backward,
     gradients,
     model_gflop,
@@ -56,7 +55,9 @@ CONTENDERS = {
 }
 """Those of a variant; of others `_MOST`. TRL's step joins where it is installed, but for `step:held`."""
 _MOST = ("ours", "flat", "gather")
-VARIANTS, DEFAULT, QUICK = tuple(WORKLOADS), ("step", "step:long_prefix"), ("step",)
+VARIANTS, DEFAULT, QUICK = tuple(WORKLOADS), ("step",), ("step",)
+SECONDS = {"step": 30, "step:nothing_shared": 60, "step:held": 120, "step:many_short": 120}
+SECONDS |= {"step:long_prefix": 150, "step:agent": 240}
 
 
 def chosen(name: str) -> tuple[str, ...]:
@@ -81,13 +82,14 @@ def run(name: str, quick: bool) -> Result:
     contenders = with_steps(model, {one: backwards[one] for one in chosen(name)})
     figures = forest_backward(workload, Policy(model), weights).figures()
     with ExitStack() as stack:
-        if trl_peer.installed() and name != "step:held" and not quick:
-            peer = stack.enter_context(trl_peer.grpo(workload, weights))
-            check_same("trl", peer.gradients(), gradients(model, backwards["flat"]))
-            contenders["trl"] = peer.step
+        not_run: dict[str, str] = {}
+        if name != "step:held" and not quick:
+            trl = trl_peer.grpo(workload, weights)
+            not_run = trl_peer.join(contenders, stack, trl, gradients(model, backwards["ours"]))
         return compare(
             contenders,
-            repeats=5 if name == "step" else 2,
+            repeats=5,
+            budget_s=10.0,
             ideal=ideal(workload),
             extra={
                 "raw_tokens": forest.num_tokens,
@@ -98,4 +100,6 @@ def run(name: str, quick: bool) -> Result:
                 **{key: value for key, value in figures.items() if key.startswith("tree/")},
             },
             peaks=("ours", "flat"),
+            warm=False,
+            not_run=not_run,
         )

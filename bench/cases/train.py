@@ -1,6 +1,6 @@
 """train: the default training run, python -m mosaic_fast.train, and what its time goes into.
 
-8 steps of the embedded agent in the embedded world (--quick: 3), without evaluations. A thread looks every
+6 steps of the embedded agent in the embedded world (--quick: 3), without evaluations. A thread looks every
 2 ms where the run is; what counts is the innermost of our own files on the stack:
 
     engine    sampling, in process: the loop waits for it
@@ -8,7 +8,9 @@
     agents    the agent loop, chat template, grammar, environments
     packing   the forest, plans and index arrays
     other     judge, rewards, files, metrics
-    start-up  loading, before the first step and after the last; not part of the shares
+
+Start-up is not part of the shares and is told apart by a run of one step in a new process: imports, loading
+and closing (curves, summary), and what the first step takes beyond the same one in a warm process.
 
 ours = median seconds a step. There is no flat run. ideal = 1: all time in the model's arithmetic or waiting
 for the engine; of ideal = the share that is, which should be at least 85%.
@@ -19,11 +21,13 @@ from __future__ import annotations
 import json
 import math
 import statistics
+import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
 
@@ -36,6 +40,7 @@ from mosaic_fast.train import train
 FORMULA = "ideal = 1, of ideal = share of time in the engine or in forward, loss, backward and optimiser"
 
 VARIANTS = DEFAULT = QUICK = ("train",)
+SECONDS = {"train": 40}
 
 _PLACES = (
     ("mosaic_rollout/engine/", "engine"),
@@ -56,18 +61,21 @@ _PLACES = (
 )
 PARTS = ("engine", "update", "agents", "packing", "other")
 OUTSIDE = "start-up"
+OPTIONS = ("--env.eval-tasks", "0", "--trackers.console", "quiet")
 
 
-def place_of(frame: FrameType | None) -> str:
-    """Which part the innermost of our own frames belongs to; OUTSIDE where no training step is under way."""
-    found = None
+def place_of(frame: FrameType | None) -> tuple[str, str]:
+    """The part that the innermost of our own frames belongs to, and its name; OUTSIDE between the steps."""
+    found, name = "", ""
     while frame is not None:
-        name = frame.f_code.co_filename
-        found = found or next((part for path, part in _PLACES if path in name), None)
-        if frame.f_code.co_name == "step" and name.endswith("mosaic_fast/train.py"):
-            return found or "other"
+        file, function = frame.f_code.co_filename, frame.f_code.co_name
+        if not found:
+            found = next((part for path, part in _PLACES if path in file), "")
+            name = f"{Path(file).name}:{function}"
+        if function == "step" and file.endswith("mosaic_fast/train.py"):
+            return found or "other", name
         frame = frame.f_back
-    return OUTSIDE
+    return OUTSIDE, ""
 
 
 class Sampler(threading.Thread):
@@ -77,10 +85,14 @@ class Sampler(threading.Thread):
         super().__init__(daemon=True)
         self._watched, self._stop_asked = watched, threading.Event()
         self.counts: Counter[str] = Counter()
+        self.names: Counter[str] = Counter()  # functions of ours that are neither engine nor update
 
     def run(self) -> None:
         while not self._stop_asked.wait(0.002):
-            self.counts[place_of(sys._current_frames().get(self._watched))] += 1
+            part, name = place_of(sys._current_frames().get(self._watched))
+            self.counts[part] += 1
+            if part not in ("engine", "update", OUTSIDE):
+                self.names[name] += 1
 
     def __enter__(self) -> Sampler:
         self.start()
@@ -94,14 +106,43 @@ class Sampler(threading.Thread):
 def _train(steps: int, folder: Path) -> list[dict[str, float]]:
     """The metrics of each step of a run."""
     run = folder / "run"
-    options = ["--steps", str(steps), "--env.eval-tasks", "0", "--trackers.console", "quiet"]
     threads = torch.get_num_threads()
-    config, _, name = parse_train_arguments([*options, "--run-dir", str(run)])
+    config, _, name = parse_train_arguments([*OPTIONS, "--steps", str(steps), "--run-dir", str(run)])
     try:
         train(config, name)
     finally:
         torch.set_num_threads(threads)
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+_NEW_PROCESS = """
+import sys, time
+start = time.perf_counter()
+from mosaic_fast.config_io import parse_train_arguments
+from mosaic_fast.train import train
+print(time.perf_counter() - start)
+config, _, name = parse_train_arguments(sys.argv[1:])
+train(config, name)
+"""
+
+
+def start_up(warm_first_step_s: float) -> dict[str, float]:
+    """Seconds of a run of one step in a new process, but for those that the same step takes here, warm."""
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder) / "run"
+        options = [*OPTIONS, "--steps", "1", "--run-dir", str(run)]
+        start = time.perf_counter()
+        said = subprocess.run(
+            [sys.executable, "-c", _NEW_PROCESS, *options], check=True, capture_output=True, text=True
+        )
+        total = time.perf_counter() - start
+        [row] = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    imports, step = float(said.stdout.splitlines()[0]), row["time/step_s"]
+    return {
+        "imports_s": imports,
+        "loading_and_closing_s": total - imports - step,
+        "first_step_more_s": step - warm_first_step_s,
+    }
 
 
 def check(name: str, quick: bool) -> None:
@@ -122,16 +163,17 @@ def ideal() -> float:
 def run(name: str, quick: bool) -> Result:
     with tempfile.TemporaryDirectory() as folder, Sampler(threading.get_ident()) as sampler:
         start = time.perf_counter()
-        rows = _train(3 if quick else 8, Path(folder))
-        total = time.perf_counter() - start
-    # The first step pays for what is done once, such as allocating memory; loading is in no step.
+        rows = _train(3 if quick else 6, Path(folder))
+        end = time.perf_counter()
     steps = [row["time/step_s"] for row in rows[1:]]
     median = statistics.median(steps)
     counted = sum(sampler.counts[part] for part in PARTS)
     shares = {f"{part}_frac": sampler.counts[part] / counted for part in PARTS}
+    before = start_up(rows[0]["time/step_s"])
+    _print(name, {part: sampler.counts[part] / counted for part in PARTS}, before, sampler.names)
     phases = {
         f"{phase}_s": statistics.median(row[f"time/{phase}_s"] for row in rows[1:])
-        for phase in ("rollout", "judge", "update")
+        for phase in ("rollout", "judge", "update", "checkpoint")
     }
     share = shares["engine_frac"] + shares["update_frac"]
     return Result(
@@ -144,9 +186,21 @@ def run(name: str, quick: bool) -> Result:
         extra={
             "raw_tokens": statistics.median(row["tree/raw_tokens"] for row in rows),
             "unique_tokens": statistics.median(row["tree/unique_tokens"] for row in rows),
-            "run_s": total,
+            "run_s": end - start,
+            **before,
             **phases,
             **shares,
         },
         contenders={"ours": Timing(median, (max(steps) - min(steps)) / median)},
     )
+
+
+def _print(name: str, shares: Mapping[str, float], before: Mapping[str, float], names: Counter[str]) -> None:
+    """Where the time of the steps went, and what start-up took."""
+    lines = [f"{part} {share:.1%}" for part, share in shares.items()]
+    print(f"{name}: of the steps' time: {', '.join(lines)}")
+    rest = names.total() or 1
+    most = [f"{one} {count / rest:.0%}" for one, count in names.most_common(8)]
+    print(f"{name}: of what is neither engine nor update: {', '.join(most)}")
+    taken = [f"{what.removesuffix('_s').replace('_', ' ')} {s:.2f} s" for what, s in before.items()]
+    print(f"{name}: start-up of a new process, not in these shares: {', '.join(taken)}", flush=True)

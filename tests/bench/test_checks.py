@@ -40,6 +40,7 @@ CASES = {
     "logprob": logprob,
     "preference:step": preference,
     "scaling:sharing-0": scaling,
+    "scaling:tokens-512": scaling,
     "step:agent": step,
     "step:held": step,
 }
@@ -54,11 +55,18 @@ def _scaled(function: Broken) -> Broken:
     return lambda *args, **kwargs: function(*args, **kwargs) * 1.001  # pyrefly: ignore
 
 
-@pytest.mark.parametrize("broken", ["packed_loss", "gather_loss", "padded_loss"])
-def test_a_wrong_loss_of_any_contender(monkeypatch: pytest.MonkeyPatch, broken: str) -> None:
+@pytest.mark.parametrize(
+    ("broken", "case"),
+    [
+        ("packed_loss", "scaling:tokens-512"),
+        ("gather_loss", "scaling:sharing-0"),
+        ("padded_loss", "scaling:suffix-2"),
+    ],
+)
+def test_a_wrong_loss_of_any_contender(monkeypatch: pytest.MonkeyPatch, broken: str, case: str) -> None:
     monkeypatch.setattr(contenders, broken, _scaled(getattr(contenders, broken)))
     with pytest.raises(AssertionError, match=r"gradient of .* is off by"):
-        scaling.check("scaling:sharing-0", True)
+        scaling.check(case, True)
 
 
 def test_a_wrong_weight_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,9 +145,10 @@ def test_a_run_that_does_not_repeat(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_is_shared_in_the_workloads() -> None:
     """The axes are what they say: shares of sharing, levels of the tree, an agent's turns."""
     model = qwen3(1, 128, 512)
-    for percent in (0, 60, 95):
-        prompt = round(percent / 100 * 96 * 32 / 31)
-        found = drawn(prompt, 32, 96 - prompt, model=model).forest
+    for percent, length in ((0, 96), (60, 96), (95, 96), (95, 256)):
+        prompt = scaling.prompt_tokens(percent, length)
+        found = drawn(prompt, 32, length - prompt, model=model).forest
+        assert found.num_tokens == 32 * length
         assert abs(1 - found.num_nodes / found.num_tokens - percent / 100) < 0.01
     nodes = [drawn(64, 16, 128, model=model, depth=depth).forest.num_nodes for depth in (1, 2, 4)]
     assert nodes == [64 + 16 * 128, 64 + 64 + 16 * 64, 64 + 32 * (1 + 2 + 4) + 16 * 32]

@@ -7,6 +7,8 @@ import math
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +16,9 @@ import charts
 import measure
 import pytest
 import run
-from cases import logprob, step, train
+import torch
+import trl_peer
+from cases import attention, logprob, preference, rollout, scaling, step, train
 from machine import Roofline, machine, measure_roofline
 from measure import Result, compare
 from output import Report, load_results, not_run, write_json, write_markdown
@@ -103,6 +107,38 @@ def test_a_run_writes_json_markdown_and_charts(
     assert "logprob: timing" in capsys.readouterr().out
 
 
+def test_every_case_runs_quickly(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Check, timing and table of every case, at sizes that take no time."""
+    tiny = drawn(12, 4, 6, fork_halfway=True, model=qwen3(2, 128, 128))
+    small_agents = rollout._groups(2, 2)
+    monkeypatch.setitem(attention._SHAPES, "attention:many_short", (20, 4, 8, True))
+    monkeypatch.setitem(logprob.SHAPES, "logprob", (40, 8, 50))
+    monkeypatch.setattr(preference, "workload", lambda name: tiny)
+    monkeypatch.setitem(step.WORKLOADS, "step", lambda: tiny)
+    monkeypatch.setattr(scaling, "workload", lambda name: tiny)
+    monkeypatch.setitem(rollout.WORKLOADS, "rollout", lambda: small_agents)
+    monkeypatch.setattr(rollout, "_recorded", lambda branching, tasks: small_agents)
+    monkeypatch.setattr(
+        train, "OPTIONS", (*train.OPTIONS, "--rollout.prompts-per-step", "2", "--rollout.group-size", "2")
+    )
+    monkeypatch.setattr(train, "start_up", lambda warm: {"imports_s": 1.0, "first_step_more_s": 0.5 * warm})
+    file = tmp_path / "all.json"
+    monkeypatch.setattr(sys, "argv", ["run.py", "--quick", "--json", str(file)])
+    assert run.main() == 0
+    said = capsys.readouterr().out
+    found = json.loads(file.read_text())
+    assert {name.partition(":")[0] for name in found["cases"]} == set(run.CASES)
+    assert all(case["median_s"] > 0 for case in found["cases"].values())
+    assert "[8/8] scaling:suffix-8: took" in said
+    assert "cost of the flat batch / cost of the forest" in said
+    assert "start-up of a new process, not in these shares: imports 1.00 s, first step more" in said
+    extra = found["cases"]["train"]["extra"]
+    assert sum(extra[f"{part}_frac"] for part in train.PARTS) == pytest.approx(1.0)
+    assert found["cases"]["forest"]["extra"]["tokens_per_s"] > 1e5
+
+
 def _result(ratio: float, sharing: float) -> Result:
     contenders = {"ours": measure.Timing(1.0, 0.0), "flat": measure.Timing(ratio, 0.0)}
     contenders["trl"] = measure.Timing(2 * ratio, 0.1)
@@ -153,6 +189,36 @@ def test_contenders_take_turns_and_may_time_themselves() -> None:
     assert found.extra["trl_median_s"] == 4.0
 
 
+def test_rounds_end_when_the_time_is_up() -> None:
+    work = {"ours": lambda: 1.0, "flat": lambda: time.sleep(0.01) or 2.0}
+    assert compare(work, repeats=9, ideal=1.0, extra={}, budget_s=0.0).extra["rounds"] == measure.FEWEST
+    assert compare(work, repeats=3, ideal=1.0, extra={}, budget_s=60.0).extra["rounds"] == 3
+
+
+def test_a_peer_that_cannot_run_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = {"weight": torch.ones(2)}
+
+    @contextmanager
+    def loaded(scale: float) -> Iterator[SimpleNamespace]:
+        if not scale:
+            raise trl_peer.PeerError("trl_step.py ended: no memory")
+        yield SimpleNamespace(gradients=lambda: {"weight": scale * torch.ones(2)}, step=lambda: 2.0)
+
+    def joined(scale: float) -> tuple[dict[str, str], list[str]]:
+        contenders: dict[str, Callable[[], object]] = {}
+        with ExitStack() as stack:
+            missing = trl_peer.join(contenders, stack, loaded(scale), expected)  # pyrefly: ignore
+        return missing, list(contenders)
+
+    monkeypatch.setattr(trl_peer, "installed", lambda: False)
+    assert joined(1.0) == ({}, [])
+    monkeypatch.setattr(trl_peer, "installed", lambda: True)
+    assert joined(1.0) == ({}, ["trl"])
+    assert joined(0.0) == ({"TRL": "trl_step.py ended: no memory"}, [])
+    with pytest.raises(AssertionError, match="trl: gradient of weight is off"):
+        joined(1.001)
+
+
 def test_the_roofline_is_of_the_given_threads() -> None:
     found = measure_roofline(1, quick=True)
     assert found.threads == 1
@@ -160,8 +226,9 @@ def test_the_roofline_is_of_the_given_threads() -> None:
 
 
 def test_peers_that_are_missing_are_named() -> None:
-    assert not_run(False, quick=False)["TRL"] == "not installed: make bench-peers"
-    assert "TRL" not in not_run(True, quick=False)
+    assert not_run(False, True, quick=False)["TRL"] == "not installed: make bench-peers"
+    assert "TRL" not in not_run(True, True, quick=False)
+    assert not_run(True, False, quick=False)["SGLang"] == "not installed: make sglang"
 
 
 def test_a_profile_tells_python_from_operators(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -185,11 +252,13 @@ def test_where_a_run_is() -> None:
 
     outermost = frame("/a/mosaic_fast/train.py", "step", None)
     engine = frame("/a/mosaic_rollout/engine/local.py", "_drive", outermost)
-    assert train.place_of(frame("/torch/nn/linear.py", "forward", engine)) == "engine"  # pyrefly: ignore
+    inside = frame("/torch/nn/linear.py", "forward", engine)
+    assert train.place_of(inside) == ("engine", "local.py:_drive")  # pyrefly: ignore
     agents = frame("/a/mosaic_rollout/agent_loop.py", "run", outermost)
-    assert train.place_of(agents) == "agents"  # pyrefly: ignore
-    assert train.place_of(outermost) == "other"  # pyrefly: ignore
-    assert train.place_of(frame("/a/mosaic_fast/components.py", "load", None)) == train.OUTSIDE  # pyrefly: ignore
+    assert train.place_of(agents) == ("agents", "agent_loop.py:run")  # pyrefly: ignore
+    assert train.place_of(outermost) == ("other", "train.py:step")  # pyrefly: ignore
+    loading = frame("/a/mosaic_fast/components.py", "load", None)
+    assert train.place_of(loading) == (train.OUTSIDE, "")  # pyrefly: ignore
     with train.Sampler(threading.get_ident()) as sampler:
         time.sleep(0.05)
     assert sampler.counts[train.OUTSIDE] > 2

@@ -21,7 +21,7 @@ from mosaic_kernels.dispatch import result_dtype
 
 CHUNK_LOGITS = 2**22  # logits a chunk, 16 MiB in fp32
 CHUNK_ROWS = 128  # but never fewer rows than this: below, reading the weight outweighs the arithmetic
-KEPT_LOGITS = 2**25  # logits that a forward pass keeps for the backward pass, 128 MiB in fp32
+KEPT_LOGITS = 2**26  # logits that a forward pass keeps for the backward pass, 256 MiB in fp32
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,7 +164,9 @@ class _ChunkedLogprob(torch.autograd.Function):
         hidden, weight, bias, lse, entropy, *kept = ctx.saved_tensors
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.zeros_like(hidden) if needs_hidden else None
-        grad_weight = torch.zeros_like(weight) if needs_weight else None
+        grad_weight = torch.empty_like(weight) if needs_weight else None
+        if grad_weight is not None and not ctx.chunks:
+            grad_weight.zero_()
         grad_bias = torch.zeros_like(bias) if needs_bias else None
         grad_targets = None if grad_logprobs is None else grad_logprobs[ctx.order]
         alpha, softcap = ctx.inverse_temperature, ctx.softcap
@@ -186,7 +188,8 @@ class _ChunkedLogprob(torch.autograd.Function):
             if grad_hidden is not None:
                 torch.mm(grad_logits, weight, out=grad_hidden[chunk.rows]).mul_(alpha)
             if grad_weight is not None:
-                grad_weight.addmm_(grad_logits.T, hidden[chunk.rows], alpha=alpha)
+                # The first product is the gradient itself: a large weight's zeros would be written and read.
+                grad_weight.addmm_(grad_logits.T, hidden[chunk.rows], alpha=alpha, beta=float(index > 0))
             if grad_bias is not None:
                 grad_bias.add_(grad_logits.sum(0), alpha=alpha)
         return grad_hidden, grad_weight, grad_bias, None, None, None, None, None, None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import cast
 
 import numpy as np
@@ -24,6 +25,7 @@ from mosaic_rollout.types import Message, ToolSchema
 _SENTINEL = "mosaicsentinel"
 _OUTPUT_OPEN, _OUTPUT_CLOSE = "<tool_response>", "</tool_response>"
 """Around a tool's output where the template has no role for it, as Qwen's templates write it."""
+_KEPT_ENCODINGS = 512  # texts
 _PROBE_TOOL: ToolSchema = {
     "type": "function",
     "function": {
@@ -67,6 +69,8 @@ class Chat:
         self.stop_token_ids: tuple[int, ...] = tuple(dict.fromkeys(stop))
         self._template_has_outputs = self._detect_outputs()
         reserved = {_OUTPUT_OPEN, _OUTPUT_CLOSE, *map(str, tokenizer.get_added_vocab())}
+        # Siblings of a group have a prompt in common, and tools often say the same.
+        self._encode = lru_cache(maxsize=_KEPT_ENCODINGS)(self._encode_anew)
         self._reserved = re.compile("|".join(map(re.escape, sorted(reserved, key=len, reverse=True))))
 
     def prompt(self, messages: Sequence[Message], tools: Sequence[ToolSchema]) -> tuple[np.ndarray, bool]:
@@ -141,8 +145,11 @@ class Chat:
                 low = middle + 1
         return low
 
-    def _encode(self, text: str) -> np.ndarray:
-        return np.asarray(self.tokenizer.encode(without_surrogates(text), add_special_tokens=False), np.int64)
+    def _encode_anew(self, text: str) -> np.ndarray:  # [L] int64, read only
+        ids = self.tokenizer.encode(without_surrogates(text), add_special_tokens=False)
+        found = np.asarray(ids, np.int64)
+        found.flags.writeable = False
+        return found
 
     def _render(
         self, messages: Sequence[Message], tools: Sequence[ToolSchema] | None, *, opens: bool = False

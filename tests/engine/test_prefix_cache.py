@@ -68,9 +68,10 @@ def worst_error_after_update(engine: LocalEngine, model: PreTrainedModel) -> flo
     return max(float(np.abs(c.logprobs - s).max()) for c, s in zip(completions, stock, strict=True))
 
 
-def test_new_weights_are_served_exactly() -> None:
-    model = tiny_model()
-    assert worst_error_after_update(LocalEngine(model), model) < 1e-6
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-6), (torch.float32, 1e-5)])
+def test_new_weights_are_served_exactly(dtype: torch.dtype, tolerance: float) -> None:
+    model = tiny_model(dtype=dtype)
+    assert worst_error_after_update(LocalEngine(model), model) < tolerance
 
 
 def test_without_the_flush_that_test_would_fail(monkeypatch: pytest.MonkeyPatch) -> None:

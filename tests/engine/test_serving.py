@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from mosaic_rollout.engine import EngineError, LocalEngine, NonFiniteLogitsError
+from mosaic_rollout.engine.attention import ATTENTION_NAME
 from mosaic_rollout.types import Completion, Request, SamplingParams
 
 from .helpers import VOCAB, generate, naive_sample, random_tokens, request, tiny_model
@@ -171,6 +172,22 @@ def test_non_finite_weights_are_named_with_their_version(broken: float) -> None:
     assert generate(engine, [asked])[0].token_ids.tolist() == naive_sample(model, asked)
 
 
+def test_the_rows_of_a_caller_who_leaves_are_filled_by_others() -> None:
+    model = tiny_model()
+    engine = LocalEngine(model)
+
+    async def agents() -> Completion:
+        leaves = asyncio.create_task(engine.generate([request(PROMPT, 200, key=5)]))
+        other = asyncio.create_task(engine.generate([request(PROMPT, 15, key=6)]))
+        for _ in range(5):
+            await asyncio.sleep(0)
+        leaves.cancel()
+        return (await other)[0]
+
+    completion = asyncio.run(agents())
+    assert completion.token_ids.tolist() == naive_sample(model, request(PROMPT, 15, key=6))
+
+
 def test_a_cancelled_caller_leaves_and_the_others_go_on() -> None:
     engine = LocalEngine(tiny_model(), max_batch=3)
 
@@ -235,7 +252,7 @@ def test_the_trainers_model_is_left_as_found() -> None:
     engine = LocalEngine(model)
     generate(engine, [request(PROMPT, 4)])
     hook.remove()
-    assert seen == {("sdpa", False, False)}
+    assert seen == {(ATTENTION_NAME, False, False)}
     assert model.config._attn_implementation == "eager"
     assert [module.training for module in model.modules()] == modes
     for name, parameter in model.named_parameters():

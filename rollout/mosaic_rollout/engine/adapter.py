@@ -1,7 +1,8 @@
-"""The one place that knows transformers: a causal LM run on our keys, values, masks and positions.
+"""The one place that knows transformers: a causal LM run on a packed row of tokens, attending as it is told.
 
-The model is used as it is. What is ours goes in through public doors: a `Cache` subclass, a 4D mask (a
-dictionary of them where the model has full and sliding layers), explicit position ids.
+The model is used as it is. What is ours goes in through public doors: an attention function selected by
+name, a keyword that reaches it, explicit position ids. Models of known layout are run without their modules'
+overhead (stock.py).
 """
 
 from __future__ import annotations
@@ -12,8 +13,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
+
+from .attention import ATTENTION_NAME, Attend, register
+from .stock import StockDecoder
 
 _ONE_SCALE_ROPE = ("default", "linear", "llama3", "yarn", "proportional")
 
@@ -40,14 +44,15 @@ class CausalModel:
     """A Hugging Face causal LM, with what the engine needs to know of it.
 
     Refused by name (ValueError): attention layers of other types than full and sliding, layers that differ
-    in heads or head size. `max_tokens` is the longest sequence served: max_position_embeddings, and no
-    further than the original length where the rotary frequencies depend on the longest position in the
-    batch (longrope), since a cached key must not depend on its neighbours.
+    in heads or head size, attention that does not go through transformers' interface or hides its window
+    from it. `max_tokens` is the longest sequence served: max_position_embeddings, and no further than the
+    original length where the rotary frequencies depend on the longest position in the batch (longrope),
+    since a cached key must not depend on its neighbours.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
+        register()
         self.model = model
-        self.refresh()
         config = model.config
         self.vocab_size: int = config.vocab_size
         layer_types = getattr(config, "layer_types", None)
@@ -55,10 +60,6 @@ class CausalModel:
             raise ValueError(
                 f"LocalEngine serves full and sliding attention, this model has {sorted(unknown)}"
             )
-        self.window: int | None = getattr(config, "sliding_window", None)
-        self.mixed = layer_types is not None and "sliding_attention" in layer_types
-        if layer_types is not None and not self.mixed:
-            self.window = None
         rope = getattr(config, "rope_parameters", None) or {}
         self.fixed_rope = rope.get("rope_type", "default") in _ONE_SCALE_ROPE
         self.max_tokens: int = config.max_position_embeddings
@@ -66,44 +67,58 @@ class CausalModel:
             self.max_tokens = rope.get("original_max_position_embeddings") or self.max_tokens
         accepted = inspect.signature(model.forward).parameters
         self._only_last = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+        self._stock: StockDecoder | None = None
+        self._modules = list(model.modules())
         self.shape = self._probe()
+        self.refresh()
 
     def refresh(self) -> None:
-        """Look at the module tree again: adapters may have been put in since."""
+        """Look at the module tree again: hooks or adapters may have been put in, or weights replaced."""
         self._modules = list(self.model.modules())
+        self._stock = StockDecoder.of(self.model) if self.fixed_rope else None
 
     def _probe(self) -> KeyValueShape:
         """Learn the cache's shape from one token, rather than from the many spellings of configs."""
-        cache = DynamicCache(config=self.model.config)
+        seen, config = _Probe(), self.model.config
+        token = torch.zeros(1, dtype=torch.long, device=self.model.device)
         with self.serving():
-            token = torch.zeros(1, 1, dtype=torch.long, device=self.model.device)
-            self.model(input_ids=token, past_key_values=cache, use_cache=True)
-        found: set[KeyValueShape] = set()
-        for layer in cache.layers:
-            if not isinstance(layer, CacheLayerMixin) or layer.keys is None or layer.values is None:
-                raise ValueError(f"LocalEngine cannot cache a layer of kind {type(layer).__name__}")
-            heads, key_dim, value_dim = layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3]
-            found.add(
-                KeyValueShape(
-                    len(cache.layers), heads, key_dim, value_dim, layer.keys.dtype, layer.keys.device
-                )
+            self.forward(token, token, seen, logits=False)
+        if len(seen.shapes) != config.num_hidden_layers:
+            raise ValueError(
+                "LocalEngine serves models whose layers call transformers' attention interface once each; "
+                f"{type(self.model).__name__} called it {len(seen.shapes)} times"
             )
-        if len(found) != 1:
-            raise ValueError(f"LocalEngine needs the same heads and head size in all layers, found {found}")
-        return found.pop()
+        if len(set(seen.shapes)) != 1:
+            raise ValueError(
+                f"LocalEngine needs the same heads and head size in all layers, found {set(seen.shapes)}"
+            )
+        window = getattr(config, "sliding_window", None)
+        types = getattr(config, "layer_types", None) or ["sliding_attention"] * len(seen.windows)
+        expected = [window if kind == "sliding_attention" else None for kind in types]
+        if seen.windows != expected:
+            raise ValueError(
+                f"{type(self.model).__name__} hands windows {seen.windows} to its attention, "
+                f"its configuration says {expected}"
+            )
+        heads, key_dim, value_dim, dtype, device = seen.shapes[0]
+        return KeyValueShape(len(seen.shapes), heads, key_dim, value_dim, dtype, device)
 
     @contextmanager
     def serving(self) -> Iterator[None]:
-        """Evaluation mode, no autograd, SDPA attention; all three as found again afterwards.
+        """Evaluation mode, no autograd, our attention; all three as found again afterwards.
 
         The trainer uses the same module and config between two iterations, hence never held across an await.
         """
-        config, attention = self.model.config, self.model.config._attn_implementation
-        in_training = [module for module in self._modules if module.training]
         # rotary embeddings that rewrite their buffers must not leave inference tensors in the trainer's model
         no_grad = torch.inference_mode() if self.fixed_rope else torch.no_grad()
+        if self._stock is not None:  # no module is called
+            with no_grad:
+                yield
+            return
+        config, attention = self.model.config, self.model.config._attn_implementation
+        in_training = [module for module in self._modules if module.training]
         try:
-            config._attn_implementation = "sdpa"
+            config._attn_implementation = ATTENTION_NAME
             for module in in_training:
                 object.__setattr__(module, "training", False)  # nn.Module's own is slow, and this hot
             with no_grad:
@@ -115,35 +130,37 @@ class CausalModel:
 
     def forward(
         self,
-        tokens: torch.Tensor,  # [B, T] int64
-        positions: torch.Tensor,  # [B, T] int64
-        visible: torch.Tensor,  # [B, T, K] bool: query t may see key k, windows left aside
-        key_positions: torch.Tensor,  # [B or 1, K] int64
-        cache: Cache,  # its update() takes T new tokens and returns K keys and values
-    ) -> torch.Tensor:
-        """Logits of the last token, [B, V]."""
+        tokens: Tensor,  # [T] int64
+        positions: Tensor,  # [T] int64, each in its own sequence
+        served: Attend,
+        *,
+        logits: bool = True,
+    ) -> Tensor:
+        """Logits of all tokens, [T, V]; without `logits` only keys and values are wanted, and [0, V] or more
+        comes back."""
+        if self._stock is not None:
+            return self._stock.forward(tokens, positions, served, logits=logits)
         output = self.model(
-            input_ids=tokens,
-            position_ids=positions,
-            attention_mask=self._masks(visible, positions, key_positions),
-            past_key_values=cache,
-            use_cache=True,
-            **self._only_last,
+            input_ids=tokens[None],
+            position_ids=positions[None],
+            use_cache=False,
+            served=served,
+            **({} if logits else self._only_last),
         )
-        return output.logits[:, -1]
+        return output.logits[0]
 
-    def _masks(
-        self, visible: torch.Tensor, positions: torch.Tensor, key_positions: torch.Tensor
-    ) -> torch.Tensor | dict[str, torch.Tensor]:
-        if self.window is None:
-            return self._additive(visible)
-        near = positions[:, :, None] - key_positions[:, None, :] < self.window
-        windowed = self._additive(visible & near)
-        if not self.mixed:
-            return windowed
-        return {"full_attention": self._additive(visible), "sliding_attention": windowed}
 
-    def _additive(self, visible: torch.Tensor) -> torch.Tensor:
-        """[B, 1, T, K] of the model's dtype: SDPA would convert a boolean mask once a layer."""
-        mask = torch.zeros(visible.shape, dtype=self.shape.dtype, device=visible.device)
-        return mask.masked_fill_(~visible, -torch.inf)[:, None]
+class _Probe:
+    """An `Attend` that looks at what it is given, and attends to the token itself."""
+
+    def __init__(self) -> None:
+        self.shapes: list[tuple[int, int, int, torch.dtype, torch.device]] = []
+        self.windows: list[int | None] = []
+
+    def store(self, layer: int, key: Tensor, value: Tensor) -> None:
+        self.shapes.append((key.shape[1], key.shape[2], value.shape[2], key.dtype, key.device))
+        self._value = value
+
+    def attend(self, layer: int, query: Tensor, scale: float, window: int | None) -> Tensor:
+        self.windows.append(window)
+        return self._value.repeat_interleave(query.shape[1] // self._value.shape[1], dim=1)

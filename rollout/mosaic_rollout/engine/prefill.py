@@ -1,9 +1,8 @@
 """Prefill: the keys and values of tree nodes that are not ready, each token computed once.
 
-Nodes are not padded into a batch and need no level-by-level order: a chunk is a packed row of tokens, and
-its keys are all tokens on the paths down to them, in depth-first order. With `subtree_end[k]` the index
-after the last key below k, a query at key index q sees k iff `k <= q < subtree_end[k]`: the trainer's
-forest mask.
+A chunk is a packed row of tokens, whatever nodes they are of: nothing but attention cares. For attention,
+segments of like shape are one padded batch (a block), in which a segment's keys are the tokens of its path:
+key j has position j.
 """
 
 from __future__ import annotations
@@ -13,15 +12,18 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from transformers.cache_utils import Cache
+from torch import Tensor
 
-from .adapter import CausalModel
+from .adapter import CausalModel, KeyValueShape
+from .attention import grouped_attention, visible_keys
 from .pool import KeyValuePool
 from .radix import Node
 
-MASKED_PAIRS = 65_536
-"""Pairs a chunk may compute in vain: about as dear as the forward another chunk would need, both for a model
-of 1 M parameters (1 k multiply-adds a pair, some ms a forward) and for one of 100 M (35 k; 0.1 s)."""
+PADDED_PAIRS = 4096
+"""(query, key) pairs of padding that are cheaper than another call: 50 us for a model of 1 M parameters."""
+
+BLOCK_KEYS = 8192
+"""Keys gathered at a time, unless one sequence has more."""
 
 
 @dataclass(frozen=True)
@@ -32,18 +34,14 @@ class Segment:
     start: int
     end: int
 
+    @property
+    def queries(self) -> int:
+        return self.end - self.start
 
-@dataclass(frozen=True)
-class Chunk:
-    """One forward: T queries, K keys."""
-
-    tokens: np.ndarray  # [T] int64
-    positions: np.ndarray  # [T] int64
-    slots: np.ndarray  # [T] int64, where the new keys and values go
-    query_keys: np.ndarray  # [T] int64, index among the keys of each query's own key
-    key_slots: np.ndarray  # [K] int64
-    key_positions: np.ndarray  # [K] int64
-    subtree_end: np.ndarray  # [K] int64
+    @property
+    def keys(self) -> int:
+        """Tokens on the path down to its last one, itself included."""
+        return self.node.start + self.end
 
 
 def pending_nodes(ends: Sequence[Node]) -> list[Node]:
@@ -56,109 +54,128 @@ def pending_nodes(ends: Sequence[Node]) -> list[Node]:
     return list(seen.values())
 
 
-def cut(
-    nodes: Sequence[Node], chunk_tokens: int, masked_pairs: int = MASKED_PAIRS
-) -> Iterator[list[Segment]]:
-    """Deal the nodes' tokens out, in order, to chunks of at most `chunk_tokens` tokens.
-
-    A chunk is closed early where one more node would raise the (query, key) pairs masked between nodes above
-    `masked_pairs`: neighbours that share little pay for each other's keys.
-    """
+def cut(nodes: Sequence[Node], chunk_tokens: int) -> Iterator[list[Segment]]:
+    """Deal the nodes' tokens out, in order, to chunks of at most `chunk_tokens` tokens."""
     chunk: list[Segment] = []
-    shown: set[int] = set()  # id of each node with keys in the chunk
-    queries = keys = alone = 0  # alone: pairs of the chunk's nodes if each were a chunk of its own
+    room = chunk_tokens
     for node in nodes:
         start = 0
         while start < len(node.tokens):
-            count = min(len(node.tokens) - start, chunk_tokens - queries)
-            more_keys = count + sum(len(n.tokens) for n in node.path()[:-1] if id(n) not in shown)
-            more_keys += 0 if id(node) in shown else start
-            more_alone = count * (node.start + start + count)
-            masked = (queries + count) * (keys + more_keys) - alone - more_alone
-            if chunk and (count == 0 or masked > masked_pairs):
+            end = min(len(node.tokens), start + room)
+            chunk.append(Segment(node, start, end))
+            room -= end - start
+            start = end
+            if not room:
                 yield chunk
-                chunk, shown = [], set()
-                queries = keys = alone = 0
-                continue
-            chunk.append(Segment(node, start, start + count))
-            shown.update(id(n) for n in node.path())
-            queries, keys, alone = queries + count, keys + more_keys, alone + more_alone
-            start += count
+                chunk, room = [], chunk_tokens
     if chunk:
         yield chunk
 
 
-def lay_out(segments: Sequence[Segment]) -> Chunk:
-    """Depth-first layout of the segments and all that is above them."""
-    shown: dict[int, int] = {}  # id of a node -> how many of its tokens are keys
-    below: dict[int, list[Node]] = {}
-    roots: list[Node] = []
-    for segment in segments:
-        for node in segment.node.path():
-            if id(node) not in shown:
-                assert node.parent is not None
-                (below.setdefault(id(node.parent), []) if node.parent.parent else roots).append(node)
-            shown[id(node)] = segment.end if node is segment.node else len(node.tokens)
-    key_slots: list[np.ndarray] = []
-    key_positions: list[np.ndarray] = []
-    first: dict[int, int] = {}  # id of a node -> index of its first key
-    last: list[tuple[int, int]] = []  # (id of a node, index after the last key below it)
-    count = 0
-    stack: list[tuple[Node, bool]] = [(node, False) for node in reversed(roots)]
-    while stack:
-        node, left = stack.pop()
-        if left:
-            last.append((id(node), count))
-            continue
-        first[id(node)] = count
-        size = shown[id(node)]
-        key_slots.append(node.slots[:size])
-        key_positions.append(np.arange(node.start, node.start + size))
-        count += size
-        stack.append((node, True))
-        stack.extend((child, False) for child in reversed(below.get(id(node), [])))
-    subtree_end = np.empty(count, np.int64)
-    for key, end in last:
-        subtree_end[first[key] : first[key] + shown[key]] = end
-    spans = [(s.node, s.start, s.end) for s in segments]
-    return Chunk(
-        tokens=np.concatenate([node.tokens[a:b] for node, a, b in spans]),
-        positions=np.concatenate([np.arange(node.start + a, node.start + b) for node, a, b in spans]),
-        slots=np.concatenate([node.slots[a:b] for node, a, b in spans]),
-        query_keys=np.concatenate(
-            [np.arange(first[id(node)] + a, first[id(node)] + b) for node, a, b in spans]
-        ),
-        key_slots=np.concatenate(key_slots),
-        key_positions=np.concatenate(key_positions),
-        subtree_end=subtree_end,
-    )
+def blocks_of(segments: Sequence[Segment]) -> list[list[int]]:
+    """Indices of the segments, by block: those that padding to one shape costs less than a call of their own.
+
+    What is padded is at most PADDED_PAIRS a segment; a block's keys are at most BLOCK_KEYS, or one segment's.
+    """
+    blocks: list[list[int]] = []
+    longest = most = 0  # of the last block: queries, keys
+    for index in sorted(range(len(segments)), key=lambda i: (segments[i].keys, segments[i].queries)):
+        segment = segments[index]
+        queries, keys = max(longest, segment.queries), max(most, segment.keys)
+        count = len(blocks[-1]) if blocks else 0
+        more = (count + 1) * queries * keys - count * longest * most - segment.queries * segment.keys
+        if count and more <= PADDED_PAIRS and (count + 1) * keys <= BLOCK_KEYS:
+            blocks[-1].append(index)
+            longest, most = queries, keys
+        else:
+            blocks.append([index])
+            longest, most = segment.queries, segment.keys
+    return blocks
 
 
-class _ChunkCache(Cache):
-    """Writes a chunk's keys and values to their slots and shows it those of all its paths."""
+class _Block:
+    """R segments of a chunk, padded to t queries and k keys."""
 
-    def __init__(self, pool: KeyValuePool, chunk: Chunk) -> None:
-        super().__init__(layers=[])
-        self._pool = pool
-        device = pool.shape.device
-        self._slots = torch.from_numpy(chunk.slots).to(device)
-        self._key_slots = torch.from_numpy(chunk.key_slots).to(device)
+    def __init__(self, segments: Sequence[Segment], offsets: Sequence[int], shape: KeyValueShape) -> None:
+        """offsets: where in the chunk the segments begin."""
+        rows = len(segments)
+        longest, keys = max(s.queries for s in segments), max(s.keys for s in segments)
+        query = np.zeros(
+            (rows, longest), np.int64
+        )  # padded ones compute the chunk's first query, at position 0
+        positions = np.zeros((rows, longest), np.int64)
+        slots = np.zeros((rows, keys), np.int64)  # padded ones are masked
+        filled = np.zeros((rows, longest), bool)
+        for row, (segment, offset) in enumerate(zip(segments, offsets, strict=True)):
+            count = segment.queries
+            query[row, :count] = np.arange(offset, offset + count)
+            positions[row, :count] = np.arange(segment.keys - count, segment.keys)
+            path = np.concatenate([node.slots for node in segment.node.path()])
+            slots[row] = path[0]
+            slots[row, : segment.keys] = path[: segment.keys]
+            filled[row, :count] = True
+        self._rows, self._keys = rows, keys
+        self._same = all((s.queries, s.keys) == (longest, keys) for s in segments)
+        self._causal = self._same and longest == keys
+        self._shape = shape
+        self._queries, self._slots, self._outputs = (
+            torch.from_numpy(a).to(shape.device) for a in (query.ravel(), slots.ravel(), query[filled])
+        )
+        kept = filled.ravel().nonzero()[0]
+        self._kept = None if filled.all() else torch.from_numpy(kept).to(shape.device)
+        self._positions = torch.from_numpy(positions[:1] if self._same else positions).to(shape.device)
+        self._masks: dict[int | None, Tensor | None] = {}
 
-    def update(
+    def attend(
         self,
-        key_states: torch.Tensor,
-        value_states: torch.Tensor,
-        layer_idx: int,
-        *args: object,
-        **kwargs: object,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """[1, Hkv, T, D] new -> [1, Hkv, K, D] visible, for keys and values."""
-        keys = self._swap(self._pool.keys[layer_idx], key_states)
-        return keys, self._swap(self._pool.values[layer_idx], value_states)
+        query: Tensor,  # [T, Hq, D]
+        keys: Tensor,  # [Hkv, slots, D]
+        values: Tensor,  # [Hkv, slots, Dv]
+        scale: float,
+        window: int | None,
+        into: Tensor,  # [T, Hq, Dv]
+    ) -> None:
+        split = (self._rows, self._keys)
+        attended = grouped_attention(
+            query.index_select(0, self._queries).unflatten(0, (self._rows, -1)).transpose(1, 2),
+            keys.index_select(1, self._slots).unflatten(1, split).transpose(0, 1),
+            values.index_select(1, self._slots).unflatten(1, split).transpose(0, 1),
+            self._mask(window),
+            scale,
+        )
+        rows = attended.transpose(1, 2).flatten(0, 1)  # [R t, Hq, Dv]
+        into.index_copy_(0, self._outputs, rows if self._kept is None else rows.index_select(0, self._kept))
 
-    def _swap(self, stored: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-        stored.index_copy_(1, self._slots, new[0])
-        return stored.index_select(1, self._key_slots)[None]
+    def _mask(self, window: int | None) -> Tensor | None:
+        if self._causal and (window is None or self._keys <= window):
+            return None
+        if window not in self._masks:
+            self._masks[window] = visible_keys(self._positions, self._keys, window, self._shape.dtype)
+        return self._masks[window]
+
+
+class _Chunk:
+    """The `Attend` of one chunk: keys and values go to their slots, and come from there."""
+
+    def __init__(self, pool: KeyValuePool, segments: Sequence[Segment]) -> None:
+        self._pool = pool
+        offsets = np.cumsum([0, *(segment.queries for segment in segments)]).tolist()
+        slots = np.concatenate([s.node.slots[s.start : s.end] for s in segments])
+        self._slots = torch.from_numpy(slots).to(pool.shape.device)
+        self._blocks = [
+            _Block([segments[i] for i in block], [offsets[i] for i in block], pool.shape)
+            for block in blocks_of(segments)
+        ]
+
+    def store(self, layer: int, key: Tensor, value: Tensor) -> None:
+        self._pool.keys[layer].index_copy_(1, self._slots, key.transpose(0, 1))
+        self._pool.values[layer].index_copy_(1, self._slots, value.transpose(0, 1))
+
+    def attend(self, layer: int, query: Tensor, scale: float, window: int | None) -> Tensor:
+        out = query.new_empty(*query.shape[:2], self._pool.shape.value_dim)
+        for block in self._blocks:
+            block.attend(query, self._pool.keys[layer], self._pool.values[layer], scale, window, out)
+        return out
 
 
 def prefill(model: CausalModel, pool: KeyValuePool, nodes: Sequence[Node], chunk_tokens: int) -> int:
@@ -166,15 +183,14 @@ def prefill(model: CausalModel, pool: KeyValuePool, nodes: Sequence[Node], chunk
     device = pool.shape.device
     forwards = 0
     for segments in cut(nodes, chunk_tokens):
-        chunk = lay_out(segments)
-        keys = np.arange(len(chunk.key_slots))
-        query = chunk.query_keys[:, None]  # [T, 1]
-        visible = torch.from_numpy((keys <= query) & (query < chunk.subtree_end))  # [T, K]
-        tokens, positions, key_positions = (
-            torch.from_numpy(array).to(device)[None]
-            for array in (chunk.tokens, chunk.positions, chunk.key_positions)
+        tokens = np.concatenate([s.node.tokens[s.start : s.end] for s in segments])
+        positions = np.concatenate([np.arange(s.keys - s.queries, s.keys) for s in segments])
+        model.forward(
+            torch.from_numpy(tokens).to(device),
+            torch.from_numpy(positions).to(device),
+            _Chunk(pool, segments),
+            logits=False,
         )
-        model.forward(tokens, positions, visible.to(device)[None], key_positions, _ChunkCache(pool, chunk))
         forwards += 1
     for node in nodes:
         node.ready = True

@@ -7,19 +7,19 @@ grow by half: per token, the copying amounts to a constant.
 from __future__ import annotations
 
 import torch
-from transformers.cache_utils import Cache
+from torch.nn.functional import scaled_dot_product_attention
 
 from .adapter import KeyValueShape
+from .attention import visible_keys
 from .pool import KeyValuePool
 
 _TOKENS_MULTIPLE = 64
 
 
-class RowBuffer(Cache):
-    """Row buffers and, at once, the transformers cache of a decode step."""
+class RowBuffer:
+    """Row buffers and, at once, the `Attend` of a decode step."""
 
     def __init__(self, shape: KeyValueShape) -> None:
-        super().__init__(layers=[])
         self.shape = shape
         self.release()
 
@@ -58,7 +58,7 @@ class RowBuffer(Cache):
         self.keys[:, row, :, : len(slots)] = pool.keys.index_select(2, slots)
         self.values[:, row, :, : len(slots)] = pool.values.index_select(2, slots)
 
-    def store(self, row: int, start: int, pool: KeyValuePool, slots: torch.Tensor) -> None:
+    def save(self, row: int, start: int, pool: KeyValuePool, slots: torch.Tensor) -> None:
         """Write a row's tokens from `start` on to the pool; slots [L] int64."""
         pool.keys.index_copy_(2, slots, self.keys[:, row, :, start : start + len(slots)])
         pool.values.index_copy_(2, slots, self.values[:, row, :, start : start + len(slots)])
@@ -68,27 +68,40 @@ class RowBuffer(Cache):
         self.keys[:, target, :, :tokens] = self.keys[:, source, :, :tokens]
         self.values[:, target, :, :tokens] = self.values[:, source, :, :tokens]
 
-    def begin_step(self, positions: torch.Tensor) -> int:
-        """Set the places of the next update, positions [n] of the first n rows; returns K, the keys shown."""
+    def begin_step(self, positions: torch.Tensor) -> None:
+        """Each of the first n rows gets one more token, at positions [n] int64."""
         self._active = len(positions)
+        self._positions = positions
         self._visible = int(positions.max()) + 1
+        self._equal = int(positions.min()) + 1 == self._visible
         first = self._lines[: self._active]  # [n, Hkv]
         self._places = (first + positions[:, None]).flatten()
-        return self._visible
+        self._masks: dict[int | None, torch.Tensor | None] = {}
 
-    def update(
-        self,
-        key_states: torch.Tensor,
-        value_states: torch.Tensor,
-        layer_idx: int,
-        *args: object,
-        **kwargs: object,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """[n, Hkv, 1, D] new -> [n, Hkv, K, D], for keys and values."""
-        keys, values = self._layers[layer_idx]
-        keys.flatten(0, 2).index_copy_(0, self._places, key_states.flatten(0, 2))
-        values.flatten(0, 2).index_copy_(0, self._places, value_states.flatten(0, 2))
-        return keys[: self._active, :, : self._visible], values[: self._active, :, : self._visible]
+    def store(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        """[n, Hkv, D] to the rows' places."""
+        keys, values = self._layers[layer]
+        keys.flatten(0, 2).index_copy_(0, self._places, key.flatten(0, 1))
+        values.flatten(0, 2).index_copy_(0, self._places, value.flatten(0, 1))
+
+    def attend(self, layer: int, query: torch.Tensor, scale: float, window: int | None) -> torch.Tensor:
+        """[n, Hq, D] -> [n, Hq, Dv]. Heads that share keys are the queries of one, so nothing is repeated."""
+        keys, values = self._layers[layer]
+        keys, values = keys[: self._active, :, : self._visible], values[: self._active, :, : self._visible]
+        grouped = query.unflatten(1, (self.shape.heads, -1))  # [n, Hkv, Hq / Hkv, D]
+        mask = self._mask(window)
+        return scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scale).flatten(1, 2)
+
+    def _mask(self, window: int | None) -> torch.Tensor | None:
+        """[n, 1, 1, K], or None where every row sees all keys."""
+        if window not in self._masks:
+            plain = self._equal and (window is None or self._visible <= window)
+            self._masks[window] = (
+                None
+                if plain
+                else visible_keys(self._positions[:, None], self._visible, window, self.shape.dtype)
+            )
+        return self._masks[window]
 
     def _index(self) -> None:
         self._layers = list(zip(self.keys, self.values, strict=True))

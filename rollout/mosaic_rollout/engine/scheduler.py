@@ -89,8 +89,8 @@ class Scheduler:
 
     def step(self) -> None:
         """One iteration. Raises whatever the model raises; the caller must then `reset`."""
-        self._drop_abandoned()
         with self.model.serving():
+            self._drop_abandoned()
             if self._should_admit():
                 started = time.perf_counter()
                 self._admit()
@@ -168,14 +168,8 @@ class Scheduler:
         self.buffer.reserve(count, int(positions.max()) + 1)
         device = self.model.shape.device
         at = torch.from_numpy(positions).to(device)
-        key_positions = torch.arange(self.buffer.begin_step(at), device=device)[None]  # [1, K]
-        logits = self.model.forward(
-            torch.from_numpy(self._inputs[:count]).to(device)[:, None],
-            at[:, None],
-            (key_positions <= at[:, None])[:, None],
-            key_positions,
-            self.buffer,
-        )
+        self.buffer.begin_step(at)
+        logits = self.model.forward(torch.from_numpy(self._inputs[:count]).to(device), at, self.buffer)
         draws = uniforms(self._bases[:count], positions + 1)
         tokens, logprobs = sample_tokens(logits, self._temperatures[:count], draws)
         if broken := int(count - np.isfinite(logprobs).sum()):
@@ -211,7 +205,7 @@ class Scheduler:
         start = node.end
         end = self.tree.extend(node, known, ready=True)
         if end is not node:
-            self.buffer.store(row, start, self.tree.pool, self._slots(end.slots))
+            self.buffer.save(row, start, self.tree.pool, self._slots(end.slots))
         self.stats.peak_cached_tokens = max(self.stats.peak_cached_tokens, self.tree.pool.used)
         self.tree.evict()
 

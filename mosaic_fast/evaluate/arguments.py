@@ -100,10 +100,10 @@ def parse(arguments: list[str] | None = None) -> Arguments:
     for name in ("tasks", "samples", "max_steps", "max_step_tokens", "max_rollout_tokens", "concurrency"):
         value = getattr(given, name)
         if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+            raise UserError(f"{flag(name)} must be at least 1, not {value}")
     for name in ("temperature", "retries", "backoff_s", "seed"):
         if not getattr(given, name) >= 0:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 0, not {getattr(given, name)}")
+            raise UserError(f"{flag(name)} must be at least 0, not {getattr(given, name)}")
     if not given.timeout_s > 0:
         raise UserError(f"--timeout-s must be above 0, not {given.timeout_s:g}")
     if given.samples > 1 and given.temperature == 0:
@@ -116,6 +116,11 @@ def parse(arguments: list[str] | None = None) -> Arguments:
     if len(set(given.targets)) < len(given.targets):
         raise UserError("the same model is named twice")
     return given
+
+
+def flag(name: str) -> str:
+    """How an argument is written on the command line."""
+    return f"--{name.replace('_', '-')}"
 
 
 def is_url(target: str) -> bool:

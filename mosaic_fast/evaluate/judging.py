@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from mosaic_fast.config import Config, JudgeConfig
 from mosaic_fast.errors import UserError
-from mosaic_fast.evaluate.arguments import JUDGE_OPTIONS, Arguments
+from mosaic_fast.evaluate.arguments import JUDGE_OPTIONS, Arguments, flag
 from mosaic_fast.judge.asker import Asker
 from mosaic_fast.judge.cache import AnswerCache
 from mosaic_fast.judge.client import Endpoint
@@ -44,7 +44,7 @@ def judge_config(config: Config, arguments: Arguments) -> JudgeConfig:
 
 def option(key: str) -> str:
     """How a setting of the judge is written on the command line."""
-    return f"--judge-{key.replace('_', '-')}"
+    return flag(f"judge_{key}")
 
 
 class EvaluationJudge:

@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mosaic_fast.evaluate.arguments import Arguments
+from mosaic_fast.evaluate.arguments import Arguments, flag
 from mosaic_fast.evaluate.graders import Grader, grader_of
 from mosaic_fast.evaluate.judging import EvaluationJudge
 from mosaic_fast.evaluate.policy import EVALUATION_SEED
@@ -116,6 +116,7 @@ async def _play_endpoint(
         timeout_s=arguments.timeout_s,
         retries=arguments.retries,
         backoff_s=arguments.backoff_s,
+        option=flag,
     )
     agents = {
         suite.env.name: ChatAgent(

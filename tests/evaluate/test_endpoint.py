@@ -47,9 +47,9 @@ def test_an_endpoint_and_its_model_agree(
         (Raw(500), "no usable answer in 3 tries; the last: HTTP 500"),
         (Raw(200, "<html>"), "not a chat completion: '<html>'"),
         (Raw(200, '{"choices": []}'), "not a chat completion"),
-        (Raw(200, completion(None)), "not a chat completion"),
+        (Raw(200, completion(None)), "an answer without text and calls: "),
         (Raw(200, completion("x"), half=True), "no usable answer in 3 tries; the last: RemoteProtocolError"),
-        (Raw(200, completion("x"), stall_s=1.0), "no answer within 0.3 s"),
+        (Raw(200, completion("x"), stall_s=1.0), "no answer within --timeout-s = 0.3"),
         (Raw(500, "your key: sekret"), r"HTTP 500 your key: \*\*\*"),
     ],
 )

@@ -161,7 +161,10 @@ async def _ask_judge(random: Random, server: Server) -> str:
     server.answer, _ = _answer(
         random, _completion({"role": "assistant", "content": content}), hostile.written
     )
-    endpoint = Endpoint(server.url, "m", KEY, 0.0, 64, 20.0, random.randrange(2), backoff_s=0.0)
+    endpoint = Endpoint(
+        url=server.url, model="m", api_key=KEY, max_tokens=64,
+        timeout_s=20.0, retries=random.randrange(2), backoff_s=0.0,
+    )  # fmt: skip
     try:
         async with endpoint.open() as client:
             reply = await endpoint.ask(
@@ -186,11 +189,14 @@ async def _ask_chat(random: Random, server: Server) -> str:
         message["reasoning_content"] = hostile.text(random)
     server.answer, _ = _answer(random, _completion(message), hostile.written)
     agent = ChatAgent(
-        ChatEndpoint(server.url, "m", KEY, "KEY", 0.0, 20.0, random.randrange(2), backoff_s=0.0),
+        ChatEndpoint(
+            url=server.url, model="m", api_key=KEY, api_key_env="KEY",
+            timeout_s=20.0, retries=random.randrange(2), backoff_s=0.0,
+        ),
         Limits(3, 64, 100_000_000),
         protocol=random.choice(("loop", "native")),
         write_tools=random.random() < 0.5,
-    )
+    )  # fmt: skip
     environment = WorldEnvironment()
     (task,) = environment.sample("train", 1, random.randrange(1000))
     try:

@@ -34,7 +34,15 @@ def make_judge(
     max_tokens_total: int = 0,
 ) -> LLMJudge:
     return LLMJudge(
-        Endpoint(served.url, "judge-model", KEY, 0.0, 256, timeout_s, retries, backoff_s=0.0),
+        Endpoint(
+            url=served.url,
+            model="judge-model",
+            api_key=KEY,
+            max_tokens=256,
+            timeout_s=timeout_s,
+            retries=retries,
+            backoff_s=0.0,
+        ),
         AnswerCache(cache),
         mode=mode,
         max_concurrent=max_concurrent,

@@ -1,0 +1,126 @@
+"""An OpenAI-compatible server, asked for chat completions until an answer can be used.
+
+Tried again, a bounded number of times and with growing waits: no connection, silence, 408, 409, 425, 429,
+5xx, and an answer that its reader cannot use. What is sent and what becomes of an answer is the subclass's: a
+policy that is evaluated (chat_client.py), or a judge.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+import httpx
+
+from mosaic_rollout.chat_completion import ChatCompletion, read_completion
+from mosaic_rollout.errors import UserError
+from mosaic_rollout.no_cookies import no_cookies
+
+SHOWN_CHARS = 300  # of what a server said, in a message
+_CONNECT_S = 10.0
+_LONGEST_WAIT_S = 60.0  # between two tries
+_TRIED_AGAIN = (408, 409, 425, 429)  # and 5xx
+
+Answer = TypeVar("Answer")
+
+
+class TryAgain(Exception):
+    """This try failed in a way that the next may not. `wait_s`: what the server asked for."""
+
+    def __init__(self, what: str, wait_s: float = 0.0) -> None:
+        super().__init__(what)
+        self.wait_s = wait_s
+
+
+class NoAnswer(Exception):
+    """Every try failed. The text says how the last one did, without the key."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatServer:
+    """Where and how to ask. The key is sent as a header and appears in no message of this program."""
+
+    url: str  # the base that ends in /v1
+    model: str
+    api_key: str | None
+    temperature: float = 0.0
+    timeout_s: float = 120.0
+    retries: int = 4
+    backoff_s: float = 1.0
+    option: Callable[[str], str] = str  # how the user writes a setting
+
+    def open(self) -> httpx.AsyncClient:
+        """A client to ask with; use it as a context manager. UserError for a key no header can carry."""
+        if self.api_key and not (self.api_key.isascii() and self.api_key.isprintable()):
+            raise UserError(
+                f"{self.option('api_key_env')}: the key in that environment variable has characters that no "
+                "HTTP header can carry"
+            )
+        headers = {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
+        timeout = httpx.Timeout(self.timeout_s, connect=_CONNECT_S)
+        limits = httpx.Limits(max_connections=None)
+        return httpx.AsyncClient(headers=headers, timeout=timeout, limits=limits, cookies=no_cookies())
+
+    async def post(
+        self,
+        http: httpx.AsyncClient,
+        asked: Mapping[str, object],
+        read: Callable[[httpx.Response], Answer],
+        before_try: Callable[[], None] = lambda: None,
+    ) -> tuple[Answer, int]:
+        """What `read` makes of the answer, and the number of tries, at most `retries` + 1.
+
+        asked: the request beside model and temperature. read: raises TryAgain for what cannot be used,
+        anything else where asking again would not help. before_try: may refuse a try.
+        NoAnswer after the last one.
+        """
+        body = {"model": self.model, "temperature": self.temperature, **asked}
+        address = self.url.rstrip("/") + "/chat/completions"
+        reason = ""
+        for attempt in range(self.retries + 1):
+            before_try()
+            asked_s = 0.0
+            try:
+                async with asyncio.timeout(self.timeout_s):
+                    response = await http.post(address, json=body)
+                if response.status_code in _TRIED_AGAIN or response.status_code >= 500:
+                    raise TryAgain(
+                        f"HTTP {response.status_code} {self.shown(response)}", _retry_after(response)
+                    )
+                return read(response), attempt + 1
+            except TryAgain as failure:
+                reason, asked_s = str(failure), failure.wait_s
+            except TimeoutError:
+                reason = f"no answer within {self.option('timeout_s')} = {self.timeout_s:g}"
+            except httpx.RequestError as error:  # a broken compression or a redirect among them
+                reason = f"{type(error).__name__}: {error}"
+            if attempt < self.retries:  # apart, so that all do not return at once
+                wait_s = self.backoff_s * 2**attempt * random.uniform(0.5, 1.0)
+                await asyncio.sleep(min(max(wait_s, asked_s), _LONGEST_WAIT_S))
+        raise NoAnswer(self.hide(reason))
+
+    def completion(self, response: httpx.Response, text: str) -> ChatCompletion:
+        """The chat completion in `text`, the body or what is left of it. TryAgain where it holds none."""
+        try:
+            return read_completion(text)
+        except ValueError:  # pydantic's own is one
+            raise TryAgain(f"not a chat completion: {self.shown(response)!r}") from None
+
+    def shown(self, response: httpx.Response) -> str:
+        """The beginning of a body, for a message."""
+        return self.hide(response.text)[:SHOWN_CHARS]  # hidden before it is cut: half a key is not found
+
+    def hide(self, text: str) -> str:
+        """A text without the key, which a server may repeat."""
+        return text.replace(self.api_key, "***") if self.api_key else text
+
+
+def _retry_after(response: httpx.Response) -> float:
+    """Seconds a server asks to wait; dates and nonsense count as none."""
+    try:
+        return max(0.0, float(response.headers.get("retry-after", 0)))
+    except ValueError:
+        return 0.0

@@ -76,7 +76,7 @@ def main() -> None:
             raise SystemExit(f"{output[-3000:]}\nmutant {mutant.name!r}: pytest did not run")
         killed = status == FAILED
         print(
-            f"{'killed' if killed else 'SURVIVED':<9} {mutant.layer:<12} {mutant.file:<24} {mutant.name}",
+            f"{'killed' if killed else 'SURVIVED':<9} {mutant.layer:<12} {mutant.file:<29} {mutant.name}",
             flush=True,
         )
         if not killed:

@@ -4,7 +4,7 @@ from tests.mutants.log_probs import LOG_PROBS
 from tests.mutants.losses import LOSSES
 from tests.mutants.mutant import INTERPRETER, TTSEM, Mutant
 
-KERNELS = "attention/kernels.py"
+PARTS, FORWARD, BACKWARD = (f"attention/kernels/{part}.py" for part in ("parts", "forward", "backward"))
 TREE = "test_tree_attention.py"
 SMALL_HEADS = f"{TREE}::test_every_head_size[torch.float32-32]"
 EQUALS = f"{TREE}::test_equals_each_rollout_alone"
@@ -16,49 +16,57 @@ HEAD_AND_WORK_OF_QUERY_HEAD = (
     "    head = tl.program_id(0) // GROUP % num_heads\n"
     "    work = work_ptr + tl.program_id(0) // GROUP // num_heads * 4\n"
 )
-PART = "_load_tile({0}_ptr + head * D, keys, columns, num_heads * D, num_keys, D)"
+PART = "load_tile({0}_ptr + head * D, keys, columns, num_heads * D, num_keys, D)"
 CAUSAL_T = "(keys[:, None] <= q_at[None, :])"
 MASK = "(q_at[:, None] < end[None, :])"
+CAUSAL = "(keys[None, :] <= q_at[:, None])"
+TREE_MASK = f"{CAUSAL} & {MASK}"
+NARROW = "depth[None, :] < window"
+LOAD_END = "tl.load(end_ptr + keys, mask=keys < num_keys, other=0)"
 
 ATTENTION = (
     Mutant(
         "forward and dQ forget the tree, causal only",
-        KERNELS,
-        ((f"(keys[None, :] <= q_at[:, None]) & {MASK}", "(keys[None, :] <= q_at[:, None])"),),
+        FORWARD,
+        ((TREE_MASK, CAUSAL),),
         INTERPRETER,
         EQUALS,
+        also=((BACKWARD, TREE_MASK, CAUSAL),),
     ),
     Mutant(
         "a key is seen by one query past its subtree",
-        KERNELS,
+        FORWARD,
         ((MASK, MASK.replace("<", "<=")),),
         INTERPRETER,
         EQUALS,
+        also=((BACKWARD, MASK, MASK.replace("<", "<=")),),
     ),
     Mutant(
         "a query does not see itself",
-        KERNELS,
-        (("keys[None, :] <= q_at[:, None]", "keys[None, :] < q_at[:, None]"),),
+        FORWARD,
+        ((CAUSAL, CAUSAL.replace("<=", "<")),),
         INTERPRETER,
         EQUALS,
+        also=((BACKWARD, CAUSAL, CAUSAL.replace("<=", "<")),),
     ),
     Mutant(
         "dK and dV forget the tree",
-        KERNELS,
+        BACKWARD,
         ((f"{CAUSAL_T} & (q_at[None, :] < end[:, None])", CAUSAL_T),),
         INTERPRETER,
         EQUALS,
     ),
     Mutant(
         "the window is one too wide",
-        KERNELS,
-        (("depth[None, :] < window", "depth[None, :] <= window"),),
+        FORWARD,
+        ((NARROW, NARROW.replace("<", "<=")),),
         INTERPRETER,
         SMALL_HEADS,
+        also=((BACKWARD, NARROW, NARROW.replace("<", "<=")),),
     ),
     Mutant(
         "a block of hidden keys before the first visible one gives NaN",
-        KERNELS,
+        FORWARD,
         (('tl.where(new_highest == float("-inf"), 0.0, new_highest)', "new_highest"),),
         INTERPRETER,
         EQUALS,
@@ -79,56 +87,57 @@ ATTENTION = (
     ),
     Mutant(
         "the maximum moves and the sum is not rescaled",
-        KERNELS,
+        FORWARD,
         (("total = total * shrink +", "total = total +"),),
         INTERPRETER,
         EQUALS,
     ),
     Mutant(
         "the gradient of the scores lacks delta",
-        KERNELS,
+        BACKWARD,
         (("(d_weights - delta[:, None])", "d_weights"),),
         INTERPRETER,
         EQUALS,
     ),
     Mutant(
         "dK lacks the scale",
-        KERNELS,
+        BACKWARD,
         (("dk * scale, keys", "dk, keys"),),
         INTERPRETER,
         EQUALS,
     ),
     Mutant(
         "only the first head of a group reaches dK and dV",
-        KERNELS,
+        BACKWARD,
         (("head * GROUP + member", "head * GROUP"),),
         INTERPRETER,
         EQUALS,
     ),
     Mutant(
         "K and V are loaded past the end",
-        KERNELS,
+        PARTS,
         (("inside = rows[:, None] < count", "inside = rows[:, None] < count + 1"),),
         TTSEM,
         SMALL_HEADS,
     ),
     Mutant(
         "subtree_end is loaded past the end",
-        KERNELS,
-        (("tl.load(end_ptr + keys, mask=keys < num_keys, other=0)", "tl.load(end_ptr + keys)"),),
+        FORWARD,
+        ((LOAD_END, "tl.load(end_ptr + keys)"),),
         TTSEM,
         SMALL_HEADS,
+        also=((BACKWARD, LOAD_END, "tl.load(end_ptr + keys)"),),
     ),
     Mutant(
         "the logsumexp is stored past the end",
-        KERNELS,
+        FORWARD,
         (("tl.log2(total), mask=rows < num_queries)", "tl.log2(total))"),),
         TTSEM,
         SMALL_HEADS,
     ),
     Mutant(
         "the heads of a group race for dK and dV",
-        KERNELS,
+        BACKWARD,
         (
             # A program a query head, each adding its part to the key head's gradient: right one by one.
             (f"{DKV_DOC}\n{HEAD_AND_WORK}", f"{DKV_DOC}\n{HEAD_AND_WORK_OF_QUERY_HEAD}"),

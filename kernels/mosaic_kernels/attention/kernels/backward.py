@@ -1,152 +1,9 @@
-"""Tree attention in Triton: flash-style forward, dQ, and dK/dV, over block lists (blocks.py).
-
-Names of dimensions: BLOCK_Q queries by BLOCK_K keys a tile, D the head size, BLOCK_D the power of two that
-holds it. Scores, softmax and accumulators are fp32; logarithms and exponentials are base 2. Rows past the end
-are loaded as zeros: as queries they see nothing or multiply zeros, as keys they are hidden by subtree_end 0.
-No program writes what another one reads or writes, so there are no atomics and the result is the same every
-time. Matrix sizes reach the kernels unspecialised, so that one compilation serves every forest.
-"""
+"""The backward kernels: delta, then dQ over the keys and dK/dV over the queries, from the logsumexp."""
 
 import triton
 import triton.language as tl
 
-LOG2_E = tl.constexpr(1.4426950408889634)
-SIZES = ["num_queries", "num_keys", "window", "num_heads"]  # never specialised
-
-
-@triton.jit
-def _load_tile(base, rows, columns, row_stride, count, D: tl.constexpr):
-    """[rows, columns] of a matrix with `count` rows of D values; zeros past the end."""
-    inside = rows[:, None] < count
-    if columns.shape[0] > D:
-        inside = inside & (columns[None, :] < D)
-    return tl.load(base + rows[:, None].to(tl.int64) * row_stride + columns[None, :], mask=inside, other=0.0)
-
-
-@triton.jit
-def _store_tile(base, tile, rows, columns, row_stride, count, D: tl.constexpr):
-    inside = rows[:, None] < count
-    if columns.shape[0] > D:
-        inside = inside & (columns[None, :] < D)
-    pointers = base + rows[:, None].to(tl.int64) * row_stride + columns[None, :]
-    tl.store(pointers, tile.to(base.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _attend(
-    accumulator,  # [BLOCK_Q, BLOCK_D] fp32
-    highest,  # [BLOCK_Q] fp32: running maximum of the scores
-    total,  # [BLOCK_Q] fp32: running sum of exp2(score - highest)
-    q,  # [BLOCK_Q, BLOCK_D]
-    q_at,  # [BLOCK_Q] packed positions, -1 past the end
-    q_depth,  # [BLOCK_Q]
-    k_base,
-    v_base,
-    end_ptr,
-    depth_ptr,
-    block,
-    num_keys,
-    window,
-    log2_scale,
-    k_row_stride,
-    v_row_stride,
-    D: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    MASKED: tl.constexpr,
-    WINDOW: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """One step of the online softmax: one block of keys."""
-    keys = block * BLOCK_K + tl.arange(0, BLOCK_K)
-    columns = tl.arange(0, BLOCK_D)
-    k = _load_tile(k_base, keys, columns, k_row_stride, num_keys, D)
-    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * log2_scale
-    if MASKED:
-        end = tl.load(end_ptr + keys, mask=keys < num_keys, other=0)
-        visible = (keys[None, :] <= q_at[:, None]) & (q_at[:, None] < end[None, :])
-        if WINDOW:
-            depth = tl.load(depth_ptr + keys, mask=keys < num_keys, other=0)
-            visible = visible & (q_depth[:, None] - depth[None, :] < window)
-        scores = tl.where(visible, scores, float("-inf"))
-    new_highest = tl.maximum(highest, tl.max(scores, 1))
-    # A row that has seen no key yet has no maximum; any finite one gives it weights of zero.
-    finite = tl.where(new_highest == float("-inf"), 0.0, new_highest) if MASKED else new_highest
-    weights = tl.exp2(scores - finite[:, None])
-    shrink = tl.exp2(highest - finite)
-    total = total * shrink + tl.sum(weights, 1)
-    v = _load_tile(v_base, keys, columns, v_row_stride, num_keys, D)
-    accumulator = tl.dot(weights.to(v.dtype), v, accumulator * shrink[:, None], input_precision=PRECISION)
-    return accumulator, new_highest, total
-
-
-@triton.jit(do_not_specialize=SIZES)
-def forward_kernel(
-    q_ptr,  # [Uq, Hq, D]
-    k_ptr,  # [U, Hkv, D]
-    v_ptr,  # [U, Hkv, D]
-    out_ptr,  # [Uq, Hq, D] contiguous
-    lse_ptr,  # [Hq, Uq] fp32: log2 of the sum of exp2(scores)
-    end_ptr,  # [U] int32
-    rows_ptr,  # [Uq] int32
-    depth_ptr,  # [U] int32, read with WINDOW
-    row_depth_ptr,  # [Uq] int32, read with WINDOW
-    work_ptr,  # [query blocks, 4] int32
-    blocks_ptr,  # [entries] int32: key blocks
-    num_queries,
-    num_keys,
-    num_heads,  # Hq
-    window,
-    scale,
-    q_row_stride,
-    q_head_stride,
-    k_row_stride,
-    k_head_stride,
-    v_row_stride,
-    v_head_stride,
-    GROUP: tl.constexpr,  # query heads a key head
-    D: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    WINDOW: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """One program: one block of queries of one head. Heads are neighbours, to share K and V in L2."""
-    head = tl.program_id(0) % num_heads
-    work = work_ptr + tl.program_id(0) // num_heads * 4
-    block, first, masked, stop = tl.load(work), tl.load(work + 1), tl.load(work + 2), tl.load(work + 3)
-    rows = block * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    columns = tl.arange(0, BLOCK_D)
-    q_at = tl.load(rows_ptr + rows, mask=rows < num_queries, other=-1)
-    q_depth = q_at
-    if WINDOW:
-        q_depth = tl.load(row_depth_ptr + rows, mask=rows < num_queries, other=0)
-    q = _load_tile(q_ptr + head.to(tl.int64) * q_head_stride, rows, columns, q_row_stride, num_queries, D)
-    k_base = k_ptr + (head // GROUP).to(tl.int64) * k_head_stride
-    v_base = v_ptr + (head // GROUP).to(tl.int64) * v_head_stride
-
-    accumulator = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
-    highest = tl.full([BLOCK_Q], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_Q], tl.float32)
-    for entry in range(first, masked):
-        accumulator, highest, total = _attend(
-            accumulator, highest, total, q, q_at, q_depth, k_base, v_base, end_ptr, depth_ptr,
-            tl.load(blocks_ptr + entry), num_keys, window, scale * LOG2_E, k_row_stride, v_row_stride,
-            D, BLOCK_K, BLOCK_D, False, WINDOW, PRECISION,
-        )  # fmt: skip
-    for entry in range(masked, stop):
-        accumulator, highest, total = _attend(
-            accumulator, highest, total, q, q_at, q_depth, k_base, v_base, end_ptr, depth_ptr,
-            tl.load(blocks_ptr + entry), num_keys, window, scale * LOG2_E, k_row_stride, v_row_stride,
-            D, BLOCK_K, BLOCK_D, True, WINDOW, PRECISION,
-        )  # fmt: skip
-
-    total = tl.where(rows < num_queries, total, 1.0)  # every real row has seen itself
-    out_base = out_ptr + head * D
-    _store_tile(out_base, accumulator / total[:, None], rows, columns, num_heads * D, num_queries, D)
-    lse = lse_ptr + head.to(tl.int64) * num_queries + rows
-    tl.store(lse, highest + tl.log2(total), mask=rows < num_queries)
+from mosaic_kernels.attention.kernels.parts import LOG2_E, SIZES, load_tile, store_tile
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -166,9 +23,9 @@ def delta_kernel(
     head = tl.program_id(0) % num_heads
     rows = tl.program_id(0) // num_heads * BLOCK_Q + tl.arange(0, BLOCK_Q)
     columns = tl.arange(0, BLOCK_D)
-    out = _load_tile(out_ptr + head * D, rows, columns, num_heads * D, num_queries, D)
+    out = load_tile(out_ptr + head * D, rows, columns, num_heads * D, num_queries, D)
     grad_base = grad_ptr + head.to(tl.int64) * grad_head_stride
-    grad = _load_tile(grad_base, rows, columns, grad_row_stride, num_queries, D)
+    grad = load_tile(grad_base, rows, columns, grad_row_stride, num_queries, D)
     delta = tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1)
     tl.store(delta_ptr + head.to(tl.int64) * num_queries + rows, delta, mask=rows < num_queries)
 
@@ -201,8 +58,8 @@ def _dq_step(
 ):
     keys = block * BLOCK_K + tl.arange(0, BLOCK_K)
     columns = tl.arange(0, BLOCK_D)
-    k = _load_tile(k_base, keys, columns, k_row_stride, num_keys, D)
-    v = _load_tile(v_base, keys, columns, v_row_stride, num_keys, D)
+    k = load_tile(k_base, keys, columns, k_row_stride, num_keys, D)
+    v = load_tile(v_base, keys, columns, v_row_stride, num_keys, D)
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * log2_scale
     weights = tl.exp2(scores - lse[:, None])
     if MASKED:
@@ -263,9 +120,9 @@ def dq_kernel(
     q_depth = q_at
     if WINDOW:
         q_depth = tl.load(row_depth_ptr + rows, mask=rows < num_queries, other=0)
-    q = _load_tile(q_ptr + head.to(tl.int64) * q_head_stride, rows, columns, q_row_stride, num_queries, D)
+    q = load_tile(q_ptr + head.to(tl.int64) * q_head_stride, rows, columns, q_row_stride, num_queries, D)
     grad_base = grad_ptr + head.to(tl.int64) * grad_head_stride
-    grad = _load_tile(grad_base, rows, columns, grad_row_stride, num_queries, D)
+    grad = load_tile(grad_base, rows, columns, grad_row_stride, num_queries, D)
     statistic = head.to(tl.int64) * num_queries + rows
     lse = tl.load(lse_ptr + statistic, mask=rows < num_queries, other=0.0)
     delta = tl.load(delta_ptr + statistic, mask=rows < num_queries, other=0.0)
@@ -285,7 +142,7 @@ def dq_kernel(
             tl.load(blocks_ptr + entry), num_keys, window, scale * LOG2_E, k_row_stride, v_row_stride,
             D, BLOCK_K, BLOCK_D, True, WINDOW, PRECISION,
         )  # fmt: skip
-    _store_tile(dq_ptr + head * D, dq * scale, rows, columns, num_heads * D, num_queries, D)
+    store_tile(dq_ptr + head * D, dq * scale, rows, columns, num_heads * D, num_queries, D)
 
 
 @triton.jit
@@ -322,9 +179,9 @@ def _dkv_step(
     """One block of queries of one head; scores are transposed, [BLOCK_K, BLOCK_Q]."""
     rows = block * BLOCK_Q + tl.arange(0, BLOCK_Q)
     columns = tl.arange(0, BLOCK_D)
-    q = _load_tile(q_ptr + head.to(tl.int64) * q_head_stride, rows, columns, q_row_stride, num_queries, D)
+    q = load_tile(q_ptr + head.to(tl.int64) * q_head_stride, rows, columns, q_row_stride, num_queries, D)
     grad_base = grad_ptr + head.to(tl.int64) * grad_head_stride
-    grad = _load_tile(grad_base, rows, columns, grad_row_stride, num_queries, D)
+    grad = load_tile(grad_base, rows, columns, grad_row_stride, num_queries, D)
     statistic = head.to(tl.int64) * num_queries + rows
     lse = tl.load(lse_ptr + statistic, mask=rows < num_queries, other=0.0)
     delta = tl.load(delta_ptr + statistic, mask=rows < num_queries, other=0.0)
@@ -391,8 +248,8 @@ def dkv_kernel(
     depth = end
     if WINDOW:
         depth = tl.load(depth_ptr + keys, mask=keys < num_keys, other=0)
-    k = _load_tile(k_ptr + head.to(tl.int64) * k_head_stride, keys, columns, k_row_stride, num_keys, D)
-    v = _load_tile(v_ptr + head.to(tl.int64) * v_head_stride, keys, columns, v_row_stride, num_keys, D)
+    k = load_tile(k_ptr + head.to(tl.int64) * k_head_stride, keys, columns, k_row_stride, num_keys, D)
+    v = load_tile(v_ptr + head.to(tl.int64) * v_head_stride, keys, columns, v_row_stride, num_keys, D)
 
     dk = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
@@ -412,5 +269,5 @@ def dkv_kernel(
             q_row_stride, q_head_stride, grad_row_stride, grad_head_stride,
             D, BLOCK_Q, BLOCK_D, True, WINDOW, PRECISION,
         )  # fmt: skip
-    _store_tile(dk_ptr + head * D, dk * scale, keys, columns, num_heads * D, num_keys, D)
-    _store_tile(dv_ptr + head * D, dv, keys, columns, num_heads * D, num_keys, D)
+    store_tile(dk_ptr + head * D, dk * scale, keys, columns, num_heads * D, num_keys, D)
+    store_tile(dv_ptr + head * D, dv, keys, columns, num_heads * D, num_keys, D)

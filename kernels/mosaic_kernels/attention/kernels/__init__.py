@@ -1,0 +1,13 @@
+"""Tree attention in Triton: flash-style forward, dQ, and dK/dV, over block lists (blocks.py).
+
+Names of dimensions: BLOCK_Q queries by BLOCK_K keys a tile, D the head size, BLOCK_D the power of two that
+holds it. Scores, softmax and accumulators are fp32; logarithms and exponentials are base 2. Rows past the end
+are loaded as zeros: as queries they see nothing or multiply zeros, as keys they are hidden by subtree_end 0.
+No program writes what another one reads or writes, so there are no atomics and the result is the same every
+time. Matrix sizes reach the kernels unspecialised, so that one compilation serves every forest.
+"""
+
+from mosaic_kernels.attention.kernels.backward import delta_kernel, dkv_kernel, dq_kernel
+from mosaic_kernels.attention.kernels.forward import forward_kernel
+
+__all__ = ["delta_kernel", "dkv_kernel", "dq_kernel", "forward_kernel"]

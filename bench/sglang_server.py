@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from mosaic_fast.components import load_policy, model_folder
 from mosaic_fast.config import Config, EngineConfig
 from mosaic_fast.engine import build_engine
+from mosaic_fast.pretrained import load_policy, model_folder
 from mosaic_rollout.engine.sglang import SGLangEngine
 
 _PYTHON = Path(__file__).parents[1] / ".venv-sglang" / "bin" / "python"

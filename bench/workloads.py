@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
-from mosaic_fast.components import build_components, model_folder
+from mosaic_fast.components import build_components
 from mosaic_fast.config import Config
+from mosaic_fast.pretrained import model_folder
 from mosaic_kernels import PackedForest, pack_forest
 
 ENOUGH = 2**20  # tokens a micro-batch where nothing is to be cut

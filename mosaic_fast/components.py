@@ -6,32 +6,30 @@ import asyncio
 from collections.abc import Coroutine, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from importlib.resources import files
 from pathlib import Path
 from typing import TypeVar
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from mosaic_fast.config import Config
 from mosaic_fast.distributed import ALONE, World
 from mosaic_fast.distributed.exchange import Share, stopped_together
 from mosaic_fast.distributed.sharding import Sharding
 from mosaic_fast.engine import build_engine, longest_rollout
+from mosaic_fast.environment import build_environment
 from mosaic_fast.errors import EngineStoppedError, UserError
 from mosaic_fast.learner import Reference
 from mosaic_fast.lora import Lora
 from mosaic_fast.policy import Policy
-from mosaic_fast.policy.checkpoint import UNREADABLE
+from mosaic_fast.pretrained import checkpoint_activations, device_of, load_policy, load_tokenizer
 from mosaic_rollout.agent_loop import AgentLoop, Limits
 from mosaic_rollout.branching import Branching
 from mosaic_rollout.chat import Chat
 from mosaic_rollout.engine import EngineError
-from mosaic_rollout.types import Environment, ManagedEngine, Task
+from mosaic_rollout.types import ManagedEngine, Task
 
 Result = TypeVar("Result")
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -150,11 +148,6 @@ async def _nothing() -> None:
     pass
 
 
-def model_folder(path: str) -> Path:
-    """The folder a `model.path` means."""
-    return Path(str(files("mosaic_fast").joinpath("embedded"))) if path == "embedded" else Path(path)
-
-
 def build_components(
     config: Config,
     weights: Path,
@@ -177,7 +170,7 @@ def build_components(
     if config.model.threads:
         torch.set_num_threads(config.model.threads)
     environment = build_environment(config)
-    tokenizer = _load_tokenizer(weights)
+    tokenizer = load_tokenizer(weights)
     chat = Chat(tokenizer, teach_loop=config.rollout.teach_loop)
     if base is not None and config.model.lora_rank:
         policy = load_policy(config, base, world=world)
@@ -202,13 +195,6 @@ def build_components(
     return Components(tokenizer, policy, engine, loop, lora, world, sharding, local)
 
 
-def checkpoint_activations(model: PreTrainedModel, *, reentrant: bool = False) -> None:
-    """Have transformers run each layer again in the backward pass; the method has two names."""
-    name = "activation_checkpointing_enable"  # transformers 5.17 has the other one only
-    enable = getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")
-    enable({"use_reentrant": reentrant})
-
-
 def build_reference(config: Config, initial: Path, components: Components) -> Reference | None:
     """The policy as training began, where the loss reads it; with LoRA, the policy without its adapter."""
     if not config.loss.needs_reference:
@@ -220,96 +206,3 @@ def build_reference(config: Config, initial: Path, components: Components) -> Re
     if world.size == 1:
         return Reference(policy)
     return Reference(policy, Sharding(policy, world, device_of(config)).no_backward)
-
-
-def build_environment(config: Config) -> Environment:
-    """The environment that `env.name` names; imported only then."""
-    env = config.env
-    if env.name == "agentdojo":
-        from mosaic_rollout.environments.agentdojo import AgentDojoEnvironment
-
-        return AgentDojoEnvironment(
-            env.suites or ("banking", "slack"),
-            heldout_suites=env.heldout_suites,
-            attack=env.attack or "important_instructions_no_names",
-            max_observation_chars=env.max_observation_chars,
-            demonstrations=env.demonstrations,
-        )
-    if env.name == "bfcl":
-        from mosaic_rollout.environments.bfcl import BfclEnvironment
-
-        return BfclEnvironment(
-            env.suites or ("multi_turn_base",),
-            heldout_suites=env.heldout_suites,
-            max_observation_chars=env.max_observation_chars,
-        )
-    if env.name == "asb":
-        from mosaic_rollout.environments.asb import AsbEnvironment
-
-        return AsbEnvironment(
-            env.suites, heldout_suites=env.heldout_suites, attack=env.attack or "observation"
-        )
-    if env.name == "agent_safetybench" and env.tasks is not None:
-        from mosaic_rollout.environments.agent_safetybench import AgentSafetyBenchEnvironment
-
-        return AgentSafetyBenchEnvironment(
-            Path(env.tasks),
-            Path(env.heldout_tasks) if env.heldout_tasks else None,
-            max_observation_chars=env.max_observation_chars,
-        )
-    if env.name == "agentharm" and env.tasks is not None:
-        from mosaic_rollout.environments.agentharm import AgentHarmEnvironment
-
-        return AgentHarmEnvironment(
-            Path(env.tasks), env.suites, max_observation_chars=env.max_observation_chars
-        )
-    if env.name == "privacylens" and env.tasks is not None:
-        from mosaic_rollout.environments.privacylens import PrivacyLensEnvironment
-
-        return PrivacyLensEnvironment(Path(env.tasks))
-    if ":" in env.name:
-        from mosaic_rollout.environments.custom import load_environment
-
-        return load_environment(
-            env.name,
-            env.tasks,
-            env.heldout_tasks,
-            max_observation_chars=env.max_observation_chars,
-        )
-    from mosaic_rollout.environments.world import WorldEnvironment
-
-    return WorldEnvironment()
-
-
-def load_policy(config: Config, weights: Path, *, trainable: bool = True, world: World = ALONE) -> Policy:
-    """The policy of a folder, in the configured precision and place; frozen if it is the reference.
-
-    One of several ranks loads it into ordinary memory: `Sharding` moves the rank's part.
-    """
-    device = torch.device("cpu") if world.size > 1 else device_of(config)
-    return Policy.from_pretrained(
-        weights, dtype=_DTYPES[config.model.dtype], device=device, trainable=trainable
-    )
-
-
-def device_of(config: Config) -> torch.device:
-    """The device of `model.device`. The embedded model is faster on a CPU than on a GPU."""
-    device = config.model.device
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("model.device is 'cuda', but PyTorch finds no GPU; use 'auto' or 'cpu'")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() and config.model.path != "embedded" else "cpu"
-    return torch.device(device)
-
-
-def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    if not folder.is_dir():
-        raise UserError(f"model.path: there is no folder {folder}")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    except (OSError, *UNREADABLE) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"model.path: {folder} has no usable tokenizer ({reason})") from None
-    if tokenizer is None:
-        raise UserError(f"model.path: {folder} has no tokenizer; put tokenizer.json there")
-    return tokenizer

@@ -23,13 +23,7 @@ from mosaic_fast.checkpoint import (
     verify_checkpoint,
 )
 from mosaic_fast.clock import Clock
-from mosaic_fast.components import (
-    Components,
-    GroupPlan,
-    build_components,
-    build_reference,
-    model_folder,
-)
+from mosaic_fast.components import Components, GroupPlan, build_components, build_reference
 from mosaic_fast.config import EVALUATION_ONLY, Config
 from mosaic_fast.config_io import parse_train_command, run_cli
 from mosaic_fast.curves import draw_curves
@@ -46,6 +40,7 @@ from mosaic_fast.learner import Learner
 from mosaic_fast.memory import dry_run
 from mosaic_fast.metrics import Rate, pairs_of, prefix_hit, reward_figures, rollout_figures, values_of
 from mosaic_fast.overlap import Ahead
+from mosaic_fast.pretrained import model_folder
 from mosaic_fast.progress import ProgressView
 from mosaic_fast.run_folder import RunFolder
 from mosaic_fast.seeds import derived_seed

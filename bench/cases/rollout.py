@@ -37,8 +37,9 @@ from serving import Round, Turn, print_serving, served
 from sglang_server import sglang_engine
 from transformers import PreTrainedModel, Qwen3ForCausalLM
 
-from mosaic_fast.components import Components, build_components, model_folder
+from mosaic_fast.components import Components, build_components
 from mosaic_fast.config import Config
+from mosaic_fast.pretrained import model_folder
 from mosaic_kernels import pack_forest
 from mosaic_rollout.branching import Branching
 from mosaic_rollout.engine import LocalEngine

@@ -104,7 +104,7 @@ def _judge_settings(judge: JudgeConfig) -> dict[str, object]:
 
 def _evaluate(target: Target, arguments: Arguments) -> _Evaluated:
     """Play what is missing and count all."""
-    from mosaic_fast.components import build_environment
+    from mosaic_fast.environment import build_environment
     from mosaic_fast.evaluate.play import Job, jobs_of, play
 
     settings = settings_of(target, arguments)

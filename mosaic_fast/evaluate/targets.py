@@ -99,7 +99,7 @@ def api_key(arguments: Arguments) -> str | None:
 def _model(name: str, arguments: Arguments) -> tuple[Config | None, Path]:
     """(configuration, None where nothing says one; model folder)."""
     from mosaic_fast.checkpoint import latest_checkpoint
-    from mosaic_fast.components import model_folder
+    from mosaic_fast.pretrained import model_folder
 
     folder = model_folder(name)
     if not folder.is_dir():

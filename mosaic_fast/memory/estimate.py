@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mosaic_fast.components import device_of, model_folder
 from mosaic_fast.config import Config
 from mosaic_fast.memory.layer import layer_memory
 from mosaic_fast.memory.model import shape_of
+from mosaic_fast.pretrained import device_of, model_folder
 from mosaic_kernels.logprob.chunked import CHUNK_LOGITS as CPU_CHUNK_LOGITS
 from mosaic_kernels.logprob.chunked import CHUNK_ROWS, KEPT_LOGITS
 

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from mosaic_fast.components import build_components, build_environment, model_folder
+from mosaic_fast.components import build_components
 from mosaic_fast.config import Config, EnvConfig
+from mosaic_fast.environment import build_environment
+from mosaic_fast.pretrained import model_folder
 from mosaic_rollout.environments.custom import CustomEnvironment, load_environment
 from mosaic_rollout.errors import UserError
 from mosaic_rollout.types import ToolCall

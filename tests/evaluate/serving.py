@@ -16,9 +16,9 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from mosaic_fast.components import model_folder
 from mosaic_fast.evaluate.__main__ import main
 from mosaic_fast.policy import Policy
+from mosaic_fast.pretrained import model_folder
 from mosaic_rollout.call_formats import HERMES
 from mosaic_rollout.chat import Chat
 from mosaic_rollout.engine import LocalEngine

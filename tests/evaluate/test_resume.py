@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from mosaic_fast.components import build_components, model_folder
+from mosaic_fast.components import build_components
 from mosaic_fast.config import Config
 from mosaic_fast.errors import UserError
 from mosaic_fast.evaluate import evaluate_policy
+from mosaic_fast.pretrained import model_folder
 from tests.evaluate.serving import Row, evaluate, served_model
 
 

@@ -12,8 +12,8 @@ from random import Random
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from mosaic_fast.components import model_folder
 from mosaic_fast.judge import RuleJudge
+from mosaic_fast.pretrained import model_folder
 from mosaic_fast.report.read import Notes, read_groups
 from mosaic_fast.reward import group_reward
 from mosaic_fast.trajectories import write_trajectories

@@ -18,7 +18,6 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from mosaic_fast.checkpoint import Progress, checkpoint_path, load_training_state, save_checkpoint
-from mosaic_fast.components import checkpoint_activations
 from mosaic_fast.config import ModelConfig
 from mosaic_fast.distributed import ALONE, World, joined_world
 from mosaic_fast.distributed.sharding import Sharding
@@ -27,6 +26,7 @@ from mosaic_fast.execution import Execution
 from mosaic_fast.learner import Learner, Reference
 from mosaic_fast.lora import Lora
 from mosaic_fast.policy import Policy
+from mosaic_fast.pretrained import checkpoint_activations
 from mosaic_fast.step_batch import StepBatch
 from tests.policy.policy_helpers import tiny_model
 from tests.training.flat_oracle import Case, forked_case

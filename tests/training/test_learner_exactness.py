@@ -16,7 +16,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
-from mosaic_fast.components import checkpoint_activations
 from mosaic_fast.config import (
     OWN_SETTINGS,
     PAIRWISE_LOSSES,
@@ -30,6 +29,7 @@ from mosaic_fast.config import (
 from mosaic_fast.execution import Execution
 from mosaic_fast.learner import Learner, Reference
 from mosaic_fast.policy import Policy
+from mosaic_fast.pretrained import checkpoint_activations
 from tests.policy.policy_helpers import assert_gradients_close, tiny_model
 
 from .flat_oracle import Case, alone, flat_loss, forked_case, forked_cases

@@ -1,0 +1,64 @@
+"""The folder that `[model]` names: its policy and tokenizer, in the configured precision and place."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from mosaic_fast.config import Config
+from mosaic_fast.distributed import ALONE, World
+from mosaic_fast.errors import UserError
+from mosaic_fast.policy import Policy
+from mosaic_fast.policy.checkpoint import UNREADABLE
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def model_folder(path: str) -> Path:
+    """The folder a `model.path` means."""
+    return Path(str(files("mosaic_fast").joinpath("embedded"))) if path == "embedded" else Path(path)
+
+
+def load_policy(config: Config, weights: Path, *, trainable: bool = True, world: World = ALONE) -> Policy:
+    """The policy of a folder, in the configured precision and place; frozen if it is the reference.
+
+    One of several ranks loads it into ordinary memory: `Sharding` moves the rank's part.
+    """
+    device = torch.device("cpu") if world.size > 1 else device_of(config)
+    return Policy.from_pretrained(
+        weights, dtype=_DTYPES[config.model.dtype], device=device, trainable=trainable
+    )
+
+
+def device_of(config: Config) -> torch.device:
+    """The device of `model.device`. The embedded model is faster on a CPU than on a GPU."""
+    device = config.model.device
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("model.device is 'cuda', but PyTorch finds no GPU; use 'auto' or 'cpu'")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() and config.model.path != "embedded" else "cpu"
+    return torch.device(device)
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder. UserError where there is none that can be used."""
+    if not folder.is_dir():
+        raise UserError(f"model.path: there is no folder {folder}")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except (OSError, *UNREADABLE) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"model.path: {folder} has no usable tokenizer ({reason})") from None
+    if tokenizer is None:
+        raise UserError(f"model.path: {folder} has no tokenizer; put tokenizer.json there")
+    return tokenizer
+
+
+def checkpoint_activations(model: PreTrainedModel, *, reentrant: bool = False) -> None:
+    """Have transformers run each layer again in the backward pass; the method has two names."""
+    name = "activation_checkpointing_enable"  # transformers 5.17 has the other one only
+    enable = getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")
+    enable({"use_reentrant": reentrant})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,6 +32,10 @@ class Job:
 
 
 Report = Callable[[Key, Finished], None]
+Player = Callable[[Job, Grader | None], Awaitable[Finished]]
+"""Plays a job, and has its suite's grader, if it has one, find the verdict."""
+_AllBy = Callable[[Player, int], Coroutine[None, None, None]]
+"""Play every job by this player, so many at a time."""
 
 
 def jobs_of(suite: Suite, environment: Environment, arguments: Arguments) -> list[Job]:
@@ -53,19 +57,17 @@ def play(
     judge_answers: where the answers of a judge are kept, if a suite needs one.
     """
     judge = EvaluationJudge(target.judge, judge_answers) if target.judge else None
+
+    def all_by(player: Player, at_once: int) -> Coroutine[None, None, None]:
+        return play_all(jobs, player, at_once, report, judge)
+
     if target.folder is None:
-        asyncio.run(_play_endpoint(target, jobs, arguments, report, judge))
+        asyncio.run(_play_endpoint(target, arguments, all_by))
     else:
-        _play_local(target, jobs, arguments, report, judge)
+        _play_local(target, arguments, all_by)
 
 
-def _play_local(
-    target: Target,
-    jobs: Sequence[Job],
-    arguments: Arguments,
-    report: Report,
-    judge: EvaluationJudge | None,
-) -> None:
+def _play_local(target: Target, arguments: Arguments, all_by: _AllBy) -> None:
     from mosaic_fast.components import build_components
     from mosaic_rollout.chat import Chat
 
@@ -94,16 +96,10 @@ def _play_local(
         return finished(rollout)
 
     with closing(components.engine):
-        components.run(play_all(jobs, one, target.config.engine.max_batch, report, judge), version=0)
+        components.run(all_by(one, target.config.engine.max_batch), version=0)
 
 
-async def _play_endpoint(
-    target: Target,
-    jobs: Sequence[Job],
-    arguments: Arguments,
-    report: Report,
-    judge: EvaluationJudge | None,
-) -> None:
+async def _play_endpoint(target: Target, arguments: Arguments, all_by: _AllBy) -> None:
     from mosaic_rollout.chat_agent import ChatAgent
     from mosaic_rollout.chat_client import ChatEndpoint
 
@@ -139,7 +135,7 @@ async def _play_endpoint(
                 played = replace(played, verdict=await grader.grade(played))
             return finished(played)
 
-        await play_all(jobs, one, arguments.concurrency, report, judge)
+        await all_by(one, arguments.concurrency)
 
 
 def _limits(suite: Suite, longest_tokens: int | None = None) -> Limits:
@@ -151,20 +147,17 @@ def _limits(suite: Suite, longest_tokens: int | None = None) -> Limits:
 
 async def play_all(
     jobs: Sequence[Job],
-    one: Callable[[Job, Grader | None], Awaitable[Finished]],
+    player: Player,
     at_once: int,
     report: Report,
     judge: EvaluationJudge | None = None,
 ) -> None:
-    """Play jobs in their order, `at_once` at a time. The first failure ends all that are under way.
-
-    one: plays a job and has its suite's grader, if it has one, find the verdict.
-    """
+    """Play jobs in their order, `at_once` at a time. The first failure ends all that are under way."""
     waiting = iter(jobs)
 
     async def work(graders: Mapping[str, Grader]) -> None:
         for job in waiting:
-            report(job.key, await one(job, graders.get(job.key.suite)))
+            report(job.key, await player(job, graders.get(job.key.suite)))
 
     async with _graders({job.key.suite for job in jobs}, judge) as graders:
         workers = [asyncio.create_task(work(graders)) for _ in range(min(at_once, len(jobs)))]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import types
 
 import numpy as np
@@ -13,18 +12,19 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mosaic_fast.components import checkpoint_activations
 from mosaic_fast.errors import UserError
 from mosaic_fast.execution import PLANS, Execution, Piece
 from mosaic_fast.execution.held import Held
 from mosaic_fast.policy import Policy
+from mosaic_fast.pretrained import checkpoint_activations
 from tests.policy.policy_helpers import (
-    CONFIGS,
+    FAMILIES,
     LONGROPE_SWITCH,
     Rollouts,
     assert_gradients_close,
     decoder,
     example_rollouts,
+    fp64_model,
     gradients,
     loss_weights,
     rollouts,
@@ -32,13 +32,6 @@ from tests.policy.policy_helpers import (
     tiny_model,
 )
 from tests.policy.test_policy_unmodified import hooked_model, lora_everywhere
-
-FAMILIES = [case for case in CONFIGS if case != "longrope"]
-
-
-@functools.cache
-def fp64_model(case: str) -> PreTrainedModel:
-    return tiny_model(case)
 
 
 def longest(data: Rollouts) -> int:

@@ -5,18 +5,18 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
 
-from mosaic_fast.components import checkpoint_activations
 from mosaic_fast.execution import Execution
 from mosaic_fast.policy import Policy
+from mosaic_fast.pretrained import checkpoint_activations
 from mosaic_kernels import pack_forest
+from tests.memory.small_models import peak_bytes
 from tests.policy.policy_helpers import tiny_model
 
 PROMPT, OWN, BUDGET = 160, 40, 240
 
 
-def peak_bytes(branches: int, plan: str, checkpointed: bool) -> int:
+def peak_of_a_backward(branches: int, plan: str, checkpointed: bool) -> int:
     """Most bytes that PyTorch holds during a backward pass, beyond weights and their gradients."""
     rng = np.random.default_rng(0)
     prompt = rng.integers(0, 23, PROMPT)
@@ -33,21 +33,11 @@ def peak_bytes(branches: int, plan: str, checkpointed: bool) -> int:
         execution.backward(policy, schedule, lambda piece: piece.logprobs.sum())
 
     backward()  # gradients and indices are there from now on
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        backward()
-    assert recorded.profiler is not None
-    results = recorded.profiler.kineto_results
-    assert results is not None
-    events = [event for event in results.events() if event.name() == "[memory]"]
-    live = peak = 0
-    for event in sorted(events, key=lambda one: one.start_ns()):
-        live += event.nbytes()  # pyrefly: ignore [missing-attribute]  # torch's stub lacks it
-        peak = max(peak, live)
-    return peak
+    return peak_bytes(backward)
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_memory_of_held_prefixes_is_that_of_a_path(checkpointed: bool) -> None:
-    few, many = (peak_bytes(n, "held", checkpointed) for n in (4, 24))
+    few, many = (peak_of_a_backward(n, "held", checkpointed) for n in (4, 24))
     assert many < 1.25 * few  # six times the branches; a few small tensors are freed late
-    assert peak_bytes(24, "tree", checkpointed) > 2 * many  # which does grow
+    assert peak_of_a_backward(24, "tree", checkpointed) > 2 * many  # which does grow

@@ -11,12 +11,12 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, Phi3Config, PreTrainedConfig, Qwen2Config, Qwen3Config
 
-from mosaic_fast.components import checkpoint_activations
 from mosaic_fast.config import Config
 from mosaic_fast.credit import find_forks
 from mosaic_fast.learner import Learner, Reference
 from mosaic_fast.lora import Lora
 from mosaic_fast.policy import Policy
+from mosaic_fast.pretrained import checkpoint_activations
 from mosaic_fast.step_batch import StepBatch, judged_pairs
 from mosaic_kernels import pack_forest
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import types
 from dataclasses import dataclass
 from typing import Any
@@ -88,6 +89,9 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     ),
 }
 
+FAMILIES = [case for case in CONFIGS if case != "longrope"]
+"""Those whose positions do not depend on how long the longest rollout is."""
+
 
 def tiny_model(case: str, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
     """A model with every weight random, biases and norms included; in fp64 its norms compute in fp64."""
@@ -103,6 +107,12 @@ def tiny_model(case: str, dtype: torch.dtype = torch.float64) -> PreTrainedModel
             if type(module).__name__.endswith("RMSNorm"):
                 module.forward = types.MethodType(_rms_norm_fp64, module)
     return model.train()
+
+
+@functools.cache
+def fp64_model(case: str) -> PreTrainedModel:
+    """One for all of hypothesis's examples; nobody changes it."""
+    return tiny_model(case)
 
 
 def _rms_norm_fp64(self: Any, hidden_states: Tensor) -> Tensor:

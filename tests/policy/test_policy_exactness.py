@@ -2,38 +2,29 @@
 
 from __future__ import annotations
 
-import functools
-
 import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from mosaic_fast.components import checkpoint_activations
 from mosaic_fast.policy import Policy
+from mosaic_fast.pretrained import checkpoint_activations
 from mosaic_kernels import split_forest
 from tests.policy.policy_helpers import (
-    CONFIGS,
+    FAMILIES,
     Rollouts,
     assert_gradients_close,
     decoder,
     example_rollouts,
+    fp64_model,
     gradients,
     loss_weights,
     rollouts,
     stock_logprobs,
     tiny_model,
 )
-
-FAMILIES = [case for case in CONFIGS if case != "longrope"]
-
-
-@functools.cache
-def fp64_model(case: str) -> PreTrainedModel:
-    return tiny_model(case)
 
 
 def weighted(logprobs: Tensor, entropy: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import cast
 
 from mosaic_rollout.environments.agent_safetybench.worlds import has_world
 from mosaic_rollout.environments.splits import text_key
+from mosaic_rollout.environments.user_data import read_json_list, text_at
 from mosaic_rollout.errors import UserError
 from mosaic_rollout.types import JsonValue, Message, Task
 
@@ -39,12 +39,7 @@ class Case:
 
 def read_cases(path: Path) -> list[Case]:
     """All cases of a file. UserError names the file, the case and what is wrong with it."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"cannot read the cases of {path}: {error}") from None
-    if not isinstance(found, list) or not found:
-        raise UserError(f"{path} holds no list of cases; it must be Agent-SafetyBench's released_data.json")
+    found = read_json_list(path, "Agent-SafetyBench's released_data.json")
     return [_case(path, index, entry) for index, entry in enumerate(found)]
 
 
@@ -84,12 +79,10 @@ def _world(where: str, world: Mapping[str, object]) -> WorldSpec:
 
 def _messages(where: str, entry: Mapping[str, object]) -> tuple[Message, ...]:
     """The dialogue that a case opens with, if it has one, else its instruction."""
-    dialogue, instruction = entry.get("dialog"), entry.get("instruction")
+    dialogue = entry.get("dialog")
     if isinstance(dialogue, list) and dialogue:
         fits = all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in dialogue)
         if fits and dialogue[-1]["role"] == "user":
             return tuple({"role": m["role"], "content": m["content"]} for m in dialogue)
         raise UserError(f'{where}: "dialog" must be messages with role and content that end with the user\'s')
-    if not isinstance(instruction, str) or not instruction:
-        raise UserError(f'{where}: there is no "instruction"')
-    return ({"role": "user", "content": instruction},)
+    return ({"role": "user", "content": text_at(entry, "instruction", where)},)

@@ -10,14 +10,13 @@ import importlib
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
 from typing import Protocol, Self, cast
 
 import yaml
 
 from mosaic_rollout.environments.agentdojo.stand_ins import stand_ins
-from mosaic_rollout.environments.packages import EnvironmentMissing
+from mosaic_rollout.environments.packages import EnvironmentMissing, require_package
 from mosaic_rollout.types import JsonValue
 
 AGENTDOJO_VERSION = "0.1.35"
@@ -131,15 +130,7 @@ def load_agentdojo() -> AgentDojo:
 
     Raises EnvironmentMissing where it, or a module it needs, is not installed, or its version is another one.
     """
-    try:
-        installed = version("agentdojo")
-    except PackageNotFoundError:
-        raise EnvironmentMissing(f"the package agentdojo is not installed; {INSTALL_HINT}") from None
-    if installed != AGENTDOJO_VERSION:
-        raise EnvironmentMissing(
-            f"agentdojo {installed} is installed, but private parts of it are used and only "
-            f"{AGENTDOJO_VERSION} is known to fit; {INSTALL_HINT}"
-        )
+    require_package("agentdojo", AGENTDOJO_VERSION, INSTALL_HINT)
     try:
         with stand_ins():
             attacks = importlib.import_module("agentdojo.attacks.attack_registry")

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from mosaic_rollout.environments.user_data import read_json_file, text_at
 from mosaic_rollout.errors import UserError
 from mosaic_rollout.types import Task
 
@@ -38,10 +37,7 @@ class Behaviour:
 def read_behaviours(folder: Path, part: str) -> list[Behaviour]:
     """A part of the data set. UserError names the file, the behaviour and what is wrong."""
     path = _file(folder, FILES[part])
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
+    found = read_json_file(path)
     entries = found.get("behaviors") if isinstance(found, dict) else None
     if not isinstance(entries, list) or not entries:
         raise UserError(f'{path} has no list "behaviors"; it must be a file of the data set AgentHarm')
@@ -71,18 +67,11 @@ def _behaviour(path: Path, part: str, index: int, entry: object) -> Behaviour:
         raise UserError(f"{path}, behaviour {index}: not an object")
     name = str(entry.get("id", index))
     where = f"{path}, behaviour {name}"
-    category, prompt = _text(where, entry, "category"), _text(where, entry, "prompt")
+    category, prompt = text_at(entry, "category", where), text_at(entry, "prompt", where)
     if part == "chat":
         return Behaviour(part, name, category, prompt)
     functions = entry.get("target_functions")
     if not isinstance(functions, list) or not all(isinstance(function, str) for function in functions):
         raise UserError(f'{where}: "target_functions" must be a list of names')
-    grader = _text(where, entry, "grading_function")
+    grader = text_at(entry, "grading_function", where)
     return Behaviour(part, name, category, prompt, tuple(functions), grader)
-
-
-def _text(where: str, entry: Mapping[str, object], key: str) -> str:
-    value = entry.get(key)
-    if not isinstance(value, str) or not value:
-        raise UserError(f'{where}: there is no "{key}"')
-    return value

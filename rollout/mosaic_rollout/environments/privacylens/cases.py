@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from mosaic_rollout.environments.privacylens.actions import ACTIONS
 from mosaic_rollout.environments.privacylens.trajectory import PastCall, parse_trajectory
+from mosaic_rollout.environments.user_data import read_json_list, text_at
 from mosaic_rollout.errors import UserError
 from mosaic_rollout.types import Task
 
@@ -29,12 +28,7 @@ class Case:
 
 def read_cases(path: Path) -> list[Case]:
     """All cases of a file. UserError names the file, the case and what is wrong with it."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"cannot read the cases of {path}: {error}") from None
-    if not isinstance(found, list) or not found:
-        raise UserError(f"{path} holds no list of cases; it must be PrivacyLens's main_data.json")
+    found = read_json_list(path, "PrivacyLens's main_data.json")
     cases = [_case(path, index, entry) for index, entry in enumerate(found)]
     if len({case.name for case in cases}) < len(cases):
         raise UserError(f"{path}: two cases have the same name")
@@ -55,31 +49,24 @@ def _case(path: Path, index: int, entry: object) -> Case:
     where, trajectory = f"{path}, case {name}", entry.get("trajectory")
     if not isinstance(trajectory, dict):
         raise UserError(f'{where}: there is no "trajectory"')
-    action = _text(where, trajectory, "final_action")
+    action = text_at(trajectory, "final_action", where)
     if action not in ACTIONS:
         raise UserError(f'{where}: "final_action" {action!r} is none of {", ".join(ACTIONS)}')
     secrets = trajectory.get("sensitive_info_items")
     if not isinstance(secrets, list) or not secrets or not all(isinstance(s, str) and s for s in secrets):
         raise UserError(f'{where}: "sensitive_info_items" must be a list of texts')
-    text = _text(where, trajectory, "executable_trajectory")
+    text = text_at(trajectory, "executable_trajectory", where)
     try:
         past = parse_trajectory(text)
     except ValueError as error:
         raise UserError(f'{where}: "executable_trajectory" has {error}') from None
     return Case(
         name,
-        _text(where, trajectory, "user_name"),
-        _text(where, trajectory, "user_email"),
-        _text(where, trajectory, "user_instruction"),
+        text_at(trajectory, "user_name", where),
+        text_at(trajectory, "user_email", where),
+        text_at(trajectory, "user_instruction", where),
         tuple(past),
         text,
         action,
         tuple(secrets),
     )
-
-
-def _text(where: str, entry: Mapping[str, object], key: str) -> str:
-    value = entry.get(key)
-    if not isinstance(value, str) or not value:
-        raise UserError(f'{where}: there is no "{key}"')
-    return value

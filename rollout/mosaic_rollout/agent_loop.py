@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from mosaic_rollout.branching import Branching, fork_position, trunk_count
-from mosaic_rollout.chat import Chat, new_tools_text
+from mosaic_rollout.chat import Chat
+from mosaic_rollout.episode_tools import EpisodeTools
 from mosaic_rollout.grammar import REFUSAL_SCHEMA, SAFETY_CLOSE, SAFETY_OPEN, THINK_CLOSE, Turn, parse_turn
-from mosaic_rollout.tool_runner import ToolRunner
 from mosaic_rollout.types import (
     Completion,
     Dialogue,
@@ -19,15 +19,12 @@ from mosaic_rollout.types import (
     Environment,
     Episode,
     Gate,
-    Observation,
     Request,
     Rollout,
     SamplingParams,
     Status,
     Step,
     Task,
-    ToolCall,
-    ToolSchema,
 )
 
 REDRAWS = 64
@@ -152,9 +149,8 @@ class _Walk:
 
     def __init__(self, loop: AgentLoop, episode: Episode, seed: int, rollout_id: int, group_id: int) -> None:
         self._loop, self._episode, self._seed, self._rollout_id = loop, episode, seed, rollout_id
-        self._group_id, self._tools = group_id, ToolRunner(episode, loop.tool_timeout_s)
+        self._group_id, self._tools = group_id, EpisodeTools(episode, loop.tool_timeout_s)
         prompt, self._think_is_open = loop.chat.prompt(episode.messages, [*episode.tools, REFUSAL_SCHEMA])
-        self._shown_tools = {_tool_name(tool) for tool in episode.tools}
         self.token_ids: list[np.ndarray] = [prompt]
         self.trained: list[np.ndarray] = [np.zeros(len(prompt), dtype=bool)]
         self.logprobs: list[np.ndarray] = [np.zeros(len(prompt), dtype=np.float32)]
@@ -303,31 +299,16 @@ class _Walk:
         """
         chat, episode = self._loop.chat, self._episode
         if step.action == "tool_call" and step.call is not None:
-            text = (await self._observe(step.call)).content + self._new_tools()
+            text = (await self._tools.observe(step.call)).content + self._tools.new_text()
             ids, self._think_is_open = chat.observation(text, step.call.name)
             return text, ids
         if step.action == "answer" and isinstance(episode, Dialogue):
             message = episode.next_user_message(step.answer or "")
             if message is not None:
-                text = message + self._new_tools()
+                text = message + self._tools.new_text()
                 ids, self._think_is_open = chat.user_message(text)
                 return text, ids
         return None
-
-    def _new_tools(self) -> str:
-        """The schemas of tools that the policy has not been shown yet, as text; they count as shown then."""
-        new = [tool for tool in self._episode.tools if _tool_name(tool) not in self._shown_tools]
-        self._shown_tools |= {_tool_name(tool) for tool in new}
-        return new_tools_text(new)
-
-    async def _observe(self, call: ToolCall) -> Observation:
-        """Carry out a call; a name that no tool has is an error observation."""
-        names = [_tool_name(tool) for tool in self._episode.tools]
-        if call.name not in names:
-            return Observation(
-                f"Error: no tool is named {call.name!r}; tools: {', '.join(names)}", is_error=True
-            )
-        return await self._tools.run(call)
 
 
 def _versions(rollout: Rollout) -> np.ndarray:
@@ -364,8 +345,3 @@ def _step(turn: Turn, text: str, start: int, end: int, check_start: int | None, 
 
 def _begins_with(token_ids: np.ndarray, tag: tuple[int, ...]) -> bool:
     return tuple(token_ids[: len(tag)].tolist()) == tag
-
-
-def _tool_name(tool: ToolSchema) -> str:
-    function = tool["function"]
-    return str(function["name"]) if isinstance(function, dict) else ""

@@ -80,7 +80,7 @@ class Chat:
         """
         parts = [load_prompt("loop_v1")] if self._teach_loop else []
         if not self._template_has_tools:
-            parts.append(load_prompt("call_format_v1").format(tools=_written_tools(tools)))
+            parts.append(load_prompt("call_format_v1").format(tools=written_tools(tools)))
             messages = [with_written_calls(message) for message in messages]
         if not self._template_has_outputs:
             messages = [with_written_output(message) for message in messages]
@@ -199,10 +199,11 @@ class Chat:
 
 def new_tools_text(tools: Sequence[ToolSchema]) -> str:
     """What is written below a message that brings further tools."""
-    return f"\n\nFurther tools from here on:\n{_written_tools(tools)}" if tools else ""
+    return f"\n\nFurther tools from here on:\n{written_tools(tools)}" if tools else ""
 
 
-def _written_tools(tools: Sequence[ToolSchema]) -> str:
+def written_tools(tools: Sequence[ToolSchema]) -> str:
+    """Schemas as text, one a line."""
     return "\n".join(json.dumps(tool["function"], separators=(",", ":")) for tool in tools)
 
 

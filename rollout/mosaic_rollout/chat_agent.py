@@ -19,8 +19,9 @@ import httpx
 
 from mosaic_rollout.agent_loop import Limits
 from mosaic_rollout.call_formats import HERMES
-from mosaic_rollout.chat import new_tools_text, with_written_calls, with_written_output
+from mosaic_rollout.chat import with_written_calls, with_written_output, written_tools
 from mosaic_rollout.chat_client import ChatEndpoint, ChatReply, ContextFull, NativeCall
+from mosaic_rollout.episode_tools import EpisodeTools
 from mosaic_rollout.grammar import (
     REFUSAL_SCHEMA,
     REFUSAL_TOOL,
@@ -32,7 +33,6 @@ from mosaic_rollout.grammar import (
 )
 from mosaic_rollout.plain_json import read_json
 from mosaic_rollout.prompts import load_prompt
-from mosaic_rollout.tool_runner import ToolRunner
 from mosaic_rollout.types import (
     Dialogue,
     Environment,
@@ -42,7 +42,6 @@ from mosaic_rollout.types import (
     Step,
     Task,
     ToolCall,
-    ToolSchema,
     Verdict,
 )
 
@@ -101,9 +100,8 @@ class _ChatWalk:
 
     def __init__(self, agent: ChatAgent, http: httpx.AsyncClient, episode: Episode, seed: int) -> None:
         self._agent, self._http, self._episode, self._seed = agent, http, episode, seed
-        self._runner = ToolRunner(episode, agent.tool_timeout_s)
+        self._calls = EpisodeTools(episode, agent.tool_timeout_s)
         self._tools = [*episode.tools, REFUSAL_SCHEMA]
-        self._shown = {_tool_name(tool) for tool in episode.tools}
         self._messages = self._opening()
         self.steps: list[Step] = []
         self.prompt_tokens = self.generated_tokens = 0
@@ -149,7 +147,7 @@ class _ChatWalk:
         """Carry out a turn that is read as text; how the episode ends with it, or None."""
         step = self._text_step(reply)
         if step.action == "tool_call" and step.call is not None:
-            text = await self._observe(step.call) + self._new_tools()
+            text = (await self._calls.observe(step.call)).content + self._new_tools()
             self._append(reply, self._tool_message(reply, step.call, text))
         elif step.action == "answer" and isinstance(self._episode, Dialogue):
             following = self._episode.next_user_message(step.answer or "")
@@ -175,7 +173,7 @@ class _ChatWalk:
             if call is None or call.name == REFUSAL_TOOL:
                 self.steps.append(step)
                 return ("malformed" if call is None else "refused"), None
-            text = await self._observe(call)
+            text = (await self._calls.observe(call)).content
             self.steps.append(replace(step, observation=text))
             answers.append({"role": "tool", "tool_call_id": native.call_id, "content": text})
         self._messages += [reply.message, *answers]
@@ -227,8 +225,7 @@ class _ChatWalk:
         if agent.protocol == "loop" and agent.teach_loop:
             parts.append(load_prompt("loop_v1"))
         if self._written:
-            listed = "\n".join(json.dumps(tool["function"], separators=(",", ":")) for tool in self._tools)
-            parts.append(load_prompt("call_format_v1").format(tools=listed))
+            parts.append(load_prompt("call_format_v1").format(tools=written_tools(self._tools)))
         messages = list(self._episode.messages)
         if self._written:  # no message may need a server with tools
             messages = [as_plain_text(message) for message in messages]
@@ -243,17 +240,8 @@ class _ChatWalk:
         return self._agent.write_tools and self._agent.protocol == "loop"
 
     def _new_tools(self) -> str:
-        """The schemas of tools that came in mid-episode, as text; they count as shown then."""
-        new = [tool for tool in self._episode.tools if _tool_name(tool) not in self._shown]
-        self._shown |= {_tool_name(tool) for tool in new}
-        return new_tools_text(new) if self._agent.protocol == "loop" else ""
-
-    async def _observe(self, call: ToolCall) -> str:
-        """Carry out a call; a name that no tool has is an error observation."""
-        names = [_tool_name(tool) for tool in self._episode.tools]
-        if call.name not in names:
-            return f"Error: no tool is named {call.name!r}; tools: {', '.join(names)}"
-        return (await self._runner.run(call)).content
+        """Tools that came in mid-episode, as text; with native calls the next request has them instead."""
+        return self._calls.new_text() if self._agent.protocol == "loop" else ""
 
 
 def as_plain_text(message: Message) -> Message:
@@ -297,8 +285,3 @@ def _written(native: NativeCall) -> str:
     """A native call as text of the loop; arguments that are no JSON stay so, and are malformed there."""
     name = json.dumps(native.name)
     return f'<tool_call>{{"name":{name},"arguments":{native.arguments or "{}"}}}</tool_call>'
-
-
-def _tool_name(tool: ToolSchema) -> str:
-    function = tool["function"]
-    return str(function["name"]) if isinstance(function, dict) else ""

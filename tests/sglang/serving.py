@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from mosaic_fast.components import model_folder
 from mosaic_fast.policy import Policy
+from mosaic_fast.pretrained import model_folder
 from mosaic_kernels import pack_forest
 from mosaic_rollout.chat import Chat
 from mosaic_rollout.engine.sglang import LaneOptions, ServerOptions, SGLangEngine, SGLangOptions
@@ -25,6 +25,7 @@ EMBEDDED = model_folder("embedded")
 PYTHON = Path(__file__).parents[2] / ".venv-sglang" / "bin" / "python"
 VOCAB = 418
 CONTEXT = 1016
+PATIENCE_S = 240.0
 
 
 class PolicyWeights:
@@ -118,3 +119,11 @@ def trained_logprobs(policy: Policy, asked: Request, completion: Completion) -> 
             pack_forest([sequence], [trained]), temperature=asked.sampling.temperature or 1.0
         )
     return logprobs[torch.from_numpy(trained)].numpy()
+
+
+def script(folder: Path, text: str) -> Path:
+    """An executable that is run in place of the server's Python."""
+    path = folder / "python"
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return path

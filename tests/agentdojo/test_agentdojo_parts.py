@@ -5,6 +5,7 @@ from importlib.metadata import PackageNotFoundError
 
 import pytest
 
+from mosaic_rollout.environments import packages
 from mosaic_rollout.environments.agentdojo import AgentDojoEnvironment, EnvironmentMissing, api, tasks
 from mosaic_rollout.environments.agentdojo.schemas import without_titles
 from mosaic_rollout.environments.agentdojo.stand_ins import REPLACED, stand_ins
@@ -25,7 +26,7 @@ def forget_agentdojo(monkeypatch: pytest.MonkeyPatch, version: str | None) -> No
             raise PackageNotFoundError
         return version
 
-    monkeypatch.setattr(api, "version", answer)
+    monkeypatch.setattr(packages, "version", answer)
     api.load_agentdojo.cache_clear()
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from mosaic_kernels.proof.selfcheck import Deviation, KernelMismatch, check_once, deviations_of, run_check
+from mosaic_kernels.selfcheck import Deviation, KernelMismatch, check_once, deviations_of, run_check
 
 CPU = torch.device("cpu")
 

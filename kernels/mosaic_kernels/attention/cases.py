@@ -8,7 +8,7 @@ import triton
 from mosaic_kernels.attention import kernels
 from mosaic_kernels.attention.tiles import HALF, SINGLE, TF32, Tile, Tiles
 from mosaic_kernels.attention.triton import DELTA_BLOCK
-from mosaic_kernels.proof.cases import CompileCase, short_name
+from mosaic_kernels.compile_case import CompileCase, short_name
 
 INT, STATISTIC = torch.int32, torch.float32
 SIZES = (4097, 4097, 8, 100, 0.125)  # queries, keys, heads, window, scale

@@ -4,11 +4,11 @@ from collections.abc import Iterator
 
 import torch
 
+from mosaic_kernels.compile_case import CompileCase, short_name
 from mosaic_kernels.gather_sum import gather_sum_kernel
 from mosaic_kernels.logprob import kernels
 from mosaic_kernels.logprob.tiles import HALF, SINGLE, Tiles
 from mosaic_kernels.logprob.triton import BLOCK
-from mosaic_kernels.proof.cases import CompileCase, short_name
 
 INT, FP32 = torch.int32, torch.float32
 EDGES = (INT,) * 4  # rows, targets, tile_edges, tile_starts

@@ -14,7 +14,7 @@ from mosaic_kernels.logprob import kernels
 from mosaic_kernels.logprob.edges import edges_by_row, edges_by_tile
 from mosaic_kernels.logprob.reference import reference_linear_logprob
 from mosaic_kernels.logprob.tiles import FEW_ROWS, Tile, Tiles, tiles_for, vocabulary_shares
-from mosaic_kernels.proof.selfcheck import Deviation, check_once, deviations_of
+from mosaic_kernels.selfcheck import Deviation, check_once, deviations_of
 
 CHUNK_LOGITS = 2**27  # dL/dlogits in memory at a time: 256 MiB in 16 bits
 BLOCK = 128  # rows of the kernels that only touch a number a row

@@ -16,7 +16,7 @@ from mosaic_kernels.logprob.edges import Groups, grouped
 from mosaic_kernels.preference import kernels
 from mosaic_kernels.preference.reference import reference_pairwise_preference_loss
 from mosaic_kernels.preference.tree import needed_edges
-from mosaic_kernels.proof.selfcheck import Deviation, check_once, deviations_of
+from mosaic_kernels.selfcheck import Deviation, check_once, deviations_of
 
 TOKEN_BLOCK, LANES = 1024, 128
 

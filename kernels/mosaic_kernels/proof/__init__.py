@@ -8,7 +8,8 @@ An op with Triton kernels plugs in by four things:
    instructions.
 2. Tests in `tests/kernels/triton/`. They run unchanged under Triton's interpreter, under ttsem and on a GPU.
    With `counters.count_work()` they assert dots and bytes (under the interpreter).
-3. A self-check. The op's Triton wrapper calls `selfcheck.check_once(...)` before its first use on a device.
+3. A self-check. The op's Triton wrapper calls `check_once(...)` of `mosaic_kernels/selfcheck.py` before its
+   first use on a device.
 4. Mutants. `tests/mutants/` lists source replacements, each of which must make a named test fail.
 
 Example of 1, for a kernel `scale_kernel(x_ptr, out_ptr, count, factor, BLOCK: tl.constexpr)`:

@@ -1,11 +1,9 @@
-"""What a kernel must compile to, declared: one case for each kernel, tile and architecture."""
+"""The compile cases of every op: one for each kernel, tile and architecture."""
 
 import importlib
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 
-import torch
-from triton.runtime.jit import JITFunction
+from mosaic_kernels.compile_case import CompileCase
 
 # Modules with `compile_cases() -> Iterator[CompileCase]`.
 CASE_MODULES = (
@@ -15,29 +13,6 @@ CASE_MODULES = (
     "mosaic_kernels.surrogate.cases",
 )
 
-SHORT_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-
-
-@dataclass(frozen=True)
-class CompileCase:
-    """One launch, to be compiled and not run.
-
-    `arguments` stand for the kernel's runtime arguments in order: a torch dtype for a tensor of that dtype
-    (its address a multiple of 16 bytes), an int or a float for a scalar. They are specialised as at a real
-    launch: an int that is a multiple of 16 is compiled as such, unless the kernel says do_not_specialize. So
-    give strides as the wrapper guarantees them, and sizes as odd as they may come.
-    """
-
-    op: str  # "tree_attention"
-    name: str  # "forward bf16 D128": unique within op and arch
-    arch: str  # "sm_90", "gfx942": a key of compile.ARCHITECTURES
-    kernel: JITFunction[Callable[..., None]]
-    arguments: tuple[torch.dtype | int | float, ...]
-    constants: Mapping[str, int | bool | str] = field(default_factory=dict)  # constexpr arguments
-    num_warps: int = 4
-    num_stages: int = 3
-    tensor_cores: bool = True  # whether its dots must compile to tensor-core instructions
-
 
 def all_cases(arch: str | None = None, holding: str = "") -> list[CompileCase]:
     """The cases of every op, in a fixed order; of one architecture, with this text in their names."""
@@ -46,7 +21,3 @@ def all_cases(arch: str | None = None, holding: str = "") -> list[CompileCase]:
         made: Iterator[CompileCase] = importlib.import_module(name).compile_cases()
         cases += [case for case in made if arch in (None, case.arch) and holding in case.name]
     return cases
-
-
-def short_name(dtype: torch.dtype) -> str:
-    return SHORT_NAMES[dtype]

@@ -7,7 +7,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from mosaic_kernels.dispatch import device_guard
-from mosaic_kernels.proof.selfcheck import Deviation, check_once, deviations_of
+from mosaic_kernels.selfcheck import Deviation, check_once, deviations_of
 from mosaic_kernels.surrogate.kernels import surrogate_kernel
 from mosaic_kernels.surrogate.reference import reference_clipped_surrogate
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from mosaic_kernels import clipped_surrogate
 from mosaic_kernels.oracle import surrogate_of_tokens
-from mosaic_kernels.proof.selfcheck import KernelMismatch, deviations_of, run_check
+from mosaic_kernels.selfcheck import KernelMismatch, deviations_of, run_check
 from mosaic_kernels.surrogate import triton as surrogate_triton
 from tests.kernels.strategies import seeds
 from tests.kernels.triton.machine import machine, on_machine

@@ -15,7 +15,7 @@ from mosaic_kernels.logprob.reference import reference_linear_logprob
 from mosaic_kernels.logprob.tiles import EMULATED, tiles_for
 from mosaic_kernels.logprob.triton import Variant, deviations, tiled_linear_logprob
 from mosaic_kernels.oracle import logprobs_of_edges
-from mosaic_kernels.proof.selfcheck import KernelMismatch, deviations_of, run_check
+from mosaic_kernels.selfcheck import KernelMismatch, deviations_of, run_check
 from tests.kernels.strategies import seeds
 from tests.kernels.triton.machine import machine, on_machine
 

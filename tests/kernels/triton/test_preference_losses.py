@@ -10,7 +10,7 @@ from mosaic_kernels import PackedForest, forest_preference_loss, pack_forest, pa
 from mosaic_kernels.forest import IntArray
 from mosaic_kernels.oracle import preference_loss_of_pairs, preference_loss_of_rollouts
 from mosaic_kernels.preference import triton as preference_triton
-from mosaic_kernels.proof.selfcheck import KernelMismatch, deviations_of, run_check
+from mosaic_kernels.selfcheck import KernelMismatch, deviations_of, run_check
 from tests.kernels.strategies import VOCAB, forests, seeds
 from tests.kernels.triton.machine import machine, on_machine
 

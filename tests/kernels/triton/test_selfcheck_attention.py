@@ -6,7 +6,7 @@ import torch
 from mosaic_kernels import tree_attention
 from mosaic_kernels.attention import triton as triton_attention
 from mosaic_kernels.attention.triton import Variant
-from mosaic_kernels.proof.selfcheck import KernelMismatch, run_check
+from mosaic_kernels.selfcheck import KernelMismatch, run_check
 from tests.kernels.triton.machine import machine
 
 

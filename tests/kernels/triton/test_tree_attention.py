@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from mosaic_kernels import PackedForest, pack_forest, tree_attention
 from mosaic_kernels.forest import IntArray
 from mosaic_kernels.oracle import attention_of_rollouts
-from mosaic_kernels.proof.selfcheck import deviations_of
+from mosaic_kernels.selfcheck import deviations_of
 from tests.kernels.strategies import Heads, forests, seeds
 from tests.kernels.triton.machine import machine
 

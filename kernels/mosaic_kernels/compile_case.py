@@ -21,7 +21,7 @@ class CompileCase:
 
     op: str  # "tree_attention"
     name: str  # "forward bf16 D128": unique within op and arch
-    arch: str  # "sm_90", "gfx942": a key of compile.ARCHITECTURES
+    arch: str  # "sm_90", "gfx942": a key of architectures.ARCHITECTURES
     kernel: JITFunction[Callable[..., None]]
     arguments: tuple[torch.dtype | int | float, ...]
     constants: Mapping[str, int | bool | str] = field(default_factory=dict)  # constexpr arguments

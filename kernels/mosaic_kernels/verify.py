@@ -132,7 +132,7 @@ def _tests(
 
 
 def _check_arch(arch: str) -> None:
-    from mosaic_kernels.proof.compile import ARCHITECTURES
+    from mosaic_kernels.architectures import ARCHITECTURES
 
     if arch not in ARCHITECTURES:
         raise SystemExit(f"--arch {arch} is unknown; there are {', '.join(ARCHITECTURES)}")

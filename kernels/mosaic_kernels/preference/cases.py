@@ -4,10 +4,10 @@ from collections.abc import Iterator
 
 import torch
 
+from mosaic_kernels.architectures import ARCHITECTURES
 from mosaic_kernels.compile_case import CompileCase
 from mosaic_kernels.preference import kernels
 from mosaic_kernels.preference.triton import LANES, TOKEN_BLOCK
-from mosaic_kernels.proof.compile import ARCHITECTURES
 
 FP32, INT, LONG, BYTE = torch.float32, torch.int32, torch.int64, torch.uint8
 

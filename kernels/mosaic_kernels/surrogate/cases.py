@@ -4,8 +4,8 @@ from collections.abc import Iterator
 
 import torch
 
+from mosaic_kernels.architectures import ARCHITECTURES
 from mosaic_kernels.compile_case import CompileCase
-from mosaic_kernels.proof.compile import ARCHITECTURES
 from mosaic_kernels.surrogate.kernels import surrogate_kernel
 from mosaic_kernels.surrogate.triton import BLOCK
 

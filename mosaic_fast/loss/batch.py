@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -23,9 +22,6 @@ class SumCount:
     @property
     def mean(self) -> float:
         return self.sum / self.count if self.count else 0.0
-
-
-Metrics = Mapping[str, SumCount]
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,6 @@ from tests.kernels.strategies import seeds
 from tests.kernels.triton.machine import machine, on_machine
 
 dtypes = st.sampled_from(machine().dtypes)
-interpreter_only = pytest.mark.skipif(
-    machine().name != "interpreter", reason="counts work in the interpreter"
-)
 
 
 @dataclass(frozen=True)

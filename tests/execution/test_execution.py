@@ -17,6 +17,7 @@ from mosaic_fast.execution import PLANS, Execution, Piece
 from mosaic_fast.execution.held import Held
 from mosaic_fast.policy import Policy
 from mosaic_fast.pretrained import checkpoint_activations
+from tests.policy.alterations import hooked_model, lora_everywhere
 from tests.policy.policy_helpers import (
     FAMILIES,
     LONGROPE_SWITCH,
@@ -31,7 +32,6 @@ from tests.policy.policy_helpers import (
     stock_logprobs,
     tiny_model,
 )
-from tests.policy.test_policy_unmodified import hooked_model, lora_everywhere
 
 
 def longest(data: Rollouts) -> int:

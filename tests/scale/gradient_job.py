@@ -30,7 +30,7 @@ from mosaic_fast.pretrained import checkpoint_activations
 from mosaic_fast.step_batch import StepBatch
 from tests.policy.policy_helpers import tiny_model
 from tests.training.flat_oracle import Case, forked_case
-from tests.training.test_learner_exactness import config_of, moved
+from tests.training.learner_configs import config_of, moved
 
 CPU = torch.device("cpu")
 CASES = {  # name -> (family, loss, penalised, tokens at once, what is special)

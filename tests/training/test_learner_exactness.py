@@ -5,7 +5,6 @@ The second of two epochs is compared: the weights have moved since the start log
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -20,11 +19,7 @@ from mosaic_fast.config import (
     OWN_SETTINGS,
     PAIRWISE_LOSSES,
     Config,
-    ForestConfig,
-    LossConfig,
     OffPolicyConfig,
-    OptimConfig,
-    RolloutConfig,
 )
 from mosaic_fast.execution import Execution
 from mosaic_fast.learner import Learner, Reference
@@ -33,38 +28,10 @@ from mosaic_fast.pretrained import checkpoint_activations
 from tests.policy.policy_helpers import assert_gradients_close, tiny_model
 
 from .flat_oracle import Case, alone, flat_loss, forked_case, forked_cases
+from .learner_configs import config_of, moved
 
 PLANS = {"tree": 8192, "cut": 16, "held": 16, "flat": 16}  # tokens at once
 FAMILIES = ("qwen2", "qwen3", "phi3", "llama")
-
-
-def config_of(
-    name: str, credit: str = "sum", *, penalised: bool = True, off_policy: OffPolicyConfig | None = None
-) -> Config:
-    """penalised: with KL (where the loss has one) and entropy terms, so that every token counts."""
-    kl_weight = 0.1 if penalised and name not in PAIRWISE_LOSSES else None if name in PAIRWISE_LOSSES else 0.0
-    return Config.model_validate(
-        {
-            "rollout": RolloutConfig(
-                max_rollout_tokens=24, max_step_tokens=8, temperature=0.7, branching="fork_at_step"
-            ),
-            "forest": ForestConfig.model_validate({"tokens_per_microbatch": 24, "credit": credit}),
-            "loss": LossConfig.model_validate(
-                {"name": name, "kl_weight": kl_weight, "entropy_weight": 0.05 if penalised else 0.0}
-            ),
-            "off_policy": off_policy or OffPolicyConfig(),
-            "optim": OptimConfig(epochs=2, grad_clip=1e9, lr=0.01),
-        }
-    )
-
-
-def moved(model: PreTrainedModel) -> PreTrainedModel:
-    """Another policy of the same shape: the reference."""
-    other = copy.deepcopy(model)
-    with torch.no_grad():
-        for parameter in other.parameters():
-            parameter.mul_(1.1)
-    return other.requires_grad_(False)
 
 
 def last_epoch(

@@ -21,7 +21,7 @@ from mosaic_fast.tensor_file import reading, write_tensors
 from tests.policy.policy_helpers import assert_gradients_close, example_rollouts, tiny_model
 
 from .flat_oracle import alone, flat_loss, forked_case
-from .test_learner_exactness import config_of
+from .learner_configs import config_of
 from .test_run import assert_same_run, run
 
 FAMILIES = ("qwen2", "qwen3", "phi3", "llama")

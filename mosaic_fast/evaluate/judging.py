@@ -58,6 +58,7 @@ class EvaluationJudge:
             url=config.endpoint or "",
             model=config.model or "",
             api_key=judge_key(config, option("api_key_env")),
+            api_key_env=config.api_key_env,
             temperature=config.temperature,
             max_tokens=config.max_tokens,
             timeout_s=config.timeout_s,

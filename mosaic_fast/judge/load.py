@@ -35,6 +35,7 @@ def _llm_judge(config: JudgeConfig, run_folder: Path) -> LLMJudge:
         url=config.endpoint or "",
         model=config.model or "",
         api_key=judge_key(config, "judge.api_key_env"),
+        api_key_env=config.api_key_env,
         temperature=config.temperature,
         max_tokens=config.max_tokens,
         timeout_s=config.timeout_s,

@@ -47,9 +47,7 @@ class ContextFull(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class ChatEndpoint(ChatServer):
-    """Where and how to ask. `api_key_env`: the environment variable that the key came from."""
-
-    api_key_env: str
+    """Where and how to ask."""
 
     async def complete(
         self,

@@ -46,6 +46,7 @@ class ChatServer:
     url: str  # the base that ends in /v1
     model: str
     api_key: str | None
+    api_key_env: str | None  # the environment variable that the key came from, or may be put into
     temperature: float = 0.0
     timeout_s: float = 120.0
     retries: int = 4
@@ -56,8 +57,8 @@ class ChatServer:
         """A client to ask with; use it as a context manager. UserError for a key no header can carry."""
         if self.api_key and not (self.api_key.isascii() and self.api_key.isprintable()):
             raise UserError(
-                f"{self.option('api_key_env')}: the key in that environment variable has characters that no "
-                "HTTP header can carry"
+                f"{self.option('api_key_env')}: the key in ${self.api_key_env} has characters that no HTTP "
+                "header can carry"
             )
         headers = {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
         timeout = httpx.Timeout(self.timeout_s, connect=_CONNECT_S)

@@ -162,7 +162,7 @@ async def _ask_judge(random: Random, server: Server) -> str:
         random, _completion({"role": "assistant", "content": content}), hostile.written
     )
     endpoint = Endpoint(
-        url=server.url, model="m", api_key=KEY, max_tokens=64,
+        url=server.url, model="m", api_key=KEY, api_key_env="KEY", max_tokens=64,
         timeout_s=20.0, retries=random.randrange(2), backoff_s=0.0,
     )  # fmt: skip
     try:

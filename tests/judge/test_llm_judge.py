@@ -38,6 +38,7 @@ def make_judge(
             url=served.url,
             model="judge-model",
             api_key=KEY,
+            api_key_env="JUDGE_KEY",
             max_tokens=256,
             timeout_s=timeout_s,
             retries=retries,
@@ -156,6 +157,7 @@ FAILURES = {
     "one key too many": Raw(body=completion({**VALID, "confidence": 1})),
     "cut off": Raw(body=completion(VALID, finish_reason="length")),
     "too many requests": Raw(429, "slow down", {"retry-after": "0.01"}),
+    "too early": Raw(425),
     "server error": Raw(500, "oops"),
     "no gateway": Raw(503, "", {"retry-after": "soon"}),
     "half an answer": Raw(body=completion(VALID), half=True),
@@ -205,6 +207,15 @@ def test_a_refusal_of_the_server_stops_at_once_and_hides_the_key(cache: Path):
         make_judge(served, cache, max_concurrent=1).judge([[saying("a"), saying("b", 1)]])
     assert len(served.requests) == 1
     assert KEY not in str(error.value)
+
+
+def test_a_key_no_header_can_carry_is_named(cache: Path):
+    endpoint = Endpoint(
+        url="http://127.0.0.1:9/v1", model="m", api_key="sek\nret", api_key_env="JUDGE_KEY", max_tokens=8
+    )
+    with pytest.raises(UserError, match=r"judge\.api_key_env: the key in \$JUDGE_KEY has") as error:
+        LLMJudge(endpoint, AnswerCache(cache)).judge([[saying("a"), saying("b", 1)]])
+    assert "sek" not in str(error.value)
 
 
 def test_a_reasoning_model_may_think_aloud(cache: Path):

@@ -122,7 +122,7 @@ def _table(title: str, heads: tuple[str, ...]) -> Table:
         table.add_column(
             head,
             justify="left" if head in ("case", "contender", "peer", "reason") else "right",
-            no_wrap=head == "case",
+            no_wrap=head != "reason",
         )
     return table
 

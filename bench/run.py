@@ -8,6 +8,7 @@ for correctness before they are timed, in the same run.
 from __future__ import annotations
 
 import importlib
+import math
 import os
 import sys
 import time
@@ -74,7 +75,7 @@ def main() -> int:
         print(f"error: {problem}", file=sys.stderr)
         return 2
     torch.set_num_threads(arguments.threads)
-    console = Console(width=None if sys.stdout.isatty() else 150)
+    console = Console(width=None if sys.stdout.isatty() else 170)
     if arguments.profile:
         folder = Path(arguments.json).parent if arguments.json else Path(__file__).parent / "results"
         folder.mkdir(exist_ok=True)
@@ -94,7 +95,7 @@ def _measure(wanted: list[str], arguments: _Arguments, console: Console) -> int:
     plain = {"highlight": False, "markup": False}  # names in brackets are no styles
     if not arguments.quick:
         expected = sum(seconds_of(name) for name in wanted)
-        console.print(f"about {1 + expected // 60} minutes on two idle cores of an AMD EPYC", **plain)
+        console.print(f"about {math.ceil(expected / 60)} minutes on two idle cores of an AMD EPYC", **plain)
     results: dict[str, Result] = {}
     began = time.perf_counter()
     for number, name in enumerate(wanted, start=1):

@@ -36,7 +36,7 @@ _SHAPES: dict[str, tuple[int, int, int, bool]] = {
     "attention:nothing_shared": (0, 5, 500, False),
 }
 VARIANTS = DEFAULT = tuple(_SHAPES)
-SECONDS = {"attention": 18}
+SECONDS = {"attention": 14}
 QUICK = ("attention:many_short",)
 
 TOLERANCE = 1e-4  # of the largest value, fp32 against fp64

@@ -42,7 +42,7 @@ _SHAPES = {  # shared tokens, rollouts, own tokens
 }
 VARIANTS = tuple(_SHAPES)
 DEFAULT, QUICK = ("preference", "preference:step"), ("preference",)
-SECONDS = {"preference": 10, "preference:step": 20, "preference:step-large": 240}
+SECONDS = {"preference": 7, "preference:step": 20, "preference:step-large": 240}
 
 BETA, TOLERANCE = 0.1, 1e-4
 

@@ -45,7 +45,7 @@ DEFAULT = tuple(
     for one in ("sharing-0", "sharing-60", "sharing-95", "tokens-1024", "group-8", "depth-4", "suffix-32")
 )
 QUICK = ("scaling:suffix-8",)
-SECONDS = {f"scaling:sharing-{n}": 30 for n in AXES["sharing"]}
+SECONDS = {one: 28 if ":sharing-" in one else 60 if ":short-" in one else 6 for one in VARIANTS}
 
 _ROLLOUTS = 32  # of the axes of sharing
 

@@ -56,7 +56,7 @@ CONTENDERS = {
 """Those of a variant; of others `_MOST`. TRL's step joins where it is installed, but for `step:held`."""
 _MOST = ("ours", "flat", "gather")
 VARIANTS, DEFAULT, QUICK = tuple(WORKLOADS), ("step",), ("step",)
-SECONDS = {"step": 30, "step:nothing_shared": 60, "step:held": 120, "step:many_short": 120}
+SECONDS = {"step": 18, "step:nothing_shared": 60, "step:held": 120, "step:many_short": 120}
 SECONDS |= {"step:long_prefix": 150, "step:agent": 240}
 
 

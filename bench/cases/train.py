@@ -40,7 +40,7 @@ from mosaic_fast.train import train
 FORMULA = "ideal = 1, of ideal = share of time in the engine or in forward, loss, backward and optimiser"
 
 VARIANTS = DEFAULT = QUICK = ("train",)
-SECONDS = {"train": 40}
+SECONDS = {"train": 26}
 
 _PLACES = (
     ("mosaic_rollout/engine/", "engine"),

@@ -151,6 +151,11 @@ def test_charts_are_drawn_from_a_file(
 ) -> None:
     results = {f"scaling:sharing-{n}": _result(1 + n / 10, n / 100) for n in (0, 50, 90)}
     results["train"] = Result(1.0, 0.0, math.nan, 0.9, 1.0, 0.9, {"raw_tokens": 2.0, "unique_tokens": 1.0})
+    assert [path.name for path in charts.draw_charts(results, "here", tmp_path, "points")] == [
+        "points-sharing.svg",
+        "points-sharing.png",
+    ]
+    results["step"] = _result(3.0, 0.0)
     report = Report(results, dict.fromkeys(results, "f"), Roofline(1, 1.0, 1.0), {})
     file = tmp_path / "all.json"
     write_json(report, file)

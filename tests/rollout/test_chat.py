@@ -88,3 +88,12 @@ def test_opening_tool_calls_are_written_out_for_a_template_without_tools():
     text = Chat(byte_tokenizer(PLAIN), teach_loop=False).decode(text_ids)
     written = '<tool_call>{"name": "read_file", "arguments": {"path": "a"}}</tool_call>'
     assert f"<think>a</think>\n{written}<|im_end|>" in text
+
+
+def test_siblings_share_the_token_ids_of_their_prompt_and_none_can_change_them():
+    chat = Chat(byte_tokenizer(WITH_TOOLS), teach_loop=False)
+    first, second = chat.prompt([USER], [TOOL])[0], chat.prompt([USER], [TOOL])[0]
+    assert first is second
+    assert chat.prompt([{"role": "user", "content": "write it"}], [TOOL])[0].tolist() != first.tolist()
+    with pytest.raises(ValueError, match="read-only"):
+        first[0] = 1

@@ -109,7 +109,7 @@ def run(name: str, quick: bool) -> Result:
         return compare(
             contenders,
             repeats=5,
-            budget_s=8.0 if _is_of_sharing(name) else 5.0,
+            budget_s=16.0 if _is_of_sharing(name) else 5.0,
             ideal=ideal(work),
             extra={
                 "raw_tokens": forest.num_tokens,

@@ -13,9 +13,10 @@ from pathlib import Path
 import tyro
 
 from mosaic_fast.checkpoint import latest_checkpoint
+from mosaic_fast.cli import run_cli
 from mosaic_fast.components import build_components
 from mosaic_fast.config import Config
-from mosaic_fast.config_io import parse_train_arguments, run_cli
+from mosaic_fast.config_io import parse_train_arguments
 from mosaic_fast.evaluate import evaluate_policy
 from mosaic_fast.metrics import values_of
 from mosaic_fast.pretrained import model_folder

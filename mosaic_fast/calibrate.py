@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from mosaic_fast.config_io import run_cli
+from mosaic_fast.cli import run_cli
 from mosaic_fast.errors import UserError
 from mosaic_fast.execution import CostModel, Execution, save_cost_model
 from mosaic_fast.execution.cost import work_of

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import sys
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, make_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -224,18 +222,3 @@ def _flatten(values: Mapping[str, object], prefix: str = "") -> dict[str, object
         else:
             flat[prefix + key] = value
     return flat
-
-
-def run_cli(command: Callable[[], int]) -> int:
-    """Run a command and return its exit code; a UserError is printed to stderr without a traceback."""
-    try:
-        return command()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:  # whoever read the output has had enough, as in `--help | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    except KeyboardInterrupt:
-        print("stopped; what the last checkpoint holds is kept", file=sys.stderr)
-        return 130

@@ -17,7 +17,7 @@ from typing import Annotated, Literal
 import tyro
 from pydantic import JsonValue
 
-from mosaic_fast.config_io import run_cli
+from mosaic_fast.cli import run_cli
 from mosaic_fast.errors import UserError
 from mosaic_fast.report.read import (
     Notes,

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig, Qwen3Config
 
-from mosaic_fast.config_io import run_cli
+from mosaic_fast.cli import run_cli
 from mosaic_fast.errors import UserError
 from mosaic_fast.execution import CostModel, load_cost_model
 from mosaic_fast.execution.balance import share_of, shares

@@ -22,10 +22,11 @@ from mosaic_fast.checkpoint import (
     save_checkpoint,
     verify_checkpoint,
 )
+from mosaic_fast.cli import run_cli
 from mosaic_fast.clock import Clock
 from mosaic_fast.components import Components, GroupPlan, build_components, build_reference
 from mosaic_fast.config import EVALUATION_ONLY, Config
-from mosaic_fast.config_io import parse_train_command, run_cli
+from mosaic_fast.config_io import parse_train_command
 from mosaic_fast.curves import draw_curves
 from mosaic_fast.distributed import ALONE, World
 from mosaic_fast.distributed.exchange import Share, all_groups

@@ -15,8 +15,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from mosaic_fast.cli import run_cli
 from mosaic_fast.config import EVALUATION_ONLY, JudgeConfig
-from mosaic_fast.config_io import run_cli
 from mosaic_fast.errors import UserError
 from mosaic_fast.evaluate.arguments import Arguments, parse
 from mosaic_fast.evaluate.judging import IN_MEMORY

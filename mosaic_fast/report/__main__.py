@@ -8,7 +8,7 @@ from typing import Annotated
 
 import tyro
 
-from mosaic_fast.config_io import run_cli
+from mosaic_fast.cli import run_cli
 from mosaic_fast.errors import UserError
 from mosaic_fast.report.collect import collect_run
 from mosaic_fast.report.page import render_page

@@ -14,7 +14,7 @@ from random import Random
 import pytest
 
 from mosaic_fast.checkpoint import latest_checkpoint, verify_checkpoint
-from mosaic_fast.config_io import run_cli
+from mosaic_fast.cli import run_cli
 from mosaic_fast.errors import TrainingError
 from mosaic_fast.soak.compare import differences
 

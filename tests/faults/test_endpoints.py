@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mosaic_fast.checkpoint import latest_checkpoint, verify_checkpoint
-from mosaic_fast.config_io import run_cli
+from mosaic_fast.cli import run_cli
 from mosaic_fast.soak.compare import differences
 from tests.judge.endpoint import Json, Raw, endpoint
 

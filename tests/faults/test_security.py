@@ -15,9 +15,10 @@ from pathlib import Path
 
 import pytest
 
+from mosaic_fast.cli import run_cli
 from mosaic_fast.components import build_components
 from mosaic_fast.config import Config
-from mosaic_fast.config_io import parse_train_arguments, run_cli
+from mosaic_fast.config_io import parse_train_arguments
 from mosaic_fast.errors import UserError
 from mosaic_fast.pretrained import model_folder
 from mosaic_fast.report.__main__ import main as report

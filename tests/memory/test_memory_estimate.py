@@ -11,8 +11,9 @@ import pytest
 from transformers import AutoModelForCausalLM, Phi3Config, PreTrainedConfig, Qwen2Config, Qwen3Config
 
 from mosaic_fast import train
+from mosaic_fast.cli import run_cli
 from mosaic_fast.config import Config
-from mosaic_fast.config_io import load_config, parse_train_command, run_cli
+from mosaic_fast.config_io import load_config, parse_train_command
 from mosaic_fast.errors import UserError
 from mosaic_fast.execution import Execution
 from mosaic_fast.memory import estimate_memory

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mosaic_fast.config_io import run_cli
+from mosaic_fast.cli import run_cli
 from mosaic_fast.export import main, preference_rows
 from mosaic_fast.report.read import Notes, read_groups
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from mosaic_fast.config_io import run_cli
+from mosaic_fast.cli import run_cli
 from mosaic_fast.errors import UserError
 from mosaic_fast.report.__main__ import main
 from mosaic_fast.report.collect import collect_run, pack

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from mosaic_fast.config_io import run_cli
+from mosaic_fast.cli import run_cli
 from mosaic_fast.execution import CostModel
 from mosaic_fast.execution.cost import work_of
 from mosaic_fast.execution.schedule import whole

@@ -3,37 +3,69 @@
 from __future__ import annotations
 
 import os
+import signal
+import socket
 import sys
 import threading
 import time
 from contextlib import suppress
+from pathlib import Path
 from types import TracebackType
 
 import torch.distributed as dist
 
+from mosaic_fast.errors import UserError
+
 BEAT_S = 1.0
 SILENCE_S = 30.0
-"""A rank that has said nothing for so long is dead or stuck. A long call into C may hold one up."""
+"""A rank that has said nothing for so long is stuck, unless SILENCE_VARIABLE says otherwise."""
+SILENCE_VARIABLE = "MOSAIC_SILENCE_S"
+_SHORTEST_SILENCE_S = 3.0  # a few beats
 SETTLE_S = 3.5
 """How long ranks listen to each other once a collective has failed, to tell who is gone."""
 STORE_GONE = "the process that hosts the job's store is gone"
+STORE_SILENT = "the process that hosts the job's store has said nothing for {:.0f} s"
 LOST = 1  # exit code of a rank that ends because another one is gone
+
+
+def silence_limit() -> float:
+    """Seconds without a word after which a rank counts as stuck. UserError for what is no such number."""
+    text = os.environ.get(SILENCE_VARIABLE, "")
+    if not text:
+        return SILENCE_S
+    with suppress(ValueError):
+        if _SHORTEST_SILENCE_S <= (seconds := float(text)) < float("inf"):
+            return seconds
+    raise UserError(
+        f"the variable {SILENCE_VARIABLE} is {text[:40]!r}; it must be the seconds, "
+        f"{_SHORTEST_SILENCE_S:.0f} or more, after which a rank that says nothing ends the job (without it: "
+        f"{SILENCE_S:.0f})"
+    )
 
 
 class Watch:
     """Beats in a thread while entered, and listens to the next rank, the last one to the first.
 
-    In a ring every silent rank, or block of silent ranks, has a living one before it that notices.
+    In a ring every silent rank, or block of silent ranks, has a living one before it that notices. Silence
+    is counted in beats of one's own, not by a clock: a job that was stopped as a whole goes on unharmed.
     """
 
-    def __init__(self, store: dist.Store, rank: int, size: int, name: str) -> None:
-        self._store, self._rank, self._size = store, rank, size
+    def __init__(
+        self, store: dist.Store, rank: int, size: int, name: str, silence_s: float = SILENCE_S
+    ) -> None:
+        self._store, self._rank, self._size, self._silence_s = store, rank, size, silence_s
         store.set(f"name/{rank}", name)
+        store.set(f"process/{rank}", f"{os.getppid()} {os.getpid()} {socket.gethostname()}")
         self._over = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        self._rounds = 0  # talks with the store that came to an end
+        self._threads = [
+            threading.Thread(target=self._run, name="watch", daemon=True),
+            threading.Thread(target=self._watch_store, name="watch of the store", daemon=True),
+        ]
 
     def __enter__(self) -> Watch:
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
         return self
 
     def __exit__(
@@ -57,8 +89,7 @@ class Watch:
     def say_lost(self, what: str) -> None:
         """Say, once for all ranks, that the job ends because of one."""
         if self.first_to_say("lost"):
-            text = "the job ends. The last checkpoint is intact: start the job again with --resume"
-            print(f"error: {what}; {text}", file=sys.stderr, flush=True)
+            _say(what)
 
     def gone(self) -> str | None:
         """Who is gone, asked after a collective has failed: those that say nothing for a few seconds.
@@ -87,7 +118,7 @@ class Watch:
 
     def _run(self) -> None:
         beside = (self._rank + 1) % self._size
-        heard, when = -1, time.monotonic()
+        heard, silent = -1, 0
         while not self._over.wait(BEAT_S):
             try:
                 self._store.add(f"beat/{self._rank}", 1)
@@ -97,11 +128,24 @@ class Watch:
             except RuntimeError:
                 self._end(STORE_GONE)
                 return
-            now = time.monotonic()
-            if beat != heard or ended:
-                heard, when = beat, now
-            elif now - when > SILENCE_S:
-                self._end(f"{name} has said nothing for {SILENCE_S:.0f} s")
+            self._rounds += 1
+            silent = 0 if beat != heard or ended else silent + 1
+            heard = beat
+            if silent * BEAT_S > self._silence_s and not self._over.is_set():
+                self.say_lost(f"{name} has said nothing for {self._silence_s:.0f} s")
+                with suppress(RuntimeError, OSError):
+                    self._kill(beside)
+                os._exit(LOST)
+
+    def _watch_store(self) -> None:
+        """End this process where the store's host hangs: no call to it returns, nor has a deadline."""
+        seen, silent = -1, 0
+        while not self._over.wait(BEAT_S):
+            silent = 0 if self._rounds != seen else silent + 1
+            seen = self._rounds
+            if silent * BEAT_S > self._silence_s and not self._over.is_set():
+                _say(STORE_SILENT.format(self._silence_s))  # by every rank: only the store knows of others
+                os._exit(LOST)
 
     def _end(self, what: str) -> None:
         """End this process from its thread: the main one may wait for the silent rank for ever."""
@@ -109,3 +153,25 @@ class Watch:
             return
         self.say_lost(what)
         os._exit(LOST)
+
+    def _kill(self, rank: int) -> None:
+        """Kill a stuck rank of the launcher that this one is of.
+
+        A stopped process heeds no SIGTERM, and the launcher would give it half a minute.
+        """
+        if not self._store.check([key := f"process/{rank}"]):  # `get` would wait for it
+            return
+        parent, process, host = self._store.get(key).decode().split(" ", 2)
+        ours = os.getppid()
+        if (int(parent), host) == (ours, socket.gethostname()) and ours > 1 and _parent(int(process)) == ours:
+            os.kill(int(process), signal.SIGKILL)
+
+
+def _parent(process: int) -> int:
+    """Its parent's id, by Linux's /proc."""
+    return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def _say(what: str) -> None:
+    text = "the job ends. The last checkpoint is intact: start the job again with --resume"
+    print(f"error: {what}; {text}", file=sys.stderr, flush=True)

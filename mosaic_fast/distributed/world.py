@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from mosaic_fast.distributed.watch import Watch
+from mosaic_fast.distributed.watch import Watch, silence_limit
 from mosaic_fast.errors import UserError
 from mosaic_rollout.types import JsonValue
 
@@ -102,7 +102,8 @@ ALONE = World()
 def joined_world() -> Iterator[World]:
     """The world that the launcher's variables describe; one process where there are none.
 
-    RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT are torchrun's. UserError where one is missing.
+    RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT are torchrun's. UserError where one is missing,
+    or where MOSAIC_SILENCE_S is no number of seconds.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) <= 1:
         yield ALONE
@@ -113,6 +114,7 @@ def joined_world() -> Iterator[World]:
             f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {', '.join(missing)} is not set; start the run "
             "with torchrun, or unset WORLD_SIZE for a run of one process"
         )
+    silence_s = silence_limit()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     on_gpu = torch.cuda.is_available()
     if on_gpu and local_rank < torch.cuda.device_count():
@@ -134,7 +136,7 @@ def joined_world() -> Iterator[World]:
         ) from None
     assert isinstance(group, dist.ProcessGroup), "every rank is in it"
     name = f"rank {rank} (process {os.getpid()} on {socket.gethostname()})"
-    watch = Watch(dist.PrefixStore("watch", store), rank, size, name)
+    watch = Watch(dist.PrefixStore("watch", store), rank, size, name, silence_s)
     with watch:
         world = World(rank, size, local_rank, group, watch)
         yield world

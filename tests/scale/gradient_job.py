@@ -1,13 +1,8 @@
-"""What every rank of a test job runs: updates on shards against the same updates in one process.
-
-torchrun ... -m tests.scale.gradient_job FOLDER [LOADED]   writes FOLDER/found.json and FOLDER/checkpoints
-LOADED: a checkpoint of other ranks, which is loaded and written again to FOLDER/again
-"""
+"""What every rank of a test job runs: updates on shards against the same updates in one process."""
 
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -188,15 +183,10 @@ def restore(run: Run, checkpoint: Path) -> None:
 
 
 def main(folder: Path, loaded: Path | None) -> None:
+    """Write FOLDER/found.json and checkpoints. loaded: other ranks' folder, loaded and written again."""
     torch.set_num_threads(1)
     with joined_world() as world:
         found = {name: compare(name, world) for name in CASES}
         found["checkpoint"] = round_trip(folder, world, loaded)
         if world.is_first:
-            print(json.dumps(found), flush=True)
-        if world.is_first:
             (folder / "found.json").write_text(json.dumps(found))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]) if len(sys.argv) > 2 else None)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from .gradient_job import CASES
-from .launch import run
+from .gradient_job import CASES, main
+from .launch import run_forked
 
 Found = dict[str, dict[str, float]]
 
@@ -18,9 +18,8 @@ Found = dict[str, dict[str, float]]
 def jobs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     """The folders of a job on 2 ranks, and of one on 3 that also loads what the first one has saved."""
     two, three = tmp_path_factory.mktemp("two"), tmp_path_factory.mktemp("three")
-    for ranks, arguments in ((2, [str(two)]), (3, [str(three), str(two)])):
-        code, out, err = run(ranks, "tests.scale.gradient_job", *arguments)
-        assert code == 0, out + err
+    for ended in (run_forked(2, two, main, two, None), run_forked(3, three, main, three, two)):
+        assert [code for code, _ in ended] == [0] * len(ended), ended
     return {2: two, 3: three}
 
 
@@ -66,5 +65,6 @@ def test_a_checkpoint_is_the_same_bits_on_any_number_of_ranks(jobs: dict[int, Pa
 
 def digests(checkpoints: Path) -> dict[str, str]:
     folder = checkpoints / "step-000001"
-    names = ("model.safetensors", "trainer.safetensors", "progress.json", "manifest.json", "config.json")
-    return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
+    names = ("model.safetensors", "trainer/state.safetensors", "progress.json", "manifest.json")
+    paths = [folder / name for name in (*names, "config.json")]
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}

@@ -1,4 +1,4 @@
-"""Whole runs on several ranks: the same training, resumed on another number of ranks; a rank that dies."""
+"""Whole runs on several ranks: one training on any number of them; a rank that dies or hangs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ import json
 import os
 import re
 import signal
+import subprocess
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +18,10 @@ import pytest
 from safetensors.numpy import load_file
 
 from mosaic_fast.config_io import parse_train_arguments
+from mosaic_fast.distributed.job import MISTAKE, run_as_rank
 from mosaic_fast.train import train
 
-from .launch import run, start
+from .launch import run, run_forked, start
 
 OPTIONS = [
     *(
@@ -51,6 +55,69 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@dataclass
+class Doomed:
+    """A job of two ranks; once it trains, one of them is sent a signal."""
+
+    signal: signal.Signals
+    rank: int
+    job: subprocess.Popen[str]
+    folder: Path
+    victim: int = 0  # the rank's process
+    struck: float = 0.0  # when
+
+    def strike(self) -> bool:
+        """Whether the signal is sent; it is not before the first step has ended."""
+        if not self.victim and any(self.folder.glob("checkpoints/step-*")):
+            self.victim = sorted(children(self.job.pid))[self.rank]
+            os.kill(self.victim, self.signal)
+            self.struck = time.monotonic()
+        assert self.victim or self.job.poll() is None, self.job.communicate()
+        return bool(self.victim)
+
+
+@pytest.fixture(scope="module")
+def doomed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Doomed]]:
+    """Both jobs at once: much of their time they wait."""
+    jobs = {}
+    for name, kind, rank in (("killed", signal.SIGKILL, 1), ("stopped", signal.SIGSTOP, 0)):
+        folder = tmp_path_factory.mktemp(name) / "run"
+        options = [*OPTIONS, "--steps", "500", "--env.eval-tasks", "0", "--run-dir", str(folder)]
+        job = start(2, ["mosaic_fast.train", *options], MOSAIC_SILENCE_S="6")
+        jobs[name] = Doomed(kind, rank, job, folder)
+    try:
+        deadline = time.monotonic() + 120
+        while not all(one.strike() for one in jobs.values()):
+            assert time.monotonic() < deadline, "no step"
+            time.sleep(0.05)
+        yield jobs
+    finally:
+        for one in jobs.values():
+            with contextlib.suppress(ProcessLookupError):
+                one.job.kill()
+
+
+@pytest.mark.parametrize(
+    ("name", "within_s", "what"), [("killed", 20, "is gone"), ("stopped", 25, "has said nothing for 6 s")]
+)
+def test_a_rank_that_dies_or_hangs_ends_the_job_in_seconds_with_one_message(
+    doomed: dict[str, Doomed], name: str, within_s: float, what: str
+):
+    """A stopped process heeds no SIGTERM either: torchrun alone would wait 30 s more for it."""
+    one = doomed[name]
+    _, err = one.job.communicate(timeout=90)
+    took_s = time.monotonic() - one.struck
+    print(f"{name}: {took_s:.1f} s")
+    assert took_s < within_s
+    assert one.job.returncode != 0
+    said = re.findall(r"^error: .*$", err, re.MULTILINE)
+    assert len(said) == 1, err
+    assert said[0].startswith(f"error: rank {one.rank} (process {one.victim} on ")
+    assert f"{what}; the job ends" in said[0]
+    assert "--resume" in said[0]
+    assert not Path(f"/proc/{one.victim}").exists()
+
+
 def test_a_run_on_two_ranks_is_the_run_of_one(alone: Path, tmp_path: Path):
     folder = tmp_path / "two"
     code, out, err = run(2, "mosaic_fast.train", *OPTIONS, "--run-dir", str(folder))
@@ -66,46 +133,29 @@ def test_a_run_on_two_ranks_is_the_run_of_one(alone: Path, tmp_path: Path):
     for name, weight in load_file(alone / last).items():
         np.testing.assert_allclose(load_file(folder / last)[name], weight, atol=1e-4, err_msg=name)
 
-    # the same run goes on in one process, and on three ranks, from what two have saved
+    # the same run goes on on three ranks, from what two have saved
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["complete"]
-    code, out, err = run(3, "mosaic_fast.train", *OPTIONS, "--run-dir", str(folder), "--resume")
-    assert code == 0, out + err
+    options = [*OPTIONS, "--run-dir", str(folder), "--resume"]
+    ended = run_forked(3, tmp_path, as_rank, options)
+    assert [code for code, _ in ended] == [0, 0, 0], ended
     assert json.loads((folder / "summary.json").read_text())["after"] == summary["after"]
 
 
-def test_a_rank_that_dies_ends_the_job_in_seconds_with_one_message(tmp_path: Path):
-    folder = tmp_path / "run"
-    options = [*OPTIONS, "--steps", "500", "--run-dir", str(folder)]
-    job = start(2, ["mosaic_fast.train", *options])
-    try:
-        deadline = time.monotonic() + 120
-        while not (folder / "checkpoints" / "step-000002").exists():
-            assert job.poll() is None, job.communicate()
-            assert time.monotonic() < deadline, "no second step"
-            time.sleep(0.05)
-        victim = max(children(job.pid))
-        os.kill(victim, signal.SIGKILL)
-        begun = time.monotonic()
-        _, err = job.communicate(timeout=60)
-        assert time.monotonic() - begun < 30
-        assert job.returncode != 0
-        said = re.findall(r"^error: .*$", err, re.MULTILINE)
-        assert len(said) == 1, err
-        assert f"(process {victim} on " in said[0]
-        assert "is gone; the job ends" in said[0]
-        assert "--resume" in said[0]
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            job.kill()
+def as_rank(options: list[str]) -> int:
+    """What the command line does on each rank."""
+    config, resume, name = parse_train_arguments(options)
+    return run_as_rank(lambda world: train(config, name, resume=resume, world=world))
 
 
 def test_a_mistake_is_said_once_and_nothing_is_left(tmp_path: Path):
     folder = tmp_path / "run"
     options = [*OPTIONS, "--model.path", str(tmp_path / "nowhere"), "--run-dir", str(folder)]
-    code, _, err = run(2, "mosaic_fast.train", *options)
-    assert code != 0
-    assert len(re.findall(r"^error: model\.path: there is no folder", err, re.MULTILINE)) == 1
+    ended = run_forked(2, tmp_path, as_rank, options)
+    assert [code for code, _ in ended] == [MISTAKE, MISTAKE], ended
+    said = "".join(log for _, log in ended)
+    assert len(re.findall(r"^error: model\.path: there is no folder", said, re.MULTILINE)) == 1
+    assert "Traceback" not in said
     assert not folder.exists()
 
 

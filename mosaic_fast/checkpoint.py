@@ -24,7 +24,8 @@ from mosaic_fast.errors import TrainingError
 from mosaic_fast.optimizer import Optimizer
 from mosaic_fast.tensor_file import Entry, reading, write_tensors
 
-_STATE, _PROGRESS, _MANIFEST = "trainer.safetensors", "progress.json", "manifest.json"
+_STATE, _PROGRESS, _MANIFEST = "trainer/state.safetensors", "progress.json", "manifest.json"
+"""The state has a folder of its own: servers of models load every safetensors file beside config.json."""
 _NAME = re.compile(r"step-(\d{6,})", re.ASCII)
 _RNG = "torch_rng"
 _UPDATES = "updates"
@@ -69,6 +70,7 @@ def save_checkpoint(
         unfinished.mkdir(parents=True)
         save_weights(unfinished)
         tokenizer.save_pretrained(str(unfinished))
+        (unfinished / _STATE).parent.mkdir()
         write_tensors(unfinished / _STATE, _state(optimizer))
         done = asdict(progress) | {_UPDATES: optimizer.updates}
         (unfinished / _PROGRESS).write_text(json.dumps(done), encoding="utf-8")
@@ -104,7 +106,8 @@ def verify_checkpoint(checkpoint: Path) -> None:
     try:
         sums = json.loads((checkpoint / _MANIFEST).read_text(encoding="utf-8"))
         damaged = [name for name, value in sums.items() if _sha256(checkpoint / name) != value]
-    except (OSError, ValueError, AttributeError) as error:
+        damaged += [f"{_MANIFEST} (it leaves out {name})" for name in (_PROGRESS, _STATE) if name not in sums]
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         damaged, sums = [f"{_MANIFEST} ({error})"], {}
     if damaged:
         others = [path.name for path in _complete(checkpoint.parent) if path != checkpoint]

@@ -63,7 +63,7 @@ def learned(folder: Path) -> list[dict[str, float]]:
 
 def assert_same_run(folder: Path, other: Path, steps: int = STEPS) -> None:
     last = f"checkpoints/step-{steps:06d}"
-    for name in ("model.safetensors", "trainer.safetensors"):
+    for name in ("model.safetensors", "trainer/state.safetensors"):
         assert digest(folder / last / name) == digest(other / last / name), name
     assert learned(folder) == learned(other)
     for path in sorted((folder / "trajectories").iterdir()):
@@ -141,7 +141,7 @@ def test_resume_in_an_empty_folder_starts_at_the_beginning(
     assert_same_run(finished, tmp_path)
 
 
-@pytest.mark.parametrize("damaged", ["model.safetensors", "trainer.safetensors", "manifest.json"])
+@pytest.mark.parametrize("damaged", ["model.safetensors", "trainer/state.safetensors", "manifest.json"])
 def test_a_corrupt_checkpoint_is_named_and_left_alone(
     options: list[str], finished: Path, tmp_path: Path, damaged: str
 ):
@@ -165,7 +165,7 @@ def test_a_full_disk_is_named_and_the_last_checkpoint_intact(options: list[str],
     first.communicate()
     kept = latest_checkpoint(tmp_path / "run" / "checkpoints")
     assert kept is not None
-    sums = {path.name: digest(path) for path in kept.iterdir()}
+    sums = {path: digest(path) for path in kept.rglob("*") if path.is_file()}
 
     def small_files() -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -177,7 +177,7 @@ def test_a_full_disk_is_named_and_the_last_checkpoint_intact(options: list[str],
     assert "cannot be written" in errors
     assert f"{kept.name} is intact" in errors
     assert "Traceback" not in errors
-    assert {path.name: digest(path) for path in kept.iterdir()} == sums
+    assert {path: digest(path) for path in kept.rglob("*") if path.is_file()} == sums
     assert not list((tmp_path / "run" / "checkpoints").glob(".tmp-*"))
 
 

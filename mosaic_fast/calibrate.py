@@ -18,11 +18,11 @@ import numpy as np
 import torch
 import tyro
 from numpy.typing import NDArray
-from rich.console import Console
 from rich.table import Table
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from mosaic_fast.cli import run_cli
+from mosaic_fast.console import plain_console
 from mosaic_fast.errors import UserError
 from mosaic_fast.execution import CostModel, Execution, save_cost_model
 from mosaic_fast.execution.cost import work_of
@@ -84,7 +84,7 @@ def main() -> int:
         raise UserError(f"--out {out}: name a file in a folder that exists")
     if arguments.threads > 0:
         torch.set_num_threads(arguments.threads)
-    console = Console()
+    console = plain_console()
     work, seconds = [], []
     policy = small_policy(device, dtype)
     for probe, units, took in measure(policy, rounds=4):

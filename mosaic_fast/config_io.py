@@ -28,6 +28,8 @@ _MAY_CHANGE = frozenset(
 )
 """Keys that a resumed run may be given anew."""
 
+_LONGEST_SHOWN = 300  # characters of a value in a message
+
 
 class _TrainArguments(Config):
     """Train. The first argument may be a TOML file; options override it."""
@@ -135,7 +137,7 @@ def _options(model: type[BaseModel], base: BaseModel) -> type[DataclassInstance]
         if isinstance(default, BaseModel):
             kind = _options(type(default), default)
             default = kind()
-        text = tyro.conf.arg(help=info.description)
+        text = tyro.conf.arg(help=info.description or kind.__doc__)  # without one, tyro reads source files
         marked = Annotated[(kind, *info.metadata, text)]  # pyrefly: ignore [not-a-type]  # made at run time
         fields.append((name, marked, field(default=default)))
     return make_dataclass(model.__name__, fields, namespace={"__doc__": model.__doc__}, frozen=True)
@@ -167,7 +169,7 @@ def _read_toml(path: Path) -> dict[str, object]:
         raise UserError(f"there is no configuration file {path}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:  # a TOMLDecodeError, or a number of thousands of digits
         raise UserError(f"{path} is not valid TOML: {error}") from None
     except RecursionError:
         raise UserError(f"{path} cannot be read: its values are nested too deep") from None
@@ -189,10 +191,19 @@ def _explain(error: ValidationError, source: str) -> str:
         if item["type"] == "extra_forbidden":
             lines.append(f"  {key}: no such key; there are {', '.join(_known_keys(location[:-1]))}")
         elif key and item["type"] != "value_error":  # a section's own message names its keys
-            lines.append(f"  {key} = {item['input']!r}: {item['msg']}")
+            lines.append(f"  {key} = {_shown(item['input'])}: {item['msg']}")
         else:
             lines.append(f"  {item['msg'].removeprefix('Value error, ')}")
     return f"{source} is not a valid configuration:\n" + "\n".join(lines)
+
+
+def _shown(value: object) -> str:
+    """A value in a message."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # a number of thousands of digits, values nested deep
+        return "a value too long to show"
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."
 
 
 def _known_keys(section: tuple[str, ...]) -> list[str]:

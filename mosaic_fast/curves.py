@@ -64,7 +64,7 @@ def draw_curves(
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=8, frameon=False)
         axis.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(title, fontsize=11, parse_math=False)  # it has the folder's name in it
     paths = [folder / "curves.svg", folder / "curves.png"]
     for path in paths:
         unfinished = path.with_name(f".tmp-{path.name}")

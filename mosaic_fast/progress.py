@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import TracebackType
 
-from rich.console import Console, Group
+from rich.console import Group
 from rich.live import Live
 from rich.progress import (
     BarColumn,
@@ -16,6 +16,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+
+from mosaic_fast.console import plain_console
 
 _COLUMNS = {  # metric -> (head, format)
     "step": ("step", "{:.0f}"),
@@ -40,7 +42,7 @@ class ProgressView:
     """Shows training steps as they come. mode: live, plain, quiet, or auto (live on a terminal)."""
 
     def __init__(self, mode: str, total_steps: int, done: int) -> None:
-        self.console = Console(quiet=mode == "quiet")
+        self.console = plain_console(quiet=mode == "quiet")
         self._is_live = mode == "live" or (mode == "auto" and self.console.is_terminal)
         self._bar = Progress(
             TextColumn("training"),

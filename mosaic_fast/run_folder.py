@@ -71,7 +71,7 @@ class RunFolder:
                 row = json.loads(line)
             except (ValueError, RecursionError):
                 continue
-            if isinstance(row, dict) and all(isinstance(value, int | float) for value in row.values()):
+            if isinstance(row, dict) and all(map(_is_figure, row.values())):
                 rows += [row] if "step" in row else []
         return rows
 
@@ -103,3 +103,7 @@ class RunFolder:
                 f"{what} cannot be written in {self.path}: {error.strerror or error}. Checkpoints are "
                 f"intact; {mend} and go on with --resume --run-dir {self.path}"
             ) from None
+
+
+def _is_figure(value: object) -> bool:
+    return isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**63)

@@ -14,11 +14,11 @@ from typing import cast
 
 import numpy as np
 import tyro
-from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig, Qwen3Config
 
 from mosaic_fast.cli import run_cli
+from mosaic_fast.console import plain_console
 from mosaic_fast.errors import UserError
 from mosaic_fast.execution import CostModel, load_cost_model
 from mosaic_fast.execution.balance import share_of, shares
@@ -199,7 +199,7 @@ def main() -> int:
     longest = int(np.diff(forest.cu_seqlens).max())
     if longest > arguments.tokens_per_microbatch:
         raise UserError(f"tokens_per_microbatch must be {longest} or more, the longest rollout of this step")
-    console = Console()
+    console = plain_console()
     console.print(
         f"SIMULATED update: {forest.num_rollouts} rollouts, {forest.num_tokens} tokens, {forest.num_nodes} "
         f"distinct; {FLOPS / cost.linear / 1e12:.3g} TFLOP/s a rank, {arguments.gigabytes_per_s:g} GB/s",

@@ -6,9 +6,18 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from mosaic_fast.config.section import Count, Positive, Section
+from mosaic_fast.config.section import Count, CountOrZero, Positive, Section
 
-_NOT_FOR_SERVERS = ("--host", "--api-key", "--admin-api-key")
+_NO_KEY = "no key belongs in a configuration, and a server on 127.0.0.1 needs none"
+_NOT_FOR_SERVERS = {  # flag of sglang.launch_server -> why it is refused, without its value
+    "--host": "--host cannot be set, servers launched here listen on 127.0.0.1 alone; for others start one "
+    "yourself and name it in engine.urls",
+    "--api-key": _NO_KEY,
+    "--admin-api-key": _NO_KEY,
+    "--trust-remote-code": "--trust-remote-code cannot be set, code in a model's folder is never run",
+    "--config": "--config cannot be set, its file could hold any of the flags that are refused here; name "
+    "the flags themselves",
+}
 
 
 class EngineConfig(Section):
@@ -38,7 +47,7 @@ class EngineConfig(Section):
     """sglang: prove by checksums after every update that the servers have the trained weights."""
     colocated: bool = False
     """sglang: servers give their memory back while the trainer computes, for one GPU that does both."""
-    max_inflight_tokens: int = Field(default=0, ge=0)
+    max_inflight_tokens: CountOrZero = 0
     """sglang: tokens asked of a server at once, prompt to compute and to sample; 0: what its cache holds."""
     request_timeout_s: Positive = 600.0
     """sglang: seconds a request may take before it is sent again."""
@@ -51,15 +60,8 @@ class EngineConfig(Section):
     def _servers_stay_private(self) -> EngineConfig:
         """A server takes whatever weights it is told to load, from anybody who can reach it."""
         for flag in self.args:
-            name = flag.partition("=")[0]
-            means = [long for long in _NOT_FOR_SERVERS if len(name) > 3 and long.startswith(name)]
-            if "--host" in means:  # argparse takes abbreviations, and the last one of a flag
-                raise ValueError(
-                    "engine.args: --host cannot be set, servers launched here listen on 127.0.0.1 alone; for "
-                    "others start one yourself and name it in engine.urls"
-                )
-            if means:  # without the value
-                raise ValueError(
-                    "engine.args: no key belongs in a configuration, and a server on 127.0.0.1 needs none"
-                )
+            name = flag.partition("=")[0].replace("_", "-")
+            for long, why in _NOT_FOR_SERVERS.items():  # argparse takes abbreviations, the last one of a flag
+                if len(name) > 3 and long.startswith(name):
+                    raise ValueError(f"engine.args: {why}")
         return self

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from mosaic_fast.config.section import Count, NonNegative, Section
+from mosaic_fast.config.section import Count, CountOrZero, NonNegative, Section
 
 ENVIRONMENTS = ("world", "agentdojo", "bfcl", "asb", "agent_safetybench", "agentharm", "privacylens")
 """Names of `env.name` beside module:Class."""
@@ -38,15 +38,15 @@ class EnvConfig(Section):
     """Suites that are the held-out split; default: a quarter of the tasks of env.suites."""
     attack: str | None = None
     """agentdojo: its attack (important_instructions_no_names); asb: observation or prompt (observation)."""
-    demonstrations: int = Field(default=0, ge=0)
+    demonstrations: CountOrZero = 0
     """agentdojo: solved training tasks that open every conversation, for models too small to be told."""
     max_observation_chars: Count = 16_000
     """Benchmarks, module:Class: longer tool outputs are cut there, and say so."""
     tool_timeout_s: NonNegative = 0.0
     """Seconds until a tool call becomes an error observation; 0: no limit, for bitwise repeatable runs."""
-    eval_tasks: int = Field(default=300, ge=0)
+    eval_tasks: CountOrZero = 300
     """Held-out tasks in the evaluation before and after training; 0 leaves both out."""
-    eval_every: int = Field(default=0, ge=0)
+    eval_every: CountOrZero = 0
     """Evaluate during training every so many steps on a third of eval_tasks; 0: never."""
 
     @model_validator(mode="after")

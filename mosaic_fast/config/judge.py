@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from mosaic_fast.config.section import Count, NonNegative, Positive, Section
+from mosaic_fast.config.section import Count, CountOrZero, NonNegative, Positive, Section
 from mosaic_fast.config.url import is_plain_url
 
 
@@ -32,13 +32,13 @@ class JudgeConfig(Section):
     """llm: longest answer, reasoning included."""
     timeout_s: Positive = 120.0
     """llm: seconds one call may take."""
-    retries: int = Field(default=4, ge=0)
+    retries: CountOrZero = 4
     """llm: further tries of a call that failed or answered nonsense; then the run stops."""
     max_concurrent: Count = 16
     """llm: calls under way at once."""
-    max_calls: int = Field(default=0, ge=0)
+    max_calls: CountOrZero = 0
     """llm: calls after which the run stops, counted from its start or resume; 0: no limit."""
-    max_total_tokens: int = Field(default=0, ge=0)
+    max_total_tokens: int = Field(default=0, ge=0, lt=2**63)
     """llm: tokens, as the server counts them, after which the run stops, counted likewise; 0: no limit."""
     cache: str | None = None
     """llm: file of answers, which runs may share; default judge-answers.sqlite in the run folder."""

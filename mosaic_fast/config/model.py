@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from mosaic_fast.config.section import Count, Section
+from mosaic_fast.config.section import Count, CountOrZero, Section
 
 
 class ModelConfig(Section):
@@ -18,11 +18,11 @@ class ModelConfig(Section):
     """Precision of weights and activations. bfloat16 is meant for GPUs; on a CPU it is much slower."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the policy lives; auto takes a GPU where there is one, except for the embedded model."""
-    threads: int = Field(default=1, ge=0)
+    threads: CountOrZero = 1
     """CPU threads of PyTorch; 0: PyTorch's own choice. More than there are idle cores slow a run badly."""
     activation_checkpointing: bool = False
     """Keep each layer's input only and run the layer again in the backward pass: less memory, more time."""
-    lora_rank: int = Field(default=0, ge=0)
+    lora_rank: CountOrZero = 0
     """Train low-rank adapters of this rank (needs peft: the extra `lora`); 0: train every weight."""
     lora_alpha: Count | None = None
     """LoRA: adapters are scaled by lora_alpha / lora_rank; default twice the rank."""

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from pydantic import Field
-
-from mosaic_fast.config.section import Count, Fraction, NonNegative, Positive, Section
+from mosaic_fast.config.section import Count, CountOrZero, Fraction, NonNegative, Positive, Section
 
 
 class OptimConfig(Section):
@@ -14,7 +12,7 @@ class OptimConfig(Section):
     """Learning rate at the start."""
     final_lr_frac: Fraction = 0.1
     """The rate falls linearly to this share of lr at the last step."""
-    warmup_steps: int = Field(default=0, ge=0)
+    warmup_steps: CountOrZero = 0
     """Steps over which the rate rises from 0."""
     beta1: Fraction = 0.9
     """Decay of the gradient's average."""

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from mosaic_fast.config.section import Count, Positive, Section
+from mosaic_fast.config.section import Count, CountOrZero, Positive, Section
 
 
 class RolloutConfig(Section):
@@ -20,7 +20,7 @@ class RolloutConfig(Section):
     """Where rollouts of a group begin to differ: at the prompt (the paper), after a plan, or at a step."""
     gate_contrast: bool = False
     """fork_at_check: take the gate both ways and train it with its all-action gradient (docs/gate.md)."""
-    max_staleness: int = Field(default=0, ge=0)
+    max_staleness: CountOrZero = 0
     """sglang: updates that rollouts may be old, sampled while earlier steps train; 0: exactly on policy."""
     temperature: Positive = 1.0
     """Sampling temperature; the trainer's log-probs use the same one."""

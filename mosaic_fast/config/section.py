@@ -10,7 +10,9 @@ from pydantic_core import PydanticCustomError
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
-Count = Annotated[int, Field(ge=1)]
+_MOST = 2**31  # what PyTorch and numpy take everywhere
+Count = Annotated[int, Field(ge=1, lt=_MOST)]
+CountOrZero = Annotated[int, Field(ge=0, lt=_MOST)]
 
 
 class Section(BaseModel):

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from mosaic_fast.cli import run_cli
 from mosaic_fast.config import EVALUATION_ONLY, JudgeConfig
+from mosaic_fast.console import plain_console
 from mosaic_fast.errors import UserError
 from mosaic_fast.evaluate.arguments import Arguments, parse
 from mosaic_fast.evaluate.judging import IN_MEMORY
@@ -161,16 +161,16 @@ def _folder(target: Target, arguments: Arguments) -> Path:
 
 def _progress() -> Progress:
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
-        console=Console(stderr=True),
+        console=plain_console(stderr=True),
     )
 
 
 def _show(evaluated: Sequence[_Evaluated], arguments: Arguments) -> None:
-    console = Console()
+    console = plain_console()
     how = "greedy" if arguments.temperature == 0 else f"T = {arguments.temperature:g}"
     for name in dict.fromkeys(name for one in evaluated for name in one.suites):
         columns = {one.target.name: one.suites[name] for one in evaluated if name in one.suites}

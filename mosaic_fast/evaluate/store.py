@@ -6,10 +6,12 @@ import fcntl
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import TracebackType
 from typing import TextIO
+
+from pydantic import TypeAdapter
 
 from mosaic_fast.errors import UserError
 from mosaic_fast.outcome import Outcome
@@ -33,6 +35,9 @@ class Finished:
     course: Mapping[str, object]
 
 
+_KEY, _OUTCOME = TypeAdapter(Key), TypeAdapter(Outcome)
+
+
 class Store:
     """The folder of an evaluation, locked while it is open. Each episode is on disk when `add` returns.
 
@@ -52,7 +57,9 @@ class Store:
             if self.folder.is_dir() and not settings.is_file() and any(self.folder.iterdir()):
                 raise UserError(f"--out: {self.folder} holds something else; name a new folder")
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._file = (self.folder / "outcomes.jsonl").open("a+", encoding="utf-8")
+            self._file = (self.folder / "outcomes.jsonl").open(
+                "a+", encoding="utf-8", errors="surrogateescape"
+            )
             self._lock(self._file)
             if settings.is_file():
                 self._refuse_differences(settings)
@@ -103,10 +110,10 @@ class Store:
 
     def _refuse_differences(self, path: Path) -> None:
         try:
-            stored = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
+            before = _flat(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, RecursionError):
             raise UserError(f"--out: {path} is damaged; name a new folder") from None
-        before, now = _flat(stored), _flat(self._settings)
+        now = _flat(self._settings)
         changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
         if changed:
             lines = [
@@ -126,16 +133,25 @@ class Store:
             if not line.endswith("\n"):
                 break
             try:
+                line.encode()  # bytes that are no UTF-8 were let through until here, to name their line
                 row = json.loads(line)
-                key = Key(row["suite"], row["index"], row["sample"])
+                key = _KEY.validate_python({name: row[name] for name in ("suite", "index", "sample")})
                 course = {name: row[name] for name in ("messages", "steps")}
-                self.finished[key] = Finished(row["task_id"], Outcome(**row["outcome"]), course)
-            except (ValueError, LookupError, TypeError):
+                self.finished[key] = Finished(str(row["task_id"]), _outcome(row["outcome"]), course)
+            except (ValueError, LookupError, TypeError, RecursionError):
                 raise UserError(
                     f"--out: line {number} of {file.name} is damaged; name a new folder"
                 ) from None
             complete = file.tell()
         file.truncate(complete)
+
+
+def _outcome(figures: Mapping[str, object]) -> Outcome:
+    """ValueError or TypeError where these are no figures of an episode."""
+    names = {field.name for field in fields(Outcome)}
+    if set(figures) != names:
+        raise ValueError(f"an outcome has {', '.join(sorted(names))}")
+    return _OUTCOME.validate_json(json.dumps(figures), strict=True)
 
 
 def _flat(value: object, prefix: str = "") -> dict[str, object]:

@@ -130,13 +130,13 @@ def _parse(text: str, source: str) -> CostModel:
     names = [field.name for field in fields(CostModel)]
     try:
         values = tomllib.loads(text).get("seconds_per_unit", {})
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # a TOMLDecodeError; or long numbers, deep nesting
         raise UserError(f"{source} is not valid TOML: {error}") from None
     if not isinstance(values, dict) or set(values) != set(names):
-        raise UserError(f"{source}: [seconds_per_unit] must hold {', '.join(names)}; it holds {values}")
+        raise UserError(f"{source}: [seconds_per_unit] must hold {', '.join(names)}")
     for name, value in values.items():
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < float("inf"):
-            raise UserError(f"{source}: {name} = {value!r} must be a number of seconds, 0 or more")
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < 1e300:
+            raise UserError(f"{source}: {name} must be a number of seconds, 0 or more")
     if not any(values.values()):
         raise UserError(f"{source}: every coefficient is 0, so every plan would cost nothing")
     return CostModel(**{name: float(value) for name, value in values.items()})

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from mosaic_fast.config import Config
+from mosaic_fast.console import plain_console
 from mosaic_fast.memory.estimate import PHASES, Estimate, estimate_memory
 
 GIB = 2**30
@@ -19,9 +19,9 @@ SPARE_FRAC = 0.1
 def dry_run(config: Config) -> int:
     """Print what a run will take, and start nothing; returns the exit code."""
     estimate = estimate_memory(config)
-    console = Console()
+    console = plain_console()
     if not console.is_terminal:
-        console = Console(width=110)  # a file has no width to fold at
+        console = plain_console(width=110)  # a file has no width to fold at
     console.print(memory_table(config, estimate))
     for line in [*verdict(estimate), *_notes(config, estimate)]:
         console.print(line, highlight=False, soft_wrap=True)

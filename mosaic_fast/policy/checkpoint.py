@@ -126,7 +126,7 @@ def read_config(folder: Path) -> dict[str, object]:
         raise UserError(f"{folder} holds no config.json: it is not the folder of a Hugging Face model")
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file} is not valid JSON: {error}") from error
     if not isinstance(config, dict):
         raise UserError(f"{file} must hold a JSON object")
@@ -143,9 +143,9 @@ def _check_weight_files(folder: Path) -> None:
         raise UserError(f"{folder} holds no weights ({_WEIGHTS} or {_WEIGHTS_INDEX}){found}")
     try:
         shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, AttributeError) as error:
+        absent = sorted(name for name in shards if not (folder / name).is_file())
+    except (OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
         raise UserError(f"{index} is damaged: {error}") from error
-    absent = sorted(name for name in shards if not (folder / name).is_file())
     if absent:
         raise UserError(
             f"{folder} lacks {len(absent)} of {len(shards)} weight files, the first is {absent[0]}"

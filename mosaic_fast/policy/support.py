@@ -30,9 +30,9 @@ def check_family(config: Mapping[str, object]) -> None:
             f"model family {family!r} is a mixture of experts, which is not supported yet: use a dense model "
             "of qwen2 (Qwen2, Qwen2.5), qwen3, phi3 (Phi-3, Phi-4) or llama"
         )
-    if family not in SUPPORTED_FAMILIES:
+    if not isinstance(family, str) or family not in SUPPORTED_FAMILIES:
         raise UserError(
-            f"model family {family!r} is not supported: Policy is exact for "
+            f"model family {family!r:.80} is not supported: Policy is exact for "
             "qwen2 (Qwen2, Qwen2.5), qwen3, phi3 (Phi-3, Phi-4) and llama"
         )
 

@@ -108,7 +108,7 @@ def read_config(folder: Path, notes: Notes) -> dict[str, JsonValue]:
         return _flatten(tomllib.loads((folder / "config.toml").read_text(encoding="utf-8")))
     except FileNotFoundError:
         notes.add("config.toml is missing")
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # a TOMLDecodeError is a ValueError
         notes.add(f"config.toml cannot be read: {error}")
     return {}
 
@@ -119,7 +119,7 @@ def read_summary(folder: Path, notes: Notes) -> dict[str, JsonValue]:
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         notes.add("there is no summary.json: the run is still going or was killed")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         notes.add(f"summary.json cannot be read: {error}")
     else:
         if isinstance(summary, dict):
@@ -138,7 +138,7 @@ def read_metrics(folder: Path, notes: Notes) -> dict[str, list[float | None]]:
             row = json.loads(line)
             values = {str(k): float(v) for k, v in row.items() if isinstance(v, int | float)}
             rows[values["step"]] = {k: v for k, v in values.items() if math.isfinite(v)}
-        except (ValueError, KeyError, AttributeError):
+        except (ValueError, KeyError, AttributeError, OverflowError, RecursionError):
             notes.add(f"metrics.jsonl, line {number} is incomplete and left out")
     names = dict.fromkeys(["step"] + [name for row in rows.values() for name in row])
     return {name: [rows[step].get(name) for step in sorted(rows)] for name in names} if rows else {}

@@ -21,6 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from mosaic_fast.cli import run_cli
+from mosaic_fast.console import plain_console
 from mosaic_fast.errors import UserError
 from mosaic_fast.soak.campaign import Campaign, Tally
 from mosaic_fast.soak.state import PHASES
@@ -53,7 +54,7 @@ def main() -> int:
             raise UserError(f"--dir {folder} is not empty; name another folder")
     except OSError as error:
         raise UserError(f"--dir {folder} cannot be used: {error.strerror}") from None
-    console, start = Console(), time.monotonic()
+    console, start = plain_console(), time.monotonic()
     campaign = Campaign(folder, arguments.steps)
     console.print(
         f"the undisturbed run, {arguments.steps} steps, in {folder}", highlight=False, soft_wrap=True

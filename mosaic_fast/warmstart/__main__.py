@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 import tyro
-from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from mosaic_fast.console import plain_console
 from mosaic_fast.warmstart.behaviour import MIXED
 from mosaic_fast.warmstart.examples import ExampleMaker
 from mosaic_fast.warmstart.tokenizer import build_tokenizer
@@ -32,7 +32,7 @@ def warmstart(
     """
     torch.set_num_threads(1)  # one thread: the order of every sum is fixed, so the bytes are too
     torch.use_deterministic_algorithms(True)
-    console = Console()
+    console = plain_console()
     tokenizer = build_tokenizer()
     tokenizer.model_max_length = CONTEXT
     model = build_model(recipe, len(tokenizer), tokenizer.pad_token_id, tokenizer.eos_token_id)

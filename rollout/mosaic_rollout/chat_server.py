@@ -15,6 +15,7 @@ from typing import TypeVar
 
 import httpx
 
+from mosaic_rollout.certificates import certificates
 from mosaic_rollout.chat_completion import ChatCompletion, read_completion
 from mosaic_rollout.errors import UserError
 from mosaic_rollout.no_cookies import no_cookies
@@ -63,7 +64,9 @@ class ChatServer:
         headers = {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
         timeout = httpx.Timeout(self.timeout_s, connect=_CONNECT_S)
         limits = httpx.Limits(max_connections=None)
-        return httpx.AsyncClient(headers=headers, timeout=timeout, limits=limits, cookies=no_cookies())
+        return httpx.AsyncClient(
+            headers=headers, timeout=timeout, limits=limits, cookies=no_cookies(), verify=certificates()
+        )
 
     async def post(
         self,

@@ -192,6 +192,10 @@ def test_a_key_is_nowhere_but_in_the_header(
         (["--engine.args", "--host", "0.0.0.0"], "--host cannot be set"),
         (["--engine.args", "--ho=0.0.0.0"], "--host cannot be set"),
         (["--engine.args", "--api-key", KEY], "no key belongs in a configuration"),
+        (["--engine.args", "--admin-api-key", KEY], "no key belongs in a configuration"),
+        (["--engine.args", "--trust-remote-code"], "code in a model's folder is never run"),
+        (["--engine.args", "--trust"], "code in a model's folder is never run"),
+        (["--engine.args", "--config", "flags.yaml"], "name the flags themselves"),
         (["--engine.urls", f"http://me:{KEY}@there:1"], "no user or key"),
         (["--judge.endpoint", f"http://{KEY}@there/v1"], "no user or key"),
         (["--judge.api-key-env", KEY], "the name of an environment variable"),
@@ -224,3 +228,12 @@ def test_a_launched_server_listens_on_loopback_alone(tmp_path: Path):
     assert flags.count("--host") == 1
     assert flags[flags.index("--host") + 1] == "127.0.0.1"
     assert process.url.startswith("http://127.0.0.1:")
+
+
+def test_a_name_that_looks_like_markup_is_shown_as_it_is(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    """rich would stop at a tag that nothing opens, draw a bug, and matplotlib stop at half a fraction."""
+    folder = tmp_path / "a[" / "b] [red]x :bug: $\\frac{1$"
+    assert run_cli(lambda: run(folder, "--steps", "1")) == 0
+    said = capfd.readouterr().out
+    assert f"run folder {folder}" in said
+    assert (folder / "curves.png").exists()

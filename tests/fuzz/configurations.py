@@ -183,6 +183,6 @@ def _keys(model: type[BaseModel], section: str = "") -> list[tuple[str, str]]:
 
 
 KEYS = _keys(Config)
-FILES = Subject("configuration files", 0.2, _files)
+FILES = Subject("configuration files", 0.15, _files)
 COMMAND_LINES = Subject("command lines", 0.1, _command_lines)
 RUN_FOLDERS = Subject("run folders", 0.05, _run_folders)

@@ -54,6 +54,7 @@ PIECES = (
     ),
 )
 MEGABYTE = 1_000_000
+_LONG = b"9" * 5000  # Python's own readers give up on a number of so many digits
 
 
 def text(random: Random, *, longest: int = 30, megabytes: bool = False) -> str:
@@ -129,7 +130,7 @@ def damaged(random: Random, content: bytes) -> bytes:
         else:
             content = (
                 content[:place]
-                + random.choice((b"\x00", b"\xff\xfe", b"\n", b'"', b"]", text(random).encode()))
+                + random.choice((b"\x00", b"\xff\xfe", b"\n", b'"', b"]", _LONG, text(random).encode()))
                 + content[place:]
             )
     return content

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from random import Random
 
@@ -21,7 +22,9 @@ from mosaic_rollout.agent_loop import AgentLoop, Limits
 from mosaic_rollout.call_formats import HERMES, LLAMA, PHI
 from mosaic_rollout.chat import Chat
 from mosaic_rollout.environments.agent_safetybench.cases import read_cases
+from mosaic_rollout.environments.agent_safetybench.worlds import INSTALL_HINT
 from mosaic_rollout.environments.custom.rows import read_rows
+from mosaic_rollout.environments.packages import EnvironmentMissing
 from mosaic_rollout.environments.world import WorldEnvironment
 from mosaic_rollout.errors import UserError
 from mosaic_rollout.grammar import TAGS, Turn, parse_turn
@@ -168,8 +171,15 @@ def _no_json(constant: str) -> object:
 def _tasks(folder: Path) -> Iterator[Try]:
     chat = Chat(PreTrainedTokenizerFast.from_pretrained(model_folder("embedded")), teach_loop=False)
     path = folder / "tasks.jsonl"
+    plain = Chat(byte_tokenizer(PLAIN), teach_loop=False)  # a template without tools: calls are written out
+    call = {"name": "f", "arguments": '{"x": 1}'}
     row = {
-        "prompt": [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}],
+        "prompt": [
+            {"role": "system", "content": "s"},
+            {"role": "assistant", "content": "c", "tool_calls": [{"type": "function", "function": call}]},
+            {"role": "tool", "content": "o"},
+            {"role": "user", "content": "u"},
+        ],
         "kind": "benign",
         "x": 1,
     }
@@ -187,6 +197,11 @@ def _tasks(folder: Path) -> Iterator[Try]:
         for read in (read_rows, read_cases):
             try:
                 found = read(path)
+            except EnvironmentMissing as error:  # a case names an environment; there is no package of them
+                assert read is read_cases
+                assert not _has_worlds()
+                assert INSTALL_HINT in str(error)
+                outcomes.append("refused")
             except UserError as error:
                 assert str(path) in str(error)
                 outcomes.append("refused")
@@ -194,10 +209,16 @@ def _tasks(folder: Path) -> Iterator[Try]:
                 outcomes.append("accepted")
                 for task in found[:2]:
                     if sum(len(str(message["content"])) for message in task.messages) < 10_000:
-                        chat.prompt(task.messages, ())
+                        for one in (chat, plain):
+                            with contextlib.suppress(UserError):  # a template may refuse an order of roles
+                                one.prompt(task.messages, ())
         return "accepted" if "accepted" in outcomes else "refused"
 
     yield attempt
+
+
+def _has_worlds() -> bool:
+    return find_spec("asb_envs") is not None
 
 
 PARSED = Subject("model outputs, parsed", 0.15, _parsed)

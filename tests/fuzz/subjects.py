@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from . import answers, configurations, outputs
+from . import answers, configurations, kept, outputs
 from .subject import Subject
 
 SUBJECTS: tuple[Subject, ...] = (
-    *(configurations.FILES, configurations.COMMAND_LINES, configurations.RUN_FOLDERS),
+    *(configurations.FILES, configurations.COMMAND_LINES, configurations.RUN_FOLDERS, kept.KEPT),
     *(outputs.TASKS, outputs.PARSED, outputs.ROLLOUTS),
     *(answers.ENGINE, answers.JUDGE, answers.CHAT),
 )

@@ -13,6 +13,7 @@ import httpx
 import numpy as np
 from pydantic import BaseModel, Field, NonNegativeInt, ValidationError
 
+from mosaic_rollout.certificates import certificates
 from mosaic_rollout.engine.errors import EngineError
 from mosaic_rollout.no_cookies import no_cookies
 from mosaic_rollout.types import FinishReason, JsonValue, Request
@@ -60,6 +61,7 @@ class SGLangClient:
             ),
             cookies=no_cookies(),
             trust_env=False,  # a proxy for the internet is not for this
+            verify=certificates(by_environment=False),
         )
 
     async def aclose(self) -> None:

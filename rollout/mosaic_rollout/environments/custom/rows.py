@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import cast, get_args
 
 from mosaic_rollout.errors import UserError
+from mosaic_rollout.plain_json import read_json
 from mosaic_rollout.types import JsonValue, Message, TaskKind
 
 
@@ -58,8 +59,32 @@ def _messages(where: str, prompt: object) -> tuple[Message, ...]:
             for m in prompt
         )
         if fits and prompt[-1]["role"] == "user":
+            if not all(_calls_fit(message.get("tool_calls")) for message in prompt):
+                raise UserError(
+                    f'{where}: "tool_calls" must be a list of {{"function": {{"name", "arguments"}}}}, with '
+                    "arguments as an object or its JSON"
+                )
             return tuple(prompt)
     raise UserError(
         f'{where}: "prompt" must be a text, or a list of {{"role", "content"}} messages that ends with '
         "the user's"
     )
+
+
+def _calls_fit(calls: object) -> bool:
+    """Whether the calls of a message, if any, are those of OpenAI's format."""
+    if calls is None:
+        return True
+    return isinstance(calls, list) and all(
+        isinstance(call, dict) and _function_fits(call.get("function")) for call in calls
+    )
+
+
+def _function_fits(function: object) -> bool:
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        return False
+    arguments = function.get("arguments")
+    try:
+        return isinstance(read_json(arguments) if isinstance(arguments, str) else arguments, dict)
+    except ValueError:
+        return False

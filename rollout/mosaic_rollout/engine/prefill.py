@@ -55,11 +55,18 @@ def pending_nodes(ends: Sequence[Node]) -> list[Node]:
 
 
 def cut(nodes: Sequence[Node], chunk_tokens: int) -> Iterator[list[Segment]]:
-    """Deal the nodes' tokens out, in order, to chunks of at most `chunk_tokens` tokens."""
+    """Deal the nodes' tokens out, in order, to chunks of at most `chunk_tokens` tokens.
+
+    A node is not cut where it may begin a chunk of its own and leaves the one before at least half full:
+    equal nodes are one block, pieces of them several.
+    """
     chunk: list[Segment] = []
     room = chunk_tokens
     for node in nodes:
         start = 0
+        if room < len(node.tokens) <= chunk_tokens and 2 * room <= chunk_tokens:
+            yield chunk
+            chunk, room = [], chunk_tokens
         while start < len(node.tokens):
             end = min(len(node.tokens), start + room)
             chunk.append(Segment(node, start, end))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TypeAlias, cast
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +13,10 @@ from transformers import PreTrainedModel
 from mosaic_fast.errors import UserError
 from mosaic_fast.policy.attention import TreeForward
 from mosaic_fast.policy.head import head_logprobs
-from mosaic_fast.policy.layout import DecoderLayer, decoder_of, has_known_attention, has_known_layer
-from mosaic_fast.policy.row_attention import attention_on_rows
+from mosaic_fast.policy.layer import Arguments, run_layer, run_norm
+from mosaic_fast.policy.layout import decoder_of, has_known_layer
 from mosaic_fast.policy.support import depends_on_length, rope_type
 
-Arguments: TypeAlias = "dict[str, object]"
 LayerCall: TypeAlias = Callable[[Tensor, TreeForward, Arguments], Tensor]
 """A layer as `final_hidden` calls it: hidden states [1, U, D] -> [1, U, D], of the last one [1, N, D]."""
 
@@ -28,7 +27,7 @@ ForwardInParts: TypeAlias = Callable[[TreeForward, int, float, bool], tuple[Tens
 def layer_calls(model: PreTrainedModel) -> list[LayerCall]:
     """The layers of a model of known layout, in order."""
     layers = decoder_of(model).layers[: model.config.num_hidden_layers]
-    return [partial(_call, layer) for layer in layers[:-1]] + [partial(_call_last, model, layers[-1])]
+    return [partial(_call, model, layer) for layer in layers[:-1]] + [partial(_call_last, model, layers[-1])]
 
 
 def run_in_parts(
@@ -72,7 +71,7 @@ def final_hidden(
     }
     for layer in layers:
         hidden = layer(hidden, tree, arguments)
-    return decoder.norm(hidden)[0]
+    return run_norm(model, decoder.norm, hidden)[0]
 
 
 def final_logits(model: PreTrainedModel, tree: TreeForward, longest_alone: int) -> Tensor:  # [N, V]
@@ -105,30 +104,23 @@ def _rotary(
     return cos[:, :-1], sin[:, :-1]
 
 
-def _call(layer: nn.Module, hidden: Tensor, tree: TreeForward, arguments: Arguments) -> Tensor:
+def _call(
+    model: PreTrainedModel, layer: nn.Module, hidden: Tensor, tree: TreeForward, arguments: Arguments
+) -> Tensor:
+    if hidden.device.type == "cpu" and has_known_layer(model, layer) and not _is_checkpointed(layer):
+        return run_layer(model, layer, hidden, tree, arguments, None)
     return layer(hidden, **arguments)
 
 
 def _call_last(
     model: PreTrainedModel, layer: nn.Module, hidden: Tensor, tree: TreeForward, arguments: Arguments
 ) -> Tensor:
+    rows = tree.forest.rows
     if has_known_layer(model, layer):
-        return _layer_on_rows(model, cast(DecoderLayer, layer), hidden, tree, arguments)
-    return layer(hidden, **arguments).index_select(1, tree.forest.rows)
+        return run_layer(model, layer, hidden, tree, arguments, rows)
+    return layer(hidden, **arguments).index_select(1, rows)
 
 
-def _layer_on_rows(
-    model: PreTrainedModel,
-    layer: DecoderLayer,
-    hidden: Tensor,  # [1, U, D]
-    tree: TreeForward,
-    arguments: Arguments,
-) -> Tensor:  # [1, N, D]
-    """The last layer: keys and values of all positions, everything else of the N rows."""
-    rows, normed = tree.forest.rows, layer.input_layernorm(hidden)
-    if has_known_attention(model, layer.self_attn):
-        attended = attention_on_rows(layer.self_attn, normed, tree, arguments["position_embeddings"])
-    else:
-        attended = layer.self_attn(hidden_states=normed, **arguments)[0].index_select(1, rows)
-    hidden = hidden.index_select(1, rows) + attended
-    return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+def _is_checkpointed(layer: nn.Module) -> bool:
+    """True if the layer's own call keeps its input only, and runs again in the backward pass."""
+    return layer.training and bool(getattr(layer, "gradient_checkpointing", False))

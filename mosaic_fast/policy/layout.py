@@ -88,6 +88,13 @@ def has_known_attention(model: PreTrainedModel, attention: nn.Module) -> bool:
     )
 
 
+def has_stock_norm(model: PreTrainedModel, norm: nn.Module) -> bool:
+    """True if the norm is the family's RMSNorm and calling it runs that and nothing else."""
+    return _is_class(
+        model, norm, f"{SUPPORTED_FAMILIES[model.config.model_type]}RMSNorm"
+    ) and has_stock_forward(norm)
+
+
 def checkpoints_activations(model: PreTrainedModel) -> bool:
     """True if layers run a second time in the backward pass."""
     return any(getattr(m, "gradient_checkpointing", False) for m in model.modules())

@@ -168,9 +168,10 @@ def test_a_plan_covers_each_visible_pair_once(
     for context in plan.contexts:
         covered[context.rows, context.keys.numpy()] += 1
     for stack in plan.stacks:
-        real = np.arange(len(stack.rows)) if stack.real is None else stack.real.numpy()
-        rows, keys = stack.rows.numpy()[real], stack.keys.numpy()[real]
-        of_square = real * stack.squares // len(stack.rows)
+        rows, keys = np.arange(len(asked))[stack.rows], np.arange(forest.num_nodes)[stack.keys]
+        real = np.arange(len(rows)) if stack.real is None else stack.real.numpy()
+        of_square = real * stack.squares // len(rows)
+        rows, keys = rows[real], keys[real]
         same = of_square[:, None] == of_square[None, :]
         covered[np.ix_(rows, keys)] += same & (real[:, None] >= real[None, :])
     for bucket in plan.buckets:

@@ -36,6 +36,10 @@ PLANS_OF_A_FOREST = 8  # kept: all nodes or some of them, with each window of th
 CACHED_BIAS = 2**23  # mask entries a plan may keep as floats between calls (32 MiB in fp32)
 
 
+Rows = torch.Tensor | slice
+"""Indices [N] int64, or consecutive ones: a slice, with which nothing is copied."""
+
+
 @dataclass(frozen=True)
 class Part:
     """A call on contiguous rows of q and contiguous nodes: a causal square, or a full rectangle."""
@@ -57,8 +61,8 @@ class Stack:
     """Causal squares of similar size in one call. Padding repeats a square's last node, after all others."""
 
     squares: int  # N
-    rows: torch.Tensor  # [N * L] int64 rows of q
-    keys: torch.Tensor  # [N * L] int64 nodes
+    rows: Rows  # [N * L] of q
+    keys: Rows  # [N * L] nodes
     real: torch.Tensor | None  # [number of real ones] int64 among N * L; None: all
 
 
@@ -281,12 +285,19 @@ def _stacks(segments: _Segments, queries: IntArray, alone: IntArray) -> list[Sta
         stacks.append(
             Stack(
                 squares=len(group),
-                rows=torch.from_numpy(rows.reshape(-1)),
-                keys=torch.from_numpy(keys.reshape(-1)),
+                rows=_as_rows(rows.reshape(-1)),
+                keys=_as_rows(keys.reshape(-1)),
                 real=None if real.all() else torch.from_numpy(np.flatnonzero(real)),
             )
         )
     return stacks
+
+
+def _as_rows(index: IntArray) -> Rows:
+    """A slice where that says the same."""
+    first, count = int(index[0]), len(index)
+    consecutive = int(index[-1]) - first + 1 == count and bool((np.diff(index) == 1).all())
+    return slice(first, first + count) if consecutive else torch.from_numpy(index)
 
 
 def _buckets(
@@ -362,7 +373,7 @@ def _keys_of_blocks(
 
 def _similar(sizes: IntArray) -> list[IntArray]:
     """Groups of indices with similar sizes, the largest first."""
-    order = np.argsort(-sizes, kind="stable")
+    order = np.argsort(-sizes, kind="stable")  # of equal ones, the first comes first: they stay consecutive
     ordered = sizes[order].tolist()
     groups, first = [], 0
     for index in range(1, len(ordered) + 1):

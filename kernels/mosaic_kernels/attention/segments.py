@@ -7,15 +7,15 @@ softmax, and the parts' gradients add up exactly to the whole gradient (the iden
 Liu et al., arXiv 2310.01889). No probabilities are kept between the passes.
 """
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
 
-from mosaic_kernels.attention.plan import Plan
+from mosaic_kernels.attention.plan import Plan, Rows
 from mosaic_kernels.dispatch import result_dtype
-
-Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
@@ -29,61 +29,68 @@ def segments_tree_attention(
     *,
     scale: float,
 ) -> torch.Tensor:  # [Uq, Hq, D]
-    """In fp32, or fp64 for fp64 input; cast back to q's dtype. Keys and values are never repeated in memory
-    for the query heads that share them, but for the few that are gathered.
+    """In fp32, or fp64 for fp64 input; cast back to q's dtype. The fused kernel itself reads a key head for
+    all query heads that share it, and adds up their gradients.
     """
     dtype = result_dtype(q)
     queries, keys, values = (x.to(dtype) for x in (q, k, v))
     return _SegmentAttention.apply(queries, keys, values, plan, scale).to(q.dtype)
 
 
-class _SegmentAttention(torch.autograd.Function):
-    """Inside, H = Hkv heads of keys serve G = Hq / Hkv query heads each."""
+@dataclass(frozen=True, eq=False)
+class _Call:
+    """One call of the fused kernel: N blocks of L queries, each with K keys of its own."""
 
+    rows: Rows  # [N * L]
+    keys: Rows  # [N * K]
+    blocks: int  # N
+    causal: bool = False
+    bias: torch.Tensor | None = None  # [N, 1, L, K]
+    real: torch.Tensor | None = None  # the rows that are no padding, among N * L; None: all
+    merged: bool = False  # into rows that other calls have set
+
+
+def _calls(plan: Plan, dtype: torch.dtype) -> Iterator[_Call]:
+    """Squares, stacks and buckets set each row; rectangles and contexts are merged into it."""
+    for square in plan.squares:
+        yield _Call(square.rows, square.keys, 1, causal=True)
+    for stack in plan.stacks:
+        yield _Call(stack.rows, stack.keys, stack.squares, causal=True, real=stack.real)
+    for index, bucket in enumerate(plan.buckets):
+        yield _Call(bucket.queries, bucket.keys, bucket.blocks, bias=plan.bias(index, dtype))
+    for one in (*plan.rectangles, *plan.contexts):
+        yield _Call(one.rows, one.keys, 1, merged=True)
+
+
+class _SegmentAttention(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
         q: torch.Tensor,  # [Uq, Hq, D]
-        k: torch.Tensor,  # [U, H, D]
-        v: torch.Tensor,  # [U, H, D]
+        k: torch.Tensor,  # [U, Hkv, D]
+        v: torch.Tensor,  # [U, Hkv, D]
         plan: Plan,
         scale: float,
     ) -> torch.Tensor:
         q, k, v = (_dense_rows(x) for x in (q, k, v))
-        group = q.shape[1] // k.shape[1]
-        out = torch.empty(q.shape, dtype=q.dtype)
-        lse = torch.empty(k.shape[1], group, q.shape[0], dtype=q.dtype)
-        queries, outs = (_heads_first(x, group) for x in (q, out))
-        keys, values = (_shared(x, group) for x in (k, v))
-        # Squares, stacks and buckets set each row; rectangles and contexts merge into it.
-        for one in plan.squares:
-            outs[:, :, one.rows], lse[:, :, one.rows] = _forward(
-                queries[:, :, one.rows], keys[:, :, one.keys], values[:, :, one.keys], 0.0, True, scale=scale
-            )
-        for stack in plan.stacks:
+        out: torch.Tensor | None = None  # [Uq, Hq, D]
+        lse: torch.Tensor | None = None  # [Uq, Hq]
+        for call in _calls(plan, q.dtype):
             part, part_lse = _forward(
-                _stacked(q, stack.rows, stack.squares), _stacked(k, stack.keys, stack.squares, group),
-                _stacked(v, stack.keys, stack.squares, group), 0.0, True, scale=scale,
+                _blocks(q, call.rows, call), _blocks(k, call.keys, call), _blocks(v, call.keys, call),
+                0.0, call.causal, scale=scale, **_mask(call),
             )  # fmt: skip
-            _set_rows(out, lse, part, part_lse, stack.rows, stack.real)
-        for index, bucket in enumerate(plan.buckets):
-            part, part_lse = _forward(
-                _stacked(q, bucket.queries, bucket.blocks), _stacked(k, bucket.keys, bucket.blocks, group),
-                _stacked(v, bucket.keys, bucket.blocks, group),
-                attn_mask=plan.bias(index, q.dtype), scale=scale,
-            )  # fmt: skip
-            _set_rows(out, lse, part, part_lse, bucket.queries, None)
-        for one in plan.rectangles:
-            part = _forward(
-                queries[:, :, one.rows], keys[:, :, one.keys], values[:, :, one.keys], scale=scale
-            )
-            _merge(outs[:, :, one.rows], lse[:, :, one.rows], *part)
-        for context in plan.contexts:
-            part = _forward(
-                queries[:, :, context.rows], _shared(k[context.keys], group),
-                _shared(v[context.keys], group), scale=scale,
-            )  # fmt: skip
-            _merge(outs[:, :, context.rows], lse[:, :, context.rows], *part)
+            part, part_lse = _rows(part), _rows(part_lse)
+            if call.merged:
+                assert out is not None
+                assert lse is not None
+                assert isinstance(call.rows, slice)
+                _merge(out[call.rows], lse[call.rows], part, part_lse)
+            else:
+                out = _set(out, call, part, len(q))
+                lse = _set(lse, call, part_lse, len(q))
+        if out is None or lse is None:  # no queries
+            out, lse = torch.empty_like(q), q.new_empty(q.shape[:2])
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.plan, ctx.scale = plan, scale
         return out
@@ -93,92 +100,42 @@ class _SegmentAttention(torch.autograd.Function):
     # pyrefly: ignore [bad-override]
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[torch.Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
-        plan, scale, grad = ctx.plan, ctx.scale, _dense_rows(grad_outputs[0])  # [Uq, Hq, D]
-        group = q.shape[1] // k.shape[1]
-        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        grads, queries, outs, dqs = (_heads_first(x, group) for x in (grad, q, out, dq))
-        keys, values = (_shared(x, group) for x in (k, v))
-
-        def piece(rows: slice, its_keys: torch.Tensor, its_values: torch.Tensor, causal: bool) -> Gradients:
-            return _backward(
-                grads[:, :, rows], queries[:, :, rows], its_keys, its_values,
-                outs[:, :, rows], lse[:, :, rows].contiguous(), 0.0, causal, scale=scale,
-            )  # fmt: skip
-
-        for one in plan.squares:
-            parts = piece(one.rows, keys[:, :, one.keys], values[:, :, one.keys], True)
-            dqs[:, :, one.rows] = parts[0]
-            dk[one.keys] += _over_group(parts[1])
-            dv[one.keys] += _over_group(parts[2])
-        for stack in plan.stacks:
-            rows, count = stack.rows, stack.squares
-            incoming = grad.index_select(0, rows)
-            if stack.real is not None:  # padding takes no part
-                incoming = torch.zeros_like(incoming).index_copy_(0, stack.real, incoming[stack.real])
+        grad = _dense_rows(grad_outputs[0])  # [Uq, Hq, D]
+        dq: torch.Tensor | None = None
+        dk: torch.Tensor | None = None
+        dv: torch.Tensor | None = None
+        for call in _calls(ctx.plan, q.dtype):
+            incoming = _picked(grad, call.rows)
+            if call.real is not None:  # padding takes no part
+                incoming = torch.zeros_like(incoming).index_copy_(0, call.real, incoming[call.real])
             parts = _backward(
-                _split(incoming, count), _stacked(q, rows, count), _stacked(k, stack.keys, count, group),
-                _stacked(v, stack.keys, count, group), _stacked(out, rows, count),
-                _stacked_lse(lse, rows, count), 0.0, True, scale=scale,
+                _split(incoming, call), _blocks(q, call.rows, call), _blocks(k, call.keys, call),
+                _blocks(v, call.keys, call), _blocks(out, call.rows, call), _blocks(lse, call.rows, call),
+                0.0, call.causal, scale=ctx.scale, **_mask(call),
             )  # fmt: skip
-            _set(dq, rows, _unstacked(parts[0]), stack.real)
-            dk.index_add_(0, stack.keys, _unstacked(parts[1], group))
-            dv.index_add_(0, stack.keys, _unstacked(parts[2], group))
-        for index, bucket in enumerate(plan.buckets):
-            rows, columns, count = bucket.queries, bucket.keys, bucket.blocks
-            parts = _backward(
-                _stacked(grad, rows, count), _stacked(q, rows, count), _stacked(k, columns, count, group),
-                _stacked(v, columns, count, group), _stacked(out, rows, count),
-                _stacked_lse(lse, rows, count), 0.0, False, attn_mask=plan.bias(index, q.dtype), scale=scale,
-            )  # fmt: skip
-            dq.index_copy_(0, rows, _unstacked(parts[0]))
-            dk.index_add_(0, columns, _unstacked(parts[1], group))
-            dv.index_add_(0, columns, _unstacked(parts[2], group))
-        for one in plan.rectangles:
-            parts = piece(one.rows, keys[:, :, one.keys], values[:, :, one.keys], False)
-            dqs[:, :, one.rows] += parts[0]
-            dk[one.keys] += _over_group(parts[1])
-            dv[one.keys] += _over_group(parts[2])
-        for context in plan.contexts:
-            above_k, above_v = (_shared(x[context.keys], group) for x in (k, v))
-            parts = piece(context.rows, above_k, above_v, False)
-            dqs[:, :, context.rows] += parts[0]
-            dk.index_add_(0, context.keys, _over_group(parts[1]))
-            dv.index_add_(0, context.keys, _over_group(parts[2]))
+            part_q, part_k, part_v = (_rows(part) for part in parts)
+            dq = _add(dq, call.rows, part_q, len(q)) if call.merged else _set(dq, call, part_q, len(q))
+            dk = _add(dk, call.keys, part_k, len(k))
+            dv = _add(dv, call.keys, part_v, len(v))
+        if dq is None or dk is None or dv is None:
+            dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
         needs = ctx.needs_input_grad
         return (dq if needs[0] else None, dk if needs[1] else None, dv if needs[2] else None, None, None)
 
 
 def _merge(
-    out: torch.Tensor,  # [H, G, L, D] merged so far, updated in place
-    lse: torch.Tensor,  # [H, G, L]
-    part: torch.Tensor,  # [H, G, L, D]
-    part_lse: torch.Tensor,  # [H, G, L]
+    out: torch.Tensor,  # [L, H, D] merged so far, updated in place
+    lse: torch.Tensor,  # [L, H]
+    part: torch.Tensor,  # [L, H, D]
+    part_lse: torch.Tensor,  # [L, H]
 ) -> None:
     share = torch.sigmoid(part_lse - lse)  # = exp(part_lse) / (exp(part_lse) + exp(lse))
     out.lerp_(part, share.unsqueeze(-1))
     lse.copy_(torch.logaddexp(lse, part_lse))
 
 
-def _set_rows(
-    out: torch.Tensor,  # [Uq, Hq, D]
-    lse: torch.Tensor,  # [H, G, Uq]
-    part: torch.Tensor,  # [N, Hq, L, D]
-    part_lse: torch.Tensor,  # [N, Hq, L]
-    rows: torch.Tensor,  # [N * L]
-    real: torch.Tensor | None,  # [R] among N * L
-) -> None:
-    _set(out, rows, _unstacked(part), real)
-    flat = part_lse.transpose(0, 1).reshape(part.shape[1], -1)
-    if real is not None:
-        rows, flat = rows[real], flat[:, real]
-    lse.flatten(0, 1).index_copy_(1, rows, flat)
-
-
-def _set(target: torch.Tensor, rows: torch.Tensor, values: torch.Tensor, real: torch.Tensor | None) -> None:
-    """target[rows] = values, without the padding."""
-    if real is not None:
-        rows, values = rows[real], values[real]
-    target.index_copy_(0, rows, values)
+def _mask(call: _Call) -> dict[str, torch.Tensor]:
+    return {} if call.bias is None else {"attn_mask": call.bias}
 
 
 def _dense_rows(x: torch.Tensor) -> torch.Tensor:
@@ -186,41 +143,52 @@ def _dense_rows(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _heads_first(x: torch.Tensor, group: int) -> torch.Tensor:
-    """[U, H * G, D] -> [H, G, U, D], a view."""
-    return x.unflatten(1, (-1, group)).permute(1, 2, 0, 3)
+def _picked(x: torch.Tensor, rows: Rows) -> torch.Tensor:
+    """x[rows]: a view of consecutive ones."""
+    return x[rows] if isinstance(rows, slice) else x.index_select(0, rows)
 
 
-def _shared(x: torch.Tensor, group: int) -> torch.Tensor:
-    """[U, H, D] -> [H, G, U, D], a view in which the group's heads are the same memory."""
-    return x.transpose(0, 1).unsqueeze(1).expand(-1, group, -1, -1)
+def _blocks(x: torch.Tensor, rows: Rows, call: _Call) -> torch.Tensor:
+    """Rows of [U, H, ...] -> [N, H, rows of a block, ...]."""
+    return _split(_picked(x, rows), call)
 
 
-def _over_group(x: torch.Tensor) -> torch.Tensor:
-    """Gradients [H, G, U, D] -> [U, H, D], summed over the heads that share a key."""
-    return (x.sum(1) if x.shape[1] > 1 else x[:, 0]).transpose(0, 1)
+def _split(x: torch.Tensor, call: _Call) -> torch.Tensor:
+    """[N * rows of a block, H, ...] -> [N, H, rows of a block, ...], a view."""
+    return x.unflatten(0, (call.blocks, -1)).transpose(1, 2)
 
 
-def _stacked(x: torch.Tensor, nodes: torch.Tensor, blocks: int, group: int = 1) -> torch.Tensor:
-    """Rows of [U, H, D] -> [N, H * G, rows of a block, D], each head repeated for its group."""
-    return _split(x.index_select(0, nodes), blocks, group)
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """[N, H, rows of a block, ...] -> [N * rows, H, ...]; a view: so the fused kernel lays its results out."""
+    return x.transpose(1, 2).flatten(0, 1)
 
 
-def _split(x: torch.Tensor, blocks: int, group: int = 1) -> torch.Tensor:
-    """[N * rows of a block, H, D] -> [N, H * G, rows of a block, D]."""
-    if group > 1:
-        x = x.repeat_interleave(group, dim=1)
-    return x.view(blocks, -1, x.shape[1], x.shape[2]).transpose(1, 2)
+def _set(target: torch.Tensor | None, call: _Call, values: torch.Tensor, size: int) -> torch.Tensor:
+    """target[rows] = values, without the padding. A target of `size` rows is made where there is none yet."""
+    rows = call.rows
+    if _is_all(rows, size):
+        return values
+    if target is None:
+        target = values.new_empty(size, *values.shape[1:])
+    if isinstance(rows, slice):
+        target[rows] = values
+        return target
+    if call.real is not None:
+        rows, values = rows[call.real], values[call.real]
+    return target.index_copy_(0, rows, values)
 
 
-def _unstacked(x: torch.Tensor, group: int = 1) -> torch.Tensor:
-    """[N, H * G, rows of a block, D] -> [N * rows, H, D], summed over the group."""
-    if group > 1:
-        x = x.unflatten(1, (-1, group)).sum(2)
-    return x.transpose(1, 2).reshape(-1, x.shape[1], x.shape[3])
+def _add(target: torch.Tensor | None, rows: Rows, values: torch.Tensor, size: int) -> torch.Tensor:
+    """target[rows] += values, in a fixed order where a row comes more than once; None is all zeros."""
+    if target is None:
+        if _is_all(rows, size):
+            return values
+        target = values.new_zeros(size, *values.shape[1:])
+    if isinstance(rows, slice):
+        target[rows] += values
+        return target
+    return target.index_add_(0, rows, values)
 
 
-def _stacked_lse(lse: torch.Tensor, rows: torch.Tensor, blocks: int) -> torch.Tensor:
-    """[H, G, Uq] -> [N, H * G, rows of a block]."""
-    picked = lse.flatten(0, 1).index_select(1, rows)
-    return picked.view(picked.shape[0], blocks, -1).transpose(0, 1).contiguous()
+def _is_all(rows: Rows, size: int) -> bool:
+    return isinstance(rows, slice) and rows.stop - rows.start == size

@@ -1,0 +1,125 @@
+"""A layer of known layout, part by part: in fewer operations on a CPU, the last one on the needed rows."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from mosaic_fast.policy.attention import TreeForward, forest_attention
+from mosaic_fast.policy.elementwise import rms_norm, rotate
+from mosaic_fast.policy.layout import DecoderLayer, has_known_attention, has_stock_norm
+
+Rotate = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+Arguments = dict[str, object]
+
+
+def run_layer(
+    model: PreTrainedModel,
+    layer: nn.Module,  # for which `has_known_layer`
+    hidden: Tensor,  # [1, U, D]
+    tree: TreeForward,
+    arguments: Arguments,  # of a layer's own call
+    rows: Tensor | None,  # [N]: those whose results are wanted; None: all
+) -> Tensor:  # [1, N or U, D]
+    """What the layer's own forward gives on the rows; keys and values are of all positions."""
+    parts = cast(DecoderLayer, layer)
+    normed = run_norm(model, parts.input_layernorm, hidden)
+    if has_known_attention(model, parts.self_attn):
+        attended = _attention(model, parts.self_attn, normed, tree, arguments["position_embeddings"], rows)
+    else:
+        attended = _picked(parts.self_attn(hidden_states=normed, **arguments)[0], rows)
+    hidden = _picked(hidden, rows) + attended
+    return hidden + parts.mlp(run_norm(model, parts.post_attention_layernorm, hidden))
+
+
+def run_norm(model: PreTrainedModel, norm: nn.Module, x: Tensor) -> Tensor:  # both [..., D]
+    """Call a norm; as one operation where that is what it does: fp32, in which transformers computes it."""
+    weight = norm.weight
+    if (
+        has_stock_norm(model, norm)
+        and x.device.type == "cpu"
+        and isinstance(weight, Tensor)
+        and x.dtype == weight.dtype == torch.float32
+    ):
+        return rms_norm(x, weight, cast(float, norm.variance_epsilon))
+    return norm(x)
+
+
+def _attention(
+    model: PreTrainedModel,
+    attention: nn.Module,
+    hidden: Tensor,  # [1, U, D] normed
+    tree: TreeForward,
+    position_embeddings: object,  # cos, sin: [1, U, rotary D]
+    rows: Tensor | None,
+) -> Tensor:  # [1, N or U, D]
+    """Its projections and norms are called as modules."""
+    cos, sin = cast(tuple[Tensor, Tensor], position_embeddings)
+    query, key, value = _projections(model, attention, hidden, rows)
+    query, key = _rotated(attention, query, key, (_picked(cos, rows), _picked(sin, rows)), (cos, sin))
+    config = cast(PreTrainedConfig, attention.config)
+    window = getattr(attention, "sliding_window", None)
+    if config.model_type == "phi3":  # keeps it in its configuration, for all layers
+        window = getattr(config, "sliding_window", None)
+    attended, _ = forest_attention(
+        attention,
+        query.transpose(1, 2),
+        key.transpose(1, 2),
+        value.transpose(1, 2),
+        None,
+        tree=tree,
+        on_rows=rows is not None,
+        scaling=cast(float, attention.scaling),
+        sliding_window=window,
+    )
+    output = cast(nn.Module, attention.o_proj)
+    return output(attended.flatten(2))
+
+
+def _projections(
+    model: PreTrainedModel, attention: nn.Module, hidden: Tensor, rows: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:  # [1, N or U, Hq, D], [1, U, Hkv, D] twice, not yet rotated
+    head_dim = cast(int, attention.head_dim)
+    parts = dict(attention.named_children())
+    if "qkv_proj" in parts:
+        config = cast(PreTrainedConfig, attention.config)
+        heads = [config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads]
+        split = parts["qkv_proj"](hidden).split([count * head_dim for count in heads], dim=-1)
+        query, key, value = _picked(split[0], rows), split[1], split[2]
+    else:
+        query = parts["q_proj"](_picked(hidden, rows))
+        key, value = parts["k_proj"](hidden), parts["v_proj"](hidden)
+    query, key, value = (x.unflatten(-1, (-1, head_dim)) for x in (query, key, value))
+    if "q_norm" in parts:
+        query, key = run_norm(model, parts["q_norm"], query), run_norm(model, parts["k_norm"], key)
+    return query, key, value
+
+
+def _rotated(
+    attention: nn.Module,
+    query: Tensor,  # [1, N, Hq, D]
+    key: Tensor,  # [1, U, Hkv, D]
+    of_query: tuple[Tensor, Tensor],  # cos, sin: [1, N, rotary D]
+    of_key: tuple[Tensor, Tensor],  # [1, U, rotary D]
+) -> tuple[Tensor, Tensor]:
+    """On a CPU in one operation each, in fp32 and fp64. Else by the family's own rotary embedding.
+
+    That rotates queries and keys together; the results of no heads are dropped.
+    """
+    if query.device.type == "cpu" and query.dtype == of_key[0].dtype and query.dtype.itemsize >= 4:
+        return rotate(query, *of_query), rotate(key, *of_key)
+    family: Rotate = vars(sys.modules[type(attention).__module__])["apply_rotary_pos_emb"]
+    query, key = query.transpose(1, 2), key.transpose(1, 2)
+    query, _ = family(query, query[:, :0], *of_query)
+    _, key = family(key[:, :0], key, *of_key)
+    return query.transpose(1, 2), key.transpose(1, 2)
+
+
+def _picked(x: Tensor, rows: Tensor | None) -> Tensor:
+    """[1, U, ...] -> [1, N, ...]."""
+    return x if rows is None else x.index_select(1, rows)

@@ -183,6 +183,19 @@ def test_a_plan_covers_each_visible_pair_once(
     assert (covered == visible).all()
 
 
+def test_branches_of_equal_length_are_one_call_without_copies() -> None:
+    """However long, up to a square's size; one of another length is a call of its own."""
+    prompt = list(range(200))
+    equal = [prompt + [1000 * branch + node for node in range(150)] for branch in range(1, 4)]
+    plan = build_plan(pack_forest(equal).subtree_end)
+    (stack,) = plan.stacks
+    assert (stack.rows, stack.keys, stack.squares) == (slice(200, 650), slice(200, 650), 3)
+    assert [one.rows for one in plan.squares] == [slice(0, 200)]
+    plan = build_plan(pack_forest([*equal, prompt + [9000 + node for node in range(140)]]).subtree_end)
+    assert [one.squares for one in plan.stacks] == [3]
+    assert [one.rows.stop - one.rows.start for one in plan.squares] == [200, 140]
+
+
 @pytest.mark.parametrize("kind", BIG)
 @pytest.mark.parametrize("window", [None, 50])
 def test_shipped_sizes(kind: str, window: int | None) -> None:

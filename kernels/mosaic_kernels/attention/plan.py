@@ -174,6 +174,8 @@ def build_plan(
     segments = _Segments(subtree_end, nodes, trunk)
     if window is not None:
         segments.is_trunk[:] = False
+    else:
+        segments.is_trunk[segments.same_ends(square)] = False
     squares, rectangles, contexts = [], [], []
     trunks = np.flatnonzero(segments.is_trunk)
     owner, above = segments.ancestors_outside_trunks(segments.start[trunks])
@@ -226,6 +228,7 @@ class _Segments:
         pairs = length * (subtree_end[self.start] - self.stop)  # [S] below the causal square
         shared = (length >= min(trunk, SHARED_TRUNK)) & (pairs >= SHARED_PAIRS)
         self.is_trunk: BoolArray = (length >= trunk) | shared  # [S]
+        self.is_leaf: BoolArray = pairs == 0  # [S] nothing descends from it
         self.is_asked: BoolArray = asked[self.start]  # [S]
         self.of_node = np.repeat(np.arange(len(self.start)), self.stop - self.start)  # [U]
         self.parent = np.empty(len(self.start), np.int64)  # [S] -1 at a root
@@ -236,6 +239,18 @@ class _Segments:
                 path.pop()
             self.parent[segment] = path[-1][1] if path else -1
             path.append((end, segment))
+
+    def same_ends(self, longest: int) -> IntArray:
+        """Trunks that nothing descends from, with trunks alone above them, as long as another one of these.
+
+        They are worth one call together, as other segments that stand alone are.
+        """
+        length = self.stop - self.start
+        ends = np.flatnonzero(self.is_trunk & self.is_leaf & (length <= longest))
+        owner, _ = self.ancestors_outside_trunks(self.start[ends])
+        ends = np.delete(ends, np.unique(owner))
+        _, kind, count = np.unique(length[ends], return_inverse=True, return_counts=True)
+        return ends[count[kind] > 1]
 
     def stand_alone(self, shortest: int) -> BoolArray:  # [S]
         """Segments that are asked for, are no trunk, and have only trunks above them."""

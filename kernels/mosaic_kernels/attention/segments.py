@@ -159,7 +159,7 @@ def _split(x: torch.Tensor, call: _Call) -> torch.Tensor:
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
-    """[N, H, rows of a block, ...] -> [N * rows, H, ...]; a view: so the fused kernel lays its results out."""
+    """[N, H, rows of a block, ...] -> [N * rows, H, ...]; a view of what the fused kernel gives."""
     return x.transpose(1, 2).flatten(0, 1)
 
 

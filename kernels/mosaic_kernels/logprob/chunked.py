@@ -1,9 +1,10 @@
 """Log-probs and entropies a chunk of rows at a time: large logits are never in memory as a whole.
 
-The forward pass keeps one logsumexp (and entropy) a row, and the logits of the first chunks up to a fixed
-amount; the backward pass computes those of the other chunks again, and turns a chunk's logits into their
-gradient (Cut Cross-Entropy, Wijmans et al., arXiv 2411.09009, without its gradient filter, which is not
-exact). With p = softmax(z) over a row, incoming gradients g_e of its targets and h of its entropy H:
+The forward pass keeps one logsumexp (and entropy) a row, and the probabilities of the first chunks up to a
+fixed amount; the backward pass computes those of the other chunks again, and turns a chunk's probabilities
+into the gradient of its logits (Cut Cross-Entropy, Wijmans et al., arXiv 2411.09009, without its gradient
+filter, which is not exact). With p = softmax(z) over a row, incoming gradients g_e of its targets and h of
+its entropy H:
 
     dL/dz = sum_e g_e onehot(target_e) - p (sum_e g_e) - h p (log p + H)
 
@@ -21,7 +22,7 @@ from mosaic_kernels.dispatch import result_dtype
 
 CHUNK_LOGITS = 2**22  # logits a chunk, 16 MiB in fp32
 CHUNK_ROWS = 128  # but never fewer rows than this: below, reading the weight outweighs the arithmetic
-KEPT_LOGITS = 2**26  # logits that a forward pass keeps for the backward pass, 256 MiB in fp32
+KEPT_LOGITS = 2**26  # probabilities that a forward pass keeps for the backward pass, 256 MiB in fp32
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,25 +125,21 @@ class _ChunkedLogprob(torch.autograd.Function):
         kept: list[torch.Tensor] = []
         for chunk in chunks:
             logits = _logits(hidden[chunk.rows], weight, bias, inverse_temperature, softcap)
+            # A softcap's derivative is read off the logits, which are then computed again.
+            keep = softcap is None and kept_logits >= logits.numel()
+            kept_logits = kept_logits - logits.numel() if keep else 0  # the kept ones are the first chunks
+            probabilities = torch.softmax(logits, dim=1)
             largest = logits.amax(dim=1, keepdim=True)
-            if kept_logits >= logits.numel():
-                kept_logits -= logits.numel()
-                kept.append(logits)
-                shifted = logits - largest
-            else:
-                kept_logits = 0  # the kept ones are the first chunks
-                shifted = logits.sub_(largest)
+            shifted = logits.sub_(largest)
             at_target = shifted[chunk.row_in_chunk, chunk.targets]
-            if entropy is None:
-                log_sum = shifted.exp_().sum(1).log_()
-            else:
+            log_sum = probabilities.amax(1).log_().neg_()  # the largest one is 1 / sum
+            if keep:
+                kept.append(probabilities)
+            if entropy is not None:
                 # In shifted logits H = log sum - sum p z keeps its digits when logits are large.
-                exponentials = shifted.exp()
-                total = exponentials.sum(1)
-                log_sum = total.log()
                 # A logit of -inf has probability 0 and adds 0.
-                expected = exponentials.mul_(shifted.clamp_(min=torch.finfo(shifted.dtype).min)).sum(1)
-                entropy[chunk.rows] = log_sum - expected / total
+                expected = shifted.clamp_(min=torch.finfo(shifted.dtype).min).mul_(probabilities).sum(1)
+                entropy[chunk.rows] = log_sum - expected
             sorted_logprobs[chunk.edges] = at_target - log_sum[chunk.row_in_chunk]
             lse[chunk.rows] = log_sum + largest[:, 0]
         logprobs = torch.empty_like(sorted_logprobs)
@@ -171,17 +168,21 @@ class _ChunkedLogprob(torch.autograd.Function):
         grad_targets = None if grad_logprobs is None else grad_logprobs[ctx.order]
         alpha, softcap = ctx.inverse_temperature, ctx.softcap
         for index, chunk in enumerate(ctx.chunks):
-            again = index >= len(kept)
-            logits = _logits(hidden[chunk.rows], weight, bias, alpha, softcap) if again else kept[index]
-            slope = None if softcap is None else 1 - (logits / (softcap * alpha)).square()
-            # What is kept may be asked for once more (retain_graph).
-            logp = torch.sub(logits, lse[chunk.rows, None], out=logits if again else None)
+            slope = None
+            if index < len(kept):
+                probabilities, spare = kept[index], None  # it may be asked for once more (retain_graph)
+            else:
+                logits = _logits(hidden[chunk.rows], weight, bias, alpha, softcap)
+                if softcap is not None:
+                    slope = 1 - (logits / (softcap * alpha)).square()
+                probabilities = spare = logits.sub_(lse[chunk.rows, None]).exp_()
             grad_logits = _grad_logits(
-                logp,
+                probabilities,
                 None if entropy is None else entropy[chunk.rows],
                 None if grad_entropy is None else grad_entropy[chunk.rows],
                 None if grad_targets is None else grad_targets[chunk.edges],
                 chunk,
+                spare,
             )
             if slope is not None:
                 grad_logits = grad_logits.mul_(slope)
@@ -196,20 +197,21 @@ class _ChunkedLogprob(torch.autograd.Function):
 
 
 def _grad_logits(
-    logp: torch.Tensor,  # [C, V] overwritten
+    probabilities: torch.Tensor,  # [C, V]
     entropy: torch.Tensor | None,  # [C]
     grad_entropy: torch.Tensor | None,  # [C]
     grad_targets: torch.Tensor | None,  # [edges]
     chunk: _Chunk,
+    out: torch.Tensor | None,  # [C, V] where the result may go; None: into memory of its own
 ) -> torch.Tensor:  # [C, V]
-    of_row = logp.new_zeros(logp.shape[0])  # the sum of each row's target gradients
+    of_row = probabilities.new_zeros(len(probabilities))  # the sum of each row's target gradients
     if grad_targets is not None:
         of_row.index_add_(0, chunk.row_in_chunk, grad_targets)
     if entropy is None or grad_entropy is None:
-        grad = logp.exp_().mul_(-of_row[:, None])
+        grad = torch.mul(probabilities, -of_row[:, None], out=out)
     else:
-        probabilities = logp.exp()
-        grad = logp.clamp_(min=torch.finfo(logp.dtype).min).add_(entropy[:, None])
+        # What is too small for a number has probability 0, whatever its logarithm.
+        grad = probabilities.clamp(min=torch.finfo(probabilities.dtype).tiny).log_().add_(entropy[:, None])
         grad = grad.mul_(-grad_entropy[:, None]).sub_(of_row[:, None]).mul_(probabilities)
     if grad_targets is not None:
         grad.index_put_((chunk.row_in_chunk, chunk.targets), grad_targets, accumulate=True)

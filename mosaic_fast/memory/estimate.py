@@ -108,7 +108,7 @@ def _update(
 ) -> list[Component]:
     """What a forward and backward pass over a full micro-batch adds, at the height of it."""
     layers = model.config.num_hidden_layers
-    layer = layer_memory(model, tokens, on_cpu=on_cpu)
+    layer = layer_memory(model, tokens, on_cpu=on_cpu, checkpointed=config.model.activation_checkpointing)
     head, head_about = _head(config, model, tokens, on_cpu=on_cpu)
     embedding = _matrix(model.get_input_embeddings())
     matrix = _bytes([embedding]) if embedding.requires_grad else 0

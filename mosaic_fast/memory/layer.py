@@ -1,4 +1,4 @@
-"""What a decoder layer keeps for its backward pass: the model's own layer, run without numbers.
+"""What a decoder layer keeps for its backward pass: the layer as Policy runs it, without numbers.
 
 The layer runs forward and backward on PyTorch's meta device, whose tensors have a shape and a dtype and no
 memory, while the bytes of all tensors alive are counted. So whatever the family's code saves is counted, an
@@ -8,6 +8,7 @@ adapter's part and the fp32 copies of a norm included.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,8 @@ from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface, PreTrainedModel
 
 from mosaic_fast.memory.live import LiveBytes
-from mosaic_fast.policy.layout import decoder_of
+from mosaic_fast.policy.layer import run_layer, run_norm
+from mosaic_fast.policy.layout import decoder_of, has_known_layer
 
 _NAME = "mosaic_attention_shapes"
 
@@ -31,10 +33,13 @@ class LayerMemory:
     norm: int  # what the final norm keeps, and its output
 
 
-def layer_memory(model: PreTrainedModel, tokens: int, *, on_cpu: bool) -> LayerMemory:
+def layer_memory(
+    model: PreTrainedModel, tokens: int, *, on_cpu: bool, checkpointed: bool = False
+) -> LayerMemory:
     """Run two layers of a model on the meta device; the second one is what is measured.
 
-    on_cpu: attention computes in fp32 whatever the dtype, as its CPU backend does.
+    on_cpu: attention computes in fp32 whatever the dtype, as its CPU backend does, and a layer that is not
+        checkpointed is run in fewer operations, which keep less.
     """
     decoder = decoder_of(model)
     layer = decoder.layers[0]
@@ -59,13 +64,20 @@ def layer_memory(model: PreTrainedModel, tokens: int, *, on_cpu: bool) -> LayerM
     }
     AttentionInterface.register(_NAME, _attention)
     model.config._attn_implementation = _NAME
+
+    def run(hidden: Tensor) -> Tensor:
+        if on_cpu and not checkpointed and has_known_layer(model, layer):
+            attend = partial(_attention, on_cpu=True)
+            return run_layer(model, layer, hidden, None, arguments, None, fewer=True, attend=attend)
+        return layer(hidden, **arguments)
+
     with LiveBytes(known) as live:
-        out = layer(hidden, **arguments)
+        out = run(hidden)
         one = live.now - out.nbytes
-        out = layer(out, **arguments)
+        out = run(out)
         two = live.now - out.nbytes
         before_norm = live.now
-        normed = decoder.norm(out)
+        normed = run_norm(model, decoder.norm, out, on_cpu)
         norm = live.now - before_norm
         live.peak = live.now
         height = live.now

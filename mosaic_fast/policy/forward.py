@@ -71,7 +71,7 @@ def final_hidden(
     }
     for layer in layers:
         hidden = layer(hidden, tree, arguments)
-    return run_norm(model, decoder.norm, hidden)[0]
+    return run_norm(model, decoder.norm, hidden, hidden.device.type == "cpu")[0]
 
 
 def final_logits(model: PreTrainedModel, tree: TreeForward, longest_alone: int) -> Tensor:  # [N, V]
@@ -107,8 +107,9 @@ def _rotary(
 def _call(
     model: PreTrainedModel, layer: nn.Module, hidden: Tensor, tree: TreeForward, arguments: Arguments
 ) -> Tensor:
-    if hidden.device.type == "cpu" and has_known_layer(model, layer) and not _is_checkpointed(layer):
-        return run_layer(model, layer, hidden, tree, arguments, None)
+    fewer = hidden.device.type == "cpu"
+    if fewer and has_known_layer(model, layer) and not _is_checkpointed(layer):
+        return run_layer(model, layer, hidden, tree, arguments, None, fewer=fewer)
     return layer(hidden, **arguments)
 
 
@@ -117,7 +118,7 @@ def _call_last(
 ) -> Tensor:
     rows = tree.forest.rows
     if has_known_layer(model, layer):
-        return run_layer(model, layer, hidden, tree, arguments, rows)
+        return run_layer(model, layer, hidden, tree, arguments, rows, fewer=hidden.device.type == "cpu")
     return layer(hidden, **arguments).index_select(1, rows)
 
 

@@ -15,6 +15,8 @@ from mosaic_fast.policy.elementwise import rms_norm, rotate
 from mosaic_fast.policy.layout import DecoderLayer, has_known_attention, has_stock_norm
 
 Rotate = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+Attend = Callable[..., tuple[Tensor, None]]
+"""transformers' attention signature, as that of `forest_attention`."""
 Arguments = dict[str, object]
 
 
@@ -22,27 +24,34 @@ def run_layer(
     model: PreTrainedModel,
     layer: nn.Module,  # for which `has_known_layer`
     hidden: Tensor,  # [1, U, D]
-    tree: TreeForward,
+    tree: TreeForward | None,  # what `attend` reads
     arguments: Arguments,  # of a layer's own call
     rows: Tensor | None,  # [N]: those whose results are wanted; None: all
+    *,
+    fewer: bool,
+    attend: Attend = forest_attention,
 ) -> Tensor:  # [1, N or U, D]
-    """What the layer's own forward gives on the rows; keys and values are of all positions."""
+    """What the layer's own forward gives on the rows; keys and values are of all positions.
+
+    fewer: norms and rotary embedding as one operation each, which is measured on CPUs alone.
+    """
     parts = cast(DecoderLayer, layer)
-    normed = run_norm(model, parts.input_layernorm, hidden)
+    normed = run_norm(model, parts.input_layernorm, hidden, fewer)
     if has_known_attention(model, parts.self_attn):
-        attended = _attention(model, parts.self_attn, normed, tree, arguments["position_embeddings"], rows)
+        embeddings = arguments["position_embeddings"]
+        attended = _attention(model, parts.self_attn, normed, tree, embeddings, rows, fewer, attend)
     else:
         attended = _picked(parts.self_attn(hidden_states=normed, **arguments)[0], rows)
     hidden = _picked(hidden, rows) + attended
-    return hidden + parts.mlp(run_norm(model, parts.post_attention_layernorm, hidden))
+    return hidden + parts.mlp(run_norm(model, parts.post_attention_layernorm, hidden, fewer))
 
 
-def run_norm(model: PreTrainedModel, norm: nn.Module, x: Tensor) -> Tensor:  # both [..., D]
-    """Call a norm; as one operation where that is what it does: fp32, in which transformers computes it."""
+def run_norm(model: PreTrainedModel, norm: nn.Module, x: Tensor, fewer: bool) -> Tensor:  # both [..., D]
+    """Call a norm; as one operation where it is the family's, in fp32, in which transformers computes it."""
     weight = norm.weight
     if (
-        has_stock_norm(model, norm)
-        and x.device.type == "cpu"
+        fewer
+        and has_stock_norm(model, norm)
         and isinstance(weight, Tensor)
         and x.dtype == weight.dtype == torch.float32
     ):
@@ -54,19 +63,21 @@ def _attention(
     model: PreTrainedModel,
     attention: nn.Module,
     hidden: Tensor,  # [1, U, D] normed
-    tree: TreeForward,
+    tree: TreeForward | None,  # what `attend` reads
     position_embeddings: object,  # cos, sin: [1, U, rotary D]
     rows: Tensor | None,
+    fewer: bool,
+    attend: Attend,
 ) -> Tensor:  # [1, N or U, D]
     """Its projections and norms are called as modules."""
     cos, sin = cast(tuple[Tensor, Tensor], position_embeddings)
-    query, key, value = _projections(model, attention, hidden, rows)
-    query, key = _rotated(attention, query, key, (_picked(cos, rows), _picked(sin, rows)), (cos, sin))
+    query, key, value = _projections(model, attention, hidden, rows, fewer)
+    query, key = _rotated(attention, query, key, (_picked(cos, rows), _picked(sin, rows)), (cos, sin), fewer)
     config = cast(PreTrainedConfig, attention.config)
     window = getattr(attention, "sliding_window", None)
     if config.model_type == "phi3":  # keeps it in its configuration, for all layers
         window = getattr(config, "sliding_window", None)
-    attended, _ = forest_attention(
+    attended, _ = attend(
         attention,
         query.transpose(1, 2),
         key.transpose(1, 2),
@@ -82,7 +93,7 @@ def _attention(
 
 
 def _projections(
-    model: PreTrainedModel, attention: nn.Module, hidden: Tensor, rows: Tensor | None
+    model: PreTrainedModel, attention: nn.Module, hidden: Tensor, rows: Tensor | None, fewer: bool
 ) -> tuple[Tensor, Tensor, Tensor]:  # [1, N or U, Hq, D], [1, U, Hkv, D] twice, not yet rotated
     head_dim = cast(int, attention.head_dim)
     parts = dict(attention.named_children())
@@ -96,7 +107,9 @@ def _projections(
         key, value = parts["k_proj"](hidden), parts["v_proj"](hidden)
     query, key, value = (x.unflatten(-1, (-1, head_dim)) for x in (query, key, value))
     if "q_norm" in parts:
-        query, key = run_norm(model, parts["q_norm"], query), run_norm(model, parts["k_norm"], key)
+        query, key = (
+            run_norm(model, parts[name], x, fewer) for name, x in (("q_norm", query), ("k_norm", key))
+        )
     return query, key, value
 
 
@@ -106,12 +119,13 @@ def _rotated(
     key: Tensor,  # [1, U, Hkv, D]
     of_query: tuple[Tensor, Tensor],  # cos, sin: [1, N, rotary D]
     of_key: tuple[Tensor, Tensor],  # [1, U, rotary D]
+    fewer: bool,
 ) -> tuple[Tensor, Tensor]:
-    """On a CPU in one operation each, in fp32 and fp64. Else by the family's own rotary embedding.
+    """In one operation each, in fp32 and fp64. Else by the family's own rotary embedding.
 
     That rotates queries and keys together; the results of no heads are dropped.
     """
-    if query.device.type == "cpu" and query.dtype == of_key[0].dtype and query.dtype.itemsize >= 4:
+    if fewer and query.dtype == of_key[0].dtype and query.dtype.itemsize >= 4:
         return rotate(query, *of_query), rotate(key, *of_key)
     family: Rotate = vars(sys.modules[type(attention).__module__])["apply_rotary_pos_emb"]
     query, key = query.transpose(1, 2), key.transpose(1, 2)

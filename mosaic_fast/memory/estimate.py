@@ -137,7 +137,8 @@ def _head(config: Config, model: PreTrainedModel, tokens: int, *, on_cpu: bool) 
     gradient = _bytes([weight]) if weight.requires_grad else 0
     if on_cpu:
         chunk = vocab * min(tokens, max(CHUNK_ROWS, CPU_CHUNK_LOGITS // vocab))
-        logits = FP32 * (min(KEPT_LOGITS, tokens * vocab) + 2 * chunk)
+        chunks = 1 if tokens * vocab <= KEPT_LOGITS else 2  # beside kept ones; of others both are made
+        logits = FP32 * (min(KEPT_LOGITS, tokens * vocab) + chunks * chunk)
         casts = (FP32 * (rows + weight.numel()) if size < FP32 else 0) + (FP32 - size) * gradient // size
         return FP32 * rows + logits + gradient + casts, f"{logits / 2**20:,.0f} MiB of logits"
     logits = size * min(GPU_CHUNK_LOGITS, tokens * vocab)

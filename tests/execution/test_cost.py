@@ -103,9 +103,12 @@ def test_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("[seconds_per_unit]\nlinear = 1", r"must hold linear, attention, head, layer_calls, held; it holds"),
+        ("[seconds_per_unit]\nlinear = 1", "must hold linear, attention, head, layer_calls, held"),
         ("linear = ", "not valid TOML"),
-        ("[seconds_per_unit]\nlinear=-1\nattention=1\nhead=1\nlayer_calls=1\nheld=1", "linear = -1 must be"),
+        (
+            "[seconds_per_unit]\nlinear=-1\nattention=1\nhead=1\nlayer_calls=1\nheld=1",
+            "linear must be a number",
+        ),
         (
             "[seconds_per_unit]\nlinear=0\nattention=0\nhead=0\nlayer_calls=0\nheld=0",
             "every coefficient is 0",

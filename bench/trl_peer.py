@@ -22,7 +22,6 @@ from mosaic_fast.policy.checkpoint import save_model
 ROOT = Path(__file__).parent.parent
 PYTHON = ROOT / ".venv-peers" / "bin" / "python"
 SCRIPT = Path(__file__).parent / "peers" / "trl_step.py"
-VERSION = "1.16.0"
 
 
 class PeerError(RuntimeError):

@@ -187,7 +187,7 @@ def _scaled(cost: CostModel, tflops: float) -> CostModel:
 
 
 def main() -> int:
-    arguments = tyro.cli(Arguments, description=Arguments.__doc__)
+    arguments = tyro.cli(Arguments, prog="python -m mosaic_fast.simulate", description=Arguments.__doc__)
     for name in ("gigabytes_per_s", "tasks", "group_size"):
         if not getattr(arguments, name) > 0:
             raise UserError(f"{name} = {getattr(arguments, name)} must be above 0")

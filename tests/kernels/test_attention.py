@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mosaic_kernels import PackedForest, pack_forest, tree_attention
-from mosaic_kernels.attention import plan as plan_module
 from mosaic_kernels.attention.plan import build_plan, plan_for
+from mosaic_kernels.attention.plan import known as known_plans
 from mosaic_kernels.attention.segments import segments_tree_attention
 from mosaic_kernels.oracle import errors_of
 from tests.kernels.attention_for_tests import BIG, Attention, big_forest, errors
@@ -253,7 +253,7 @@ def test_a_plan_lives_as_long_as_its_forest() -> None:
     plans = [[plan_for(end, None, None, rows) for rows in (None, some)] for end in ends + ends]
     assert len({id(plan) for pair in plans for plan in pair}) == 16
     end = ends.pop()
-    known = len(plan_module._PLANS)
+    known = len(known_plans._PLANS)
     ends.clear()
-    assert len(plan_module._PLANS) == known - 7
+    assert len(known_plans._PLANS) == known - 7
     assert plan_for(end, None, None) is plans[-1][0]

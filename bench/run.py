@@ -96,24 +96,9 @@ def _measure(wanted: list[str], arguments: _Arguments, console: Console) -> int:
     if not arguments.quick:
         expected = sum(seconds_of(name) for name in wanted)
         console.print(f"about {math.ceil(expected / 60)} minutes on two idle cores of an AMD EPYC", **plain)
-    results: dict[str, Result] = {}
-    began = time.perf_counter()
-    for number, name in enumerate(wanted, start=1):
-        case, start = load_case(name), time.perf_counter()
-        place = f"[{number}/{len(wanted)}] {name}"
-        try:
-            console.print(f"{place}: checking", **plain)
-            case.check(name, arguments.quick)
-            console.print(f"{place}: timing", **plain)
-            results[name] = case.run(name, arguments.quick)
-            now = time.perf_counter()
-            console.print(f"{place}: took {now - start:.0f} s, {now - began:.0f} s so far", **plain)
-        except AssertionError as error:
-            console.print(f"{name}: WRONG, not timed: {error}", style="red", highlight=False)
-            return 1
-        except trl_peer.PeerError as error:
-            console.print(f"{name}: {error}", style="red", highlight=False)
-            return 1
+    results, status = _run(wanted, arguments.quick, console)
+    if not results:
+        return status
     formulas = {name: formula_of(name) for name in results}
     missing = not_run(trl_peer.installed(), sglang_installed(), quick=arguments.quick)
     for result in results.values():
@@ -129,7 +114,37 @@ def _measure(wanted: list[str], arguments: _Arguments, console: Console) -> int:
         charts = draw_charts(results, machine_line(machine()), file.parent, file.stem)
         for path in [file, file.with_suffix(".md"), *charts]:
             console.print(f"wrote {path}", highlight=False)
-    return 0
+    return status
+
+
+def _run(wanted: list[str], quick: bool, console: Console) -> tuple[dict[str, Result], int]:
+    """Results by variant, and the exit status: 1 after a wrong one, which ends the run as Ctrl-C (130) does.
+
+    What was measured until then is kept.
+    """
+    plain = {"highlight": False, "markup": False}
+    results: dict[str, Result] = {}
+    name, began = "", time.perf_counter()
+    try:
+        for number, name in enumerate(wanted, start=1):
+            case, start = load_case(name), time.perf_counter()
+            place = f"[{number}/{len(wanted)}] {name}"
+            console.print(f"{place}: checking", **plain)
+            case.check(name, quick)
+            console.print(f"{place}: timing", **plain)
+            results[name] = case.run(name, quick)
+            now = time.perf_counter()
+            console.print(f"{place}: took {now - start:.0f} s, {now - began:.0f} s so far", **plain)
+    except AssertionError as error:
+        console.print(f"{name}: WRONG, not timed: {error}", style="red", highlight=False)
+        return results, 1
+    except trl_peer.PeerError as error:
+        console.print(f"{name}: {error}", style="red", highlight=False)
+        return results, 1
+    except KeyboardInterrupt:
+        console.print(f"stopped in {name}; {len(results)} of {len(wanted)} were measured", **plain)
+        return results, 130
+    return results, 0
 
 
 def _mistake(arguments: _Arguments) -> str | None:

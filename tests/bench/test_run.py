@@ -81,6 +81,22 @@ def test_a_red_case_is_not_timed(
     assert not file.exists()
 
 
+def test_what_was_measured_before_ctrl_c_is_written(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def interrupted(name: str, quick: bool) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(logprob.SHAPES, "logprob", (40, 8, 50))
+    monkeypatch.setattr(logprob, "QUICK", ("logprob",))
+    monkeypatch.setattr(attention, "check", interrupted)
+    file = tmp_path / "found.json"
+    monkeypatch.setattr(sys, "argv", ["run.py", "logprob", "attention", "--quick", "--json", str(file)])
+    assert run.main() == 130
+    assert "1 of 2 were measured" in capsys.readouterr().out
+    assert set(json.loads(file.read_text())["cases"]) == {"logprob"}
+
+
 def test_a_run_writes_json_markdown_and_charts(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -12,6 +12,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -96,20 +97,26 @@ def _measure(wanted: list[str], arguments: _Arguments, console: Console) -> int:
     if not arguments.quick:
         expected = sum(seconds_of(name) for name in wanted)
         console.print(f"about {math.ceil(expected / 60)} minutes on two idle cores of an AMD EPYC", **plain)
-    results, status = _run(wanted, arguments.quick, console)
+
+    def report_of(results: Mapping[str, Result]) -> Report:
+        missing = not_run(trl_peer.installed(), sglang_installed(), quick=arguments.quick)
+        for result in results.values():
+            missing |= result.not_run
+        return Report(results, {name: formula_of(name) for name in results}, roofline, missing)
+
+    def keep(results: Mapping[str, Result]) -> None:
+        if arguments.json:
+            write_json(report_of(results), Path(arguments.json))
+
+    results, status = _run(wanted, arguments.quick, console, keep)
     if not results:
         return status
-    formulas = {name: formula_of(name) for name in results}
-    missing = not_run(trl_peer.installed(), sglang_installed(), quick=arguments.quick)
-    for result in results.values():
-        missing |= result.not_run
-    report = Report(results, formulas, roofline, missing)
+    report = report_of(results)
     console.print(*console_table(report), sep="\n")
     for names, formula in formulas_by_name(report):
         console.print(f"{names}: {formula}", **plain)
     if arguments.json:
         file = Path(arguments.json)
-        write_json(report, file)
         write_markdown(report, file.with_suffix(".md"))
         charts = draw_charts(results, machine_line(machine()), file.parent, file.stem)
         for path in [file, file.with_suffix(".md"), *charts]:
@@ -117,10 +124,12 @@ def _measure(wanted: list[str], arguments: _Arguments, console: Console) -> int:
     return status
 
 
-def _run(wanted: list[str], quick: bool, console: Console) -> tuple[dict[str, Result], int]:
+def _run(
+    wanted: list[str], quick: bool, console: Console, keep: Callable[[Mapping[str, Result]], None]
+) -> tuple[dict[str, Result], int]:
     """Results by variant, and the exit status: 1 after a wrong one, which ends the run as Ctrl-C (130) does.
 
-    What was measured until then is kept.
+    What was measured until then is kept: `keep` is given all results after each case.
     """
     plain = {"highlight": False, "markup": False}
     results: dict[str, Result] = {}
@@ -133,6 +142,7 @@ def _run(wanted: list[str], quick: bool, console: Console) -> tuple[dict[str, Re
             case.check(name, quick)
             console.print(f"{place}: timing", **plain)
             results[name] = case.run(name, quick)
+            keep(results)
             now = time.perf_counter()
             console.print(f"{place}: took {now - start:.0f} s, {now - began:.0f} s so far", **plain)
     except AssertionError as error:

@@ -81,19 +81,30 @@ def test_a_red_case_is_not_timed(
     assert not file.exists()
 
 
-def test_what_was_measured_before_ctrl_c_is_written(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+@pytest.mark.parametrize("end", [KeyboardInterrupt, MemoryError])
+def test_what_was_measured_before_the_end_is_written(
+    end: type[BaseException],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
 ) -> None:
-    def interrupted(name: str, quick: bool) -> None:
-        raise KeyboardInterrupt
+    """After Ctrl-C with table and charts; after what ends the process at once, the figures."""
+
+    def ended(name: str, quick: bool) -> None:
+        raise end
 
     monkeypatch.setitem(logprob.SHAPES, "logprob", (40, 8, 50))
     monkeypatch.setattr(logprob, "QUICK", ("logprob",))
-    monkeypatch.setattr(attention, "check", interrupted)
+    monkeypatch.setattr(attention, "check", ended)
     file = tmp_path / "found.json"
     monkeypatch.setattr(sys, "argv", ["run.py", "logprob", "attention", "--quick", "--json", str(file)])
-    assert run.main() == 130
-    assert "1 of 2 were measured" in capsys.readouterr().out
+    if end is KeyboardInterrupt:
+        assert run.main() == 130
+        assert "1 of 2 were measured" in capsys.readouterr().out
+        assert file.with_suffix(".md").exists()
+    else:
+        with pytest.raises(MemoryError):
+            run.main()
     assert set(json.loads(file.read_text())["cases"]) == {"logprob"}
 
 

@@ -137,7 +137,7 @@ def test_a_limit_on_calls_is_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
         pytest.raises(UserError, match="--judge-max-calls = 2 calls were made"),
     ):
         played(monkeypatch, tmp_path, served, asked, "--judge-max-calls", 2)
-    assert len(asked.requests) == 2
+    assert len(asked.requests) <= 2  # those under way when the limit is met are given up
 
 
 def test_a_refusing_judge_is_named_with_its_options(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

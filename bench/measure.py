@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import math
-import os
 import statistics
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from torch.profiler import ProfilerActivity, profile
+from device import CPU, Place
 
 FEWEST = 2  # timed rounds, however long they take
 
@@ -37,36 +34,7 @@ class Result:
     extra: dict[str, float]  # more figures of the case
     contenders: dict[str, Timing] = field(default_factory=dict)  # all of them, ours and flat included
     not_run: dict[str, str] = field(default_factory=dict)  # peer -> why it does not run here
-
-
-@contextmanager
-def without_chatter() -> Iterator[None]:
-    """PyTorch's profiler announces itself on the process's standard error, which goes nowhere meanwhile."""
-    sys.stderr.flush()
-    kept = os.dup(2)
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)
-
-
-def peak_gib(work: Callable[[], object]) -> float:
-    """Most memory that PyTorch's CPU allocator holds at a time during `work`, beyond what it held before."""
-    with without_chatter(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        work()
-    assert recorded.profiler is not None
-    results = recorded.profiler.kineto_results
-    assert results is not None
-    events = [e for e in results.events() if e.name() == "[memory]"]
-    live = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        live += event.nbytes()  # pyrefly: ignore [missing-attribute]  # torch's stub lacks it
-        peak = max(peak, live)
-    return peak / 2**30
+    device: str = "cpu"  # type of the device that computed
 
 
 def compare(
@@ -79,19 +47,22 @@ def compare(
     warm: bool = True,
     budget_s: float = math.inf,
     not_run: Mapping[str, str] | None = None,
+    place: Place = CPU,
 ) -> Result:
     """Time `ours`, `flat` and what else is named in turn, each round another first, after an untimed one.
 
     repeats: how many timed rounds; fewer, but FEWEST, where they have taken `budget_s` seconds.
     warm: False without the untimed round, where check() has just run the same.
+    place: the device, which is waited for after each call, and whose memory is looked at.
     A contender that returns seconds (a float) has timed itself, in a process of its own; those count then.
     Every contender's median is added to `extra` as <name>_median_s, and, where named in `peaks`, the memory
     of its untimed round as <name>_peak_gib (ours: peak_gib); also `rounds`, how many were timed.
     """
+    contenders = {name: place.finished(work) for name, work in contenders.items()}
     figures = dict(extra)
     for name, work in contenders.items():
         if name in peaks:
-            figures["peak_gib" if name == "ours" else f"{name}_peak_gib"] = peak_gib(work)
+            figures["peak_gib" if name == "ours" else f"{name}_peak_gib"] = place.peak_gib(work)
         elif warm:
             work()
     times: dict[str, list[float]] = {name: [] for name in contenders}
@@ -122,4 +93,5 @@ def compare(
         extra=figures,
         contenders=timings,
         not_run=dict(not_run or {}),
+        device=place.device.type,
     )

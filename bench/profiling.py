@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from cases.step import WORKLOADS
 from contenders import adamw, token_weights
-from measure import without_chatter
+from device import without_chatter
 from rich.console import Console
 from rich.table import Table
 from torch.autograd.profiler_util import FunctionEvent

@@ -32,7 +32,7 @@ class Place:
         return torch.from_numpy(array).to(self.device)
 
     def finished(self, work: Callable[[], object]) -> Callable[[], object]:
-        """The same work, which returns when the device has done it. CUDA kernels are only queued by a call."""
+        """The same work, which returns when the device has done it: a call only queues CUDA kernels."""
         if self.device.type != "cuda":
             return work
 

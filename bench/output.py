@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
-from machine import Roofline, commit, machine, versions
+from agreement import OTHERS
+from machine import Roofline, commit, machine, rate, versions
 from measure import Result
 from pydantic import TypeAdapter
 from rich.table import Table
@@ -35,24 +35,47 @@ class Report:
 
     results: Mapping[str, Result]  # by variant
     formulas: Mapping[str, str]  # of the ideal, by variant
-    roofline: Roofline
+    rooflines: Mapping[str, Roofline]  # by type of device
     not_run: Mapping[str, str]  # peer -> reason
 
+    def roofline_of(self, result: Result) -> Roofline:
+        return self.rooflines[result.device]
 
-def not_run(trl: bool, sglang: bool, *, quick: bool) -> dict[str, str]:
+    @property
+    def where(self) -> str:
+        """Machine and precision in words."""
+        precisions = {one.device: one.precision for one in self.rooflines.values()}
+        if "cuda" not in precisions:
+            return f"{machine_line(machine())}, {precisions['cpu']}"
+        on_cpu = "forest, rollout and train on the CPU"
+        return f"{machine_line(machine())}; {precisions['cuda']} on the GPU; {on_cpu}"
+
+
+_OF_CUDA = ("flex", "flash", "liger", "cce", "flash_pref")
+
+
+def not_run(
+    trl: bool, sglang: bool, *, quick: bool, results: Mapping[str, Result], cuda: bool = False
+) -> dict[str, str]:
     """Peers that no case of this run measures, with the reason."""
-    gpu = torch.cuda.is_available()
-    reason = "there is a CUDA device, but no case runs on it yet" if gpu else "its kernels need a CUDA device"
-    found = dict.fromkeys(("Liger", "cut-cross-entropy", "flash-pref", "FlexAttention"), reason)
-    if not gpu:
+    found: dict[str, str] = {}
+    for result in results.values():
+        found |= {OTHERS.get(one, one): why for one, why in result.not_run.items()}
+    measured = {OTHERS[one] for result in results.values() for one in result.contenders if one in OTHERS}
+    other = "no case of this run measures it" if cuda else "its kernels need a CUDA device"
+    for one in _OF_CUDA:
+        found.setdefault(OTHERS[one], other)
+    if not cuda:
         found["FlexAttention"] = "its CPU version has no backward pass; on CUDA it is a backend of ours"
-    if not trl:
+    if cuda:
+        found.setdefault("TRL", "measured on CPUs: beside ours its copy of the model has no room on one GPU")
+    elif not trl:
         found["TRL"] = "not installed: make bench-peers"
     elif quick:
         found["TRL"] = "left out by --quick"
     if not sglang:
         found["SGLang"] = "not installed: make sglang"
-    return found
+    return {name: why for name, why in found.items() if name not in measured}
 
 
 def formulas_by_name(report: Report) -> list[tuple[str, str]]:
@@ -68,14 +91,14 @@ def cells(name: str, result: Result, roofline: Roofline) -> list[str]:
     extra = result.extra
     sharing = extra["raw_tokens"] / extra["unique_tokens"]
     memory = [f"{1024 * extra[key]:.0f}" if key in extra else "" for key in ("peak_gib", "flat_peak_gib")]
-    rate, share = "", ""
+    speed, share = "", ""
     no_flat = math.isnan(result.flat_median_s)
     if "gflop" in extra:
         per_second = extra["gflop"] / result.median_s
-        rate, share = f"{per_second:.0f} GFLOP/s", f"{per_second / roofline.gemm_gflop_per_s:.0%}"
+        speed, share = rate(per_second), f"{per_second / roofline.gemm_gflop_per_s:.0%}"
     elif "gbyte" in extra:
         per_second = extra["gbyte"] / result.median_s
-        rate, share = f"{per_second:.1f} GB/s", f"{per_second / roofline.copy_gb_per_s:.0%}"
+        speed, share = f"{per_second:.1f} GB/s", f"{per_second / roofline.copy_gb_per_s:.0%}"
     return [
         name,
         f"{1e3 * result.median_s:.1f} ms",
@@ -86,7 +109,7 @@ def cells(name: str, result: Result, roofline: Roofline) -> list[str]:
         f"{result.share_of_ideal:.0%}",
         f"{sharing:.2f}x",
         *memory,
-        rate,
+        speed,
         share,
     ]
 
@@ -104,9 +127,9 @@ _CONTENDER_HEADS = ("case", "contender", "median", "spread", "ours is faster by"
 
 
 def console_table(report: Report) -> list[Table]:
-    main = _table(f"{machine_line(machine())}, fp32", HEADS)
+    main = _table(report.where, HEADS)
     for name, result in report.results.items():
-        main.add_row(*cells(name, result, report.roofline))
+        main.add_row(*cells(name, result, report.roofline_of(result)))
     others = _table("others in the same rounds", _CONTENDER_HEADS)
     for row in contender_rows(report):
         others.add_row(*row)
@@ -138,7 +161,7 @@ def write_json(report: Report, file: Path) -> None:
         "machine": machine(),
         "versions": versions(),
         "commit": commit(),
-        "roofline": asdict(report.roofline),
+        "rooflines": {device: asdict(one) for device, one in report.rooflines.items()},
         "cases": {
             name: {**_plain(result), "formula": report.formulas[name]}
             for name, result in report.results.items()
@@ -166,16 +189,14 @@ def _plain(result: Result) -> dict[str, object]:
 
 
 def write_markdown(report: Report, file: Path) -> None:
-    roofline = report.roofline
     packages = ", ".join(f"{name} {version}" for name, version in versions().items())
-    about = machine_line(machine())
+    rows = [cells(name, one, report.roofline_of(one)) for name, one in report.results.items()]
     lines = [
-        f"{about}, fp32; {packages}; commit {commit()}.",
-        f"Roofline at {roofline.threads} threads, measured at start: {roofline.gemm_gflop_per_s:.0f} GFLOP/s "
-        f"(matrix products), {roofline.copy_gb_per_s:.1f} GB/s (copy). Medians of interleaved rounds.",
-        "Spread is (slowest - fastest) / median.",
+        f"{report.where}; {packages}; commit {commit()}.",
+        *(f"Measured at start: {one}." for one in report.rooflines.values()),
+        "Medians of interleaved rounds. Spread is (slowest - fastest) / median.",
         "",
-        *_markdown(HEADS, [cells(name, one, roofline) for name, one in report.results.items()]),
+        *_markdown(HEADS, rows),
         "",
         *_markdown(_CONTENDER_HEADS, list(contender_rows(report))),
         "",

@@ -1,8 +1,9 @@
-"""Benchmarks: python bench/run.py [case ...] [--quick] [--profile] [--json FILE]
+"""Benchmarks: python bench/run.py [case ...] [--device auto|cpu|cuda] [--quick] [--profile] [--json FILE]
 
 A case has variants: `step` runs those that fit a run of minutes, `step:agent` one, `step:all` every one,
 `scaling:sharing` those that begin so. Without names, every case runs. Each variant's contenders are checked
-for correctness before they are timed, in the same run.
+for correctness before they are timed, in the same run. On a CUDA device cases have sizes of their own; what
+the embedded model and numpy do runs on the CPU there, too.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ import torch
 import trl_peer
 import tyro
 from charts import draw_charts
-from machine import machine, measure_roofline
+from device import CPU, Place, place_of
+from machine import Roofline, machine, measure_roofline
 from measure import Result
 from output import (
     Report,
@@ -33,6 +35,7 @@ from output import (
     write_json,
     write_markdown,
 )
+from peer import PeerError
 from profiling import profile_step
 from rich.console import Console
 from sglang_server import sglang_installed
@@ -49,6 +52,8 @@ class _Arguments:
     (step:agent, scaling:sharing, step:all)."""
     quick: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Smaller sizes and fewer rounds, without peers."""
+    device: str = "auto"
+    """auto, cpu or cuda. auto: a CUDA device where there is one."""
     threads: int = 1
     """CPU threads of PyTorch. More than there are idle cores make every figure worthless."""
     json: str | None = None
@@ -61,6 +66,11 @@ class _Arguments:
 def main() -> int:
     arguments = tyro.cli(_Arguments, prog="python bench/run.py")
     problem = _mistake(arguments)
+    place = CPU
+    try:
+        place = place_of(arguments.device)
+    except ValueError as error:
+        problem = str(error)
     wanted: list[str] = []
     for name in arguments.cases:
         found = variants_of(name, arguments.quick)
@@ -83,32 +93,33 @@ def main() -> int:
         for name in wanted:
             profile_step(name, folder, console)
         return 0
-    return _measure(wanted, arguments, console)
+    return _measure(wanted, arguments, place, console)
 
 
-def _measure(wanted: list[str], arguments: _Arguments, console: Console) -> int:
-    roofline = measure_roofline(arguments.threads, arguments.quick)
-    console.print(
-        f"roofline at {roofline.threads} threads: {roofline.gemm_gflop_per_s:.0f} GFLOP/s (matrix products), "
-        f"{roofline.copy_gb_per_s:.1f} GB/s (copy), fp32",
-        highlight=False,
-    )
+def _measure(wanted: list[str], arguments: _Arguments, place: Place, console: Console) -> int:
     plain = {"highlight": False, "markup": False}  # names in brackets are no styles
-    if not arguments.quick:
+    rooflines: dict[str, Roofline] = {}
+    for one in (place_for(name, place) for name in wanted):
+        if one.device.type not in rooflines:
+            found = rooflines[one.device.type] = measure_roofline(arguments.threads, arguments.quick, one)
+            one.release()
+            console.print(str(found), **plain)
+    if not arguments.quick and not place.real:
         expected = sum(seconds_of(name) for name in wanted)
         console.print(f"about {math.ceil(expected / 60)} minutes on two idle cores of an AMD EPYC", **plain)
 
     def report_of(results: Mapping[str, Result]) -> Report:
-        missing = not_run(trl_peer.installed(), sglang_installed(), quick=arguments.quick)
-        for result in results.values():
-            missing |= result.not_run
-        return Report(results, {name: formula_of(name) for name in results}, roofline, missing)
+        missing = not_run(
+            trl_peer.installed(), sglang_installed(), quick=arguments.quick, results=results, cuda=place.real
+        )
+        return Report(results, {name: formula_of(name) for name in results}, rooflines, missing | no_room)
 
     def keep(results: Mapping[str, Result]) -> None:
         if arguments.json:
             write_json(report_of(results), Path(arguments.json))
 
-    results, status = _run(wanted, arguments.quick, console, keep)
+    no_room: dict[str, str] = {}  # variants
+    results, status = _run(wanted, arguments.quick, place, console, keep, no_room)
     if not results:
         return status
     report = report_of(results)
@@ -125,11 +136,17 @@ def _measure(wanted: list[str], arguments: _Arguments, console: Console) -> int:
 
 
 def _run(
-    wanted: list[str], quick: bool, console: Console, keep: Callable[[Mapping[str, Result]], None]
+    wanted: list[str],
+    quick: bool,
+    place: Place,
+    console: Console,
+    keep: Callable[[Mapping[str, Result]], None],
+    no_room: dict[str, str],
 ) -> tuple[dict[str, Result], int]:
     """Results by variant, and the exit status: 1 after a wrong one, which ends the run as Ctrl-C (130) does.
 
-    What was measured until then is kept: `keep` is given all results after each case.
+    What was measured until then is kept: `keep` is given all results after each case. Variants for which the
+    device has no room are added to `no_room`.
     """
     plain = {"highlight": False, "markup": False}
     results: dict[str, Result] = {}
@@ -137,18 +154,25 @@ def _run(
     try:
         for number, name in enumerate(wanted, start=1):
             case, start = load_case(name), time.perf_counter()
-            place = f"[{number}/{len(wanted)}] {name}"
-            console.print(f"{place}: checking", **plain)
-            case.check(name, quick)
-            console.print(f"{place}: timing", **plain)
-            results[name] = case.run(name, quick)
+            number_of = f"[{number}/{len(wanted)}] {name}"
+            console.print(f"{number_of}: checking", **plain)
+            its_place = place_for(name, place)
+            try:
+                missing = case.check(name, quick, its_place)
+                its_place.release()
+                console.print(f"{number_of}: timing", **plain)
+                results[name] = case.run(name, quick, its_place, missing)
+            except torch.OutOfMemoryError:
+                no_room[name] = f"{machine()['gpu']} has no room for it"
+                console.print(f"{number_of}: {no_room[name]}", **plain)
+            its_place.release()
             keep(results)
             now = time.perf_counter()
-            console.print(f"{place}: took {now - start:.0f} s, {now - began:.0f} s so far", **plain)
+            console.print(f"{number_of}: took {now - start:.0f} s, {now - began:.0f} s so far", **plain)
     except AssertionError as error:
         console.print(f"{name}: WRONG, not timed: {error}", style="red", highlight=False)
         return results, 1
-    except trl_peer.PeerError as error:
+    except PeerError as error:
         console.print(f"{name}: {error}", style="red", highlight=False)
         return results, 1
     except KeyboardInterrupt:
@@ -173,6 +197,11 @@ def _mistake(arguments: _Arguments) -> str | None:
 
 def load_case(name: str) -> ModuleType:
     return importlib.import_module(f"cases.{name.partition(':')[0]}")
+
+
+def place_for(name: str, place: Place) -> Place:
+    """Where a case runs: on the CPU what is numpy's or the embedded model's."""
+    return CPU if load_case(name).ON_CPU else place
 
 
 def formula_of(name: str) -> str:

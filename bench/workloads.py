@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+from device import Place
+from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from mosaic_fast.components import build_components
 from mosaic_fast.config import Config
@@ -55,6 +56,41 @@ def small_qwen3() -> Qwen3ForCausalLM:
     return qwen3(layers=3, hidden=256, vocabulary=2048)
 
 
+@dataclass(frozen=True)
+class Shape:
+    """What a model for an accelerator is made of; the defaults are what Qwen3's small models share."""
+
+    hidden: int
+    inner: int
+    layers: int = 28
+    heads: int = 16
+    key_heads: int = 8
+    head_size: int = 128
+    vocabulary: int = 151_936
+
+
+QWEN3_1_7B, QWEN3_0_6B = Shape(2048, 6144), Shape(1024, 3072)
+
+
+def real_qwen3(place: Place, shape: Shape = QWEN3_1_7B) -> PreTrainedModel:
+    """A random model of a shape, with SDPA, made on the device in its precision."""
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.inner,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.key_heads,
+        head_dim=shape.head_size,
+        max_position_embeddings=40_960,
+        rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0},
+        tie_word_embeddings=True,
+    )
+    with place.device:
+        return AutoModelForCausalLM.from_config(config, dtype=place.dtype, attn_implementation="sdpa")
+
+
 def drawn(
     shared: int,
     rollouts: int,
@@ -70,8 +106,30 @@ def drawn(
     depth: above 1 a binary tree: rollouts share depth - 1 equal runs of the own tokens in halves, quarters...
     """
     model = model or qwen3()
-    vocabulary = model.config.vocab_size
-    random = np.random.default_rng(0)
+    rollouts_of = drawn_rollouts(
+        model.config.vocab_size, shared, rollouts, own, fork_halfway=fork_halfway, depth=depth
+    )
+    return Workload(model, *rollouts_of)
+
+
+def groups_drawn(model: PreTrainedModel, groups: int, shared: int, rollouts: int, own: int) -> Workload:
+    """Several groups as `drawn`; groups share nothing."""
+    found = [drawn_rollouts(model.config.vocab_size, shared, rollouts, own, seed=g) for g in range(groups)]
+    return Workload(model, [s for group, _ in found for s in group], [m for _, group in found for m in group])
+
+
+def drawn_rollouts(
+    vocabulary: int,
+    shared: int,
+    rollouts: int,
+    own: int,
+    *,
+    fork_halfway: bool = False,
+    depth: int = 1,
+    seed: int = 0,
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Tokens and masks of `drawn`."""
+    random = np.random.default_rng(seed)
     prompt = random.integers(0, vocabulary, shared)
     sequences, trained, first_half = [], [], random.integers(0, vocabulary, own // 2)
     run = own // depth
@@ -86,7 +144,7 @@ def drawn(
             suffix[level * run : (level + 1) * run] = tokens
         sequences.append(np.concatenate([prompt, suffix]))
         trained.append(np.arange(shared + own) >= max(1, shared))
-    return Workload(model, sequences, trained)
+    return sequences, trained
 
 
 def agent(model: PreTrainedModel | None = None) -> Workload:

@@ -12,6 +12,8 @@ import time
 from dataclasses import replace
 
 import numpy as np
+from agreement import Missing
+from device import Place
 from measure import Result, compare
 
 from mosaic_kernels import PackedForest, pack_forest
@@ -41,13 +43,14 @@ def dict_trie(sequences: list[np.ndarray]) -> dict[tuple[int, int], int]:
 
 
 VARIANTS = DEFAULT = QUICK = ("forest",)
+ON_CPU = True
 
 SECONDS = {"forest": 2}
 
 FORMULA = "ideal = Python trie / copy of what the build reads and writes, both measured"
 
 
-def check(name: str, quick: bool) -> None:
+def check(name: str, quick: bool, place: Place) -> Missing:
     sequences = rollouts(quick)
     forest = pack_forest(sequences)
     assert forest.num_nodes == len(dict_trie(sequences)), "node count differs from the dict trie's"
@@ -55,6 +58,7 @@ def check(name: str, quick: bool) -> None:
         path = forest.node_index[forest.cu_seqlens[r] : forest.cu_seqlens[r + 1]]
         assert (forest.tokens[path] == sequence).all(), f"rollout {r} does not read back"
         assert (forest.parent[path[1:]] == path[:-1]).all(), f"rollout {r} is no path"
+    return {}
 
 
 def moved_bytes(sequences: list[np.ndarray], forest: PackedForest) -> int:
@@ -76,7 +80,7 @@ def ideal(sequences: list[np.ndarray], forest: PackedForest, trie_s: float) -> f
     return trie_s / statistics.median(times)
 
 
-def run(name: str, quick: bool) -> Result:
+def run(name: str, quick: bool, place: Place, missing: Missing) -> Result:
     sequences = rollouts(quick)
     forest = pack_forest(sequences)
     result = compare(

@@ -4,9 +4,14 @@
                      trained tokens and pairwise_preference_loss. 6 rollouts of 250 trained tokens behind 750
                      shared ones, half of them forking halfway, all 15 pairs; hidden size 384, 8,192 tokens
     preference:step  the whole training step through a Qwen3 model of 3 M parameters: the forest against the
-                     padded flat batch; `trl` is the step of TRL's DPO trainer, for which each pair is two
-                     rows. 4 rollouts of 96 trained tokens behind 256 shared ones, all 6 pairs
+                     padded flat batch. 4 rollouts of 96 trained tokens behind 256 shared ones, all 6 pairs
     preference:step-large  the same with the rollouts of `preference` and a model of 20 M parameters
+
+On CUDA: 8 rollouts of 512 behind 2,048, hidden size 2,048, 151,936 tokens; in the steps 4 rollouts of 512
+behind 1,536 through a model of the shape of Qwen3-0.6B, of Qwen3-1.7B in step-large.
+
+    flash_pref  flash-pref's shared prefix, all rollouts one group: what all share is computed once
+    trl         CPU: the step of TRL's DPO trainer, for which each pair is two rows
 
 ideal of `preference` = trained rollout tokens / rows that some pair needs; of the others as of `step`.
 """
@@ -16,13 +21,26 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack
 
+import flash_pref_peer
 import numpy as np
+import peer
 import torch
 import trl_peer
-from contenders import check_gradients, gradients, padded_logprobs, with_steps
+from agreement import Expected, Missing
+from contenders import expected_gradients, gradients, padded_logprobs, with_steps
+from device import Place
 from measure import Result, compare
 from torch import Tensor
-from workloads import Workload, drawn, qwen3, small_qwen3
+from workloads import (
+    QWEN3_0_6B,
+    QWEN3_1_7B,
+    Workload,
+    drawn,
+    drawn_rollouts,
+    qwen3,
+    real_qwen3,
+    small_qwen3,
+)
 
 from cases.step import FORMULA as STEP_FORMULA
 from mosaic_fast.policy import Policy
@@ -31,30 +49,50 @@ from mosaic_kernels import (
     forest_preference_loss,
     ideal_speedup,
     linear_logprob,
+    pack_forest,
     pairwise_preference_loss,
 )
 from mosaic_kernels.preference.tree import needed_edges
 
-_SHAPES = {  # shared tokens, rollouts, own tokens
+SHAPES = {  # shared tokens, rollouts, own tokens
     "preference": (750, 6, 250),
     "preference:step": (256, 4, 96),
     "preference:step-large": (750, 6, 250),
 }
-VARIANTS = tuple(_SHAPES)
+REAL_SHAPES = {
+    "preference": (2_048, 8, 512),
+    "preference:step": (1_536, 4, 512),
+    "preference:step-large": (1_536, 4, 512),
+}
+HEAD, REAL_HEAD = (384, 8_192), (2_048, 151_936)  # hidden size and vocabulary of `preference`
+VARIANTS = tuple(SHAPES)
+ON_CPU = False
 DEFAULT, QUICK = ("preference", "preference:step"), ("preference",)
 SECONDS = {"preference": 7, "preference:step": 20, "preference:step-large": 240}
 
-BETA, TOLERANCE = 0.1, 1e-4
+BETA = 0.1
 
 
 FORMULA = dict.fromkeys(VARIANTS, STEP_FORMULA)
 FORMULA["preference"] = "ideal = trained rollout tokens / rows that some pair needs"
 
 
-def workload(name: str) -> Workload:
-    models = {"preference": lambda: qwen3(1, 128, 8192), "preference:step": small_qwen3}
-    shared, rollouts, own = _SHAPES[name]
-    return drawn(shared, rollouts, own, fork_halfway=True, model=models.get(name, qwen3)())
+def forest_of(place: Place) -> PackedForest:
+    """The rollouts of `preference`."""
+    shared, rollouts, own = (REAL_SHAPES if place.real else SHAPES)["preference"]
+    vocabulary = (REAL_HEAD if place.real else HEAD)[1]
+    return pack_forest(*drawn_rollouts(vocabulary, shared, rollouts, own, fork_halfway=True))
+
+
+def workload(name: str, place: Place) -> Workload:
+    """Of the steps."""
+    shared, rollouts, own = (REAL_SHAPES if place.real else SHAPES)[name]
+    large = name == "preference:step-large"
+    if place.real:
+        model = real_qwen3(place, QWEN3_1_7B if large else QWEN3_0_6B)
+    else:
+        model = qwen3() if large else small_qwen3()
+    return drawn(shared, rollouts, own, fork_halfway=True, model=model)
 
 
 def all_pairs(rollouts: int) -> np.ndarray:  # [P, 2]
@@ -69,14 +107,14 @@ def ideal(forest: PackedForest) -> float:
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
-def losses(forest: PackedForest) -> dict[str, Loss]:
+def losses(forest: PackedForest, device: torch.device) -> dict[str, Loss]:
     """From hidden [U, D] and weight [V, D] to the mean loss over all pairs, the first of a pair better."""
     pairs = all_pairs(forest.num_rollouts)
-    better = torch.ones(len(pairs))
+    better = torch.ones(len(pairs), device=device)
     trained = np.flatnonzero(forest.trained)
-    predicted_at = torch.from_numpy(forest.parent[forest.node_index[trained]])
-    targets = torch.from_numpy(forest.tokens[forest.node_index[trained]])
-    places = torch.from_numpy(trained)
+    predicted_at = torch.from_numpy(forest.parent[forest.node_index[trained]]).to(device)
+    targets = torch.from_numpy(forest.tokens[forest.node_index[trained]]).to(device)
+    places = torch.from_numpy(trained).to(device)
 
     def ours(hidden: Tensor, weight: Tensor) -> Tensor:
         return forest_preference_loss(hidden, weight, forest, pairs, better, beta=BETA).mean()
@@ -91,29 +129,40 @@ def losses(forest: PackedForest) -> dict[str, Loss]:
     return {"ours": ours, "flat": flat}
 
 
-def _inputs(forest: PackedForest) -> list[Tensor]:
-    random = torch.Generator().manual_seed(0)
-    return [
-        torch.randn(forest.num_nodes, 384, generator=random).requires_grad_(),
-        (torch.randn(8192, 384, generator=random) / 20).requires_grad_(),
-    ]
+def _inputs(forest: PackedForest, place: Place) -> list[Tensor]:
+    size, vocabulary = REAL_HEAD if place.real else HEAD
+    hidden = place.randn(forest.num_nodes, size, seed=0)
+    weight = place.randn(vocabulary, size, seed=1).div_(size**0.5)
+    return [hidden.requires_grad_(), weight.requires_grad_()]
 
 
-def step_backwards(work: Workload) -> dict[str, Callable[[], None]]:
-    """Backward passes of the mean loss over all pairs through the whole model."""
-    forest, policy = work.forest, Policy(work.model)
+StepLoss = Callable[[Workload], Tensor]
+
+
+def step_losses(forest: PackedForest) -> dict[str, StepLoss]:
+    """The mean loss over all pairs through the whole model."""
     pairs, reference = all_pairs(forest.num_rollouts), reference_logprobs(forest)
-    better = torch.ones(len(pairs))
 
     def loss(logprobs: Tensor) -> Tensor:  # [T]
+        better = torch.ones(len(pairs), device=logprobs.device)
         return pairwise_preference_loss(
-            logprobs, reference, forest.trained, forest.cu_seqlens, pairs, better, beta=BETA
+            logprobs,
+            reference.to(logprobs.device),
+            forest.trained,
+            forest.cu_seqlens,
+            pairs,
+            better,
+            beta=BETA,
         ).mean()
 
     return {
-        "ours": lambda: loss(policy.logprobs(work.forest)).backward(),
-        "flat": lambda: loss(padded_logprobs(work)).backward(),
+        "ours": lambda work: loss(Policy(work.model).logprobs(work.forest)),
+        "flat": lambda work: loss(padded_logprobs(work)),
     }
+
+
+def step_backwards(work: Workload) -> dict[str, Callable[[], None]]:
+    return {one: lambda loss=loss: loss(work).backward() for one, loss in step_losses(work.forest).items()}
 
 
 def reference_logprobs(forest: PackedForest) -> Tensor:  # [T]
@@ -127,57 +176,91 @@ def _reference_sums(forest: PackedForest) -> np.ndarray:  # [R]
     return np.add.reduceat(counted, forest.cu_seqlens[:-1])
 
 
-def check(name: str, quick: bool) -> None:
-    """Loss and gradients of both, fp32, 1e-4 of the largest value (of each gradient's norm)."""
-    work = workload(name)
+def check(name: str, quick: bool, place: Place) -> Missing:
+    """Loss and gradients of both (bench/agreement.py)."""
     if name != "preference":
-        check_gradients(work.model, step_backwards(work))
-        return
-    results = {}
-    for one, loss in losses(work.forest).items():
-        leaves = _inputs(work.forest)
-        value = loss(*leaves)
-        results[one] = [value, *torch.autograd.grad(value, leaves)]
-    for what, a, b in zip(("loss", "d hidden", "d weight"), results["ours"], results["flat"], strict=True):
-        error = float(((a - b).abs().max() / b.abs().max()).detach())
-        assert error < TOLERANCE, f"ours: {what} is off by {error:.1e}"
+        work = workload(name, place)
+        backwards = step_backwards(work)
+        expected_of_step(work).check("ours", gradients(work.model, backwards["ours"]))
+        return {}
+    forest = forest_of(place)
+    of = losses(forest, place.device)
+    leaves = _inputs(forest, place)
+
+    def results(one: str, leaves: list[Tensor]) -> dict[str, Tensor]:
+        value = of[one](*leaves)
+        return dict(zip(_RESULTS, (value, *torch.autograd.grad(value, leaves)), strict=True))
+
+    plain = results("flat", leaves)
+    if place.dtype == torch.float32:
+        expected = Expected(plain)
+    else:
+        exact = results("flat", [x.detach().double().requires_grad_() for x in leaves])
+        expected = Expected(exact, plain)
+    expected.check("ours", results("ours", leaves))
+    return {}
 
 
-def run(name: str, quick: bool) -> Result:
-    work = workload(name)
-    forest = work.forest
-    extra = {
+_RESULTS = ("loss", "d hidden", "d weight")
+
+
+def expected_of_step(work: Workload) -> Expected:
+    return expected_gradients(work, step_backwards(work)["flat"], step_losses(work.forest)["flat"])
+
+
+def run(name: str, quick: bool, place: Place, missing: Missing) -> Result:
+    return _run_loss(place) if name == "preference" else _run_step(workload(name, place), quick, place)
+
+
+def _figures(forest: PackedForest) -> dict[str, float]:
+    return {
         "raw_tokens": forest.num_tokens,
         "unique_tokens": forest.num_nodes,
         "pairs": len(all_pairs(forest.num_rollouts)),
     }
-    if name == "preference":
-        leaves = _inputs(forest)
-        needed = needed_edges(forest, all_pairs(forest.num_rollouts))
-        return compare(
-            {
-                one: lambda loss=loss: torch.autograd.grad(loss(*leaves), leaves)
-                for one, loss in losses(forest).items()
-            },
-            repeats=5,
-            ideal=ideal(forest),
-            extra={**extra, "gflop": 6e-9 * len(needed.rows) * 384 * 8192},
-            peaks=("ours", "flat"),
-        )
+
+
+def _run_loss(place: Place) -> Result:
+    forest = forest_of(place)
+    leaves = _inputs(forest, place)
+    needed = needed_edges(forest, all_pairs(forest.num_rollouts))
+    size, vocabulary = REAL_HEAD if place.real else HEAD
+    return compare(
+        {
+            one: lambda loss=loss: torch.autograd.grad(loss(*leaves), leaves)
+            for one, loss in losses(forest, place.device).items()
+        },
+        repeats=20 if place.real else 5,
+        budget_s=8.0,
+        ideal=ideal(forest),
+        extra={**_figures(forest), "gflop": 6e-9 * len(needed.rows) * size * vocabulary},
+        peaks=("ours", "flat"),
+        place=place,
+    )
+
+
+def _run_step(work: Workload, quick: bool, place: Place) -> Result:
+    forest = work.forest
+    pairs, reference = all_pairs(forest.num_rollouts), _reference_sums(forest)
     backwards = step_backwards(work)
     contenders = with_steps(work.model, backwards)
+    missing: Missing = {}
     with ExitStack() as stack:
-        not_run: dict[str, str] = {}
-        if not quick:
-            trl = trl_peer.dpo(work, all_pairs(forest.num_rollouts), _reference_sums(forest), BETA)
-            not_run = trl_peer.join(contenders, stack, trl, gradients(work.model, backwards["ours"]))
+        if not quick and not place.real:
+            trl = trl_peer.dpo(work, pairs, reference, BETA)
+            expected = Expected(gradients(work.model, backwards["ours"]))
+            missing |= trl_peer.join(contenders, stack, trl, expected)
+        if not quick and flash_pref_peer.installed():
+            shared = flash_pref_peer.pairwise(work, pairs, reference, BETA)
+            missing |= peer.join("flash_pref", contenders, stack, shared, expected_of_step(work))
         return compare(
             contenders,
             repeats=5,
             budget_s=8.0,
             ideal=ideal_speedup(forest, work.model.config),
-            extra=extra,
+            extra=_figures(forest),
             peaks=("ours", "flat"),
             warm=False,
-            not_run=not_run,
+            not_run=missing,
+            place=place,
         )

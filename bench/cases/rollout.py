@@ -32,6 +32,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from agreement import Missing
+from device import Place
 from measure import Result, compare
 from serving import Round, Turn, print_serving, served
 from sglang_server import sglang_engine
@@ -263,12 +265,13 @@ WORKLOADS: dict[str, Callable[[], Workload]] = {
 }
 VARIANTS, QUICK = tuple(WORKLOADS), ("rollout",)
 DEFAULT = ("rollout", "rollout:groups-small")
+ON_CPU = True
 SECONDS = {"rollout": 16, "rollout:forked": 20, "rollout:groups-small": 13}  # SGLang takes a minute more
 SECONDS |= {"rollout:groups": 180, "rollout:flat": 60}
 _RECORDED = ("rollout", "rollout:forked")
 
 
-def check(name: str, quick: bool) -> None:
+def check(name: str, quick: bool, place: Place) -> Missing:
     """Played again from the record, every turn has the length it had, and the model's own log-probs."""
     recorded = name in _RECORDED
     workload = _recorded("independent", 4) if recorded else _groups(2, 3)
@@ -278,6 +281,7 @@ def check(name: str, quick: bool) -> None:
         found = [len(turn.completion.token_ids) for turn in turns]
         assert found == agent.counts, f"{found} tokens, expected {agent.counts}"
     _check_logprobs("local", workload.model, ours.turns, 1e-5)
+    return {}
 
 
 def _check_logprobs(engine: str, model: PreTrainedModel, turns: list[list[Turn]], limit: float) -> None:
@@ -308,7 +312,7 @@ def _server(name: str, workload: Workload) -> Iterator[_Sglang | str]:
         yield sglang
 
 
-def run(name: str, quick: bool) -> Result:
+def run(name: str, quick: bool, place: Place, missing: Missing) -> Result:
     workload = WORKLOADS[name]()
     local, stock = _Local(workload), _Stock(workload)
     local()

@@ -10,6 +10,10 @@
 
 All but `short`: a Qwen3 model of 3 M parameters (3 layers of 256). `scaling:sharing` runs one axis. The ideal
 is that of `step`.
+
+On CUDA a model of the shape of Qwen3-1.7B, flat batches of 16,000 tokens and more: rollouts of 512 tokens
+(`short`: 128), 4 times the tokens of `tokens`, 384 shared and 128 own tokens in `group`, 128 shared and 896
+others in `depth`, 1,536 shared in `suffix`.
 """
 
 from __future__ import annotations
@@ -17,18 +21,14 @@ from __future__ import annotations
 from contextlib import ExitStack
 
 import trl_peer
-from contenders import (
-    check_gradients,
-    gradients,
-    model_gflop,
-    step_contenders,
-    token_weights,
-    with_steps,
-)
+from agreement import Expected, Missing
+from contenders import gradients, model_gflop, step_contenders, token_weights, with_steps
+from device import Place
 from measure import Result, compare
-from workloads import Workload, drawn, qwen3, small_qwen3
+from workloads import Workload, drawn, qwen3, real_qwen3, small_qwen3
 
 from cases.step import FORMULA as FORMULA
+from cases.step import check_steps
 from mosaic_kernels import ideal_speedup
 
 AXES = {
@@ -47,7 +47,10 @@ DEFAULT = tuple(
 QUICK = ("scaling:suffix-8",)
 SECONDS = {one: 28 if ":sharing-" in one else 60 if ":short-" in one else 6 for one in VARIANTS}
 
+ON_CPU = False
+
 _ROLLOUTS = 32  # of the axes of sharing
+LENGTHS, REAL_LENGTHS = {"sharing": 256, "short": 96}, {"sharing": 512, "short": 128}
 
 
 def prompt_tokens(percent: int, length: int) -> int:
@@ -55,57 +58,63 @@ def prompt_tokens(percent: int, length: int) -> int:
     return round(percent / 100 * length * _ROLLOUTS / (_ROLLOUTS - 1))
 
 
-def workload(name: str) -> Workload:
+def workload(name: str, place: Place) -> Workload:
     axis, _, value = name.partition(":")[2].partition("-")
     n = int(value)
-    model = qwen3() if axis == "short" else small_qwen3()
+    if place.real:
+        model = real_qwen3(place)
+    else:
+        model = qwen3() if axis == "short" else small_qwen3()
     match axis:
         case "sharing" | "short":
-            length = 96 if axis == "short" else 256
-            prompt = prompt_tokens(n, length)
-            return drawn(prompt, _ROLLOUTS, length - prompt, model=model)
+            lengths = REAL_LENGTHS if place.real else LENGTHS
+            prompt = prompt_tokens(n, lengths[axis])
+            return drawn(prompt, _ROLLOUTS, lengths[axis] - prompt, model=model)
         case "tokens":
+            n *= 4 if place.real else 1
             return drawn(n * 3 // 16, 4, n // 16, model=model)
         case "group":
-            return drawn(256, n, 32, model=model)
+            shared, own = (384, 128) if place.real else (256, 32)
+            return drawn(shared, n, own, model=model)
         case "depth":
-            return drawn(64, 16, 128, model=model, depth=n)
+            shared, own = (128, 896) if place.real else (64, 128)
+            return drawn(shared, 16, own, model=model, depth=n)
         case _:
-            return drawn(256, 8, n, model=model)
+            return drawn(1_536 if place.real else 256, 8, n, model=model)
 
 
 def _is_of_sharing(name: str) -> bool:
     return name.startswith(("scaling:sharing-", "scaling:short-"))
 
 
-def chosen(name: str) -> tuple[str, ...]:
+def chosen(name: str, place: Place) -> tuple[str, ...]:
     """Whoever shares, on the axes of sharing; whoever packs, on that of tokens; elsewhere the flat batch."""
     if _is_of_sharing(name):
-        return ("ours", "flat", "gather")
-    return ("ours", "flat", "packed", "alone") if ":tokens-" in name else ("ours", "flat")
+        return ("ours", "flat", "gather", *(("varlen", "flash") if place.real else ()))
+    if ":tokens-" in name:
+        return ("ours", "flat", "packed", "alone", *(("flat_flash", "packed_flash") if place.real else ()))
+    return ("ours", "flat")
 
 
-def check(name: str, quick: bool) -> None:
-    """Every gradient of every contender equals the flat batch's, fp32, 1e-4 of each gradient's norm."""
-    work = workload(name)
-    backwards = step_contenders(work, token_weights(work))
-    check_gradients(work.model, {one: backwards[one] for one in chosen(name)})
+def check(name: str, quick: bool, place: Place) -> Missing:
+    """Every gradient of every contender equals the flat batch's (bench/agreement.py)."""
+    return check_steps(workload(name, place), chosen(name, place))
 
 
 def ideal(work: Workload) -> float:
     return ideal_speedup(work.forest, work.model.config)
 
 
-def run(name: str, quick: bool) -> Result:
-    work = workload(name)
+def run(name: str, quick: bool, place: Place, missing: Missing) -> Result:
+    work = workload(name, place)
     model, forest, weights = work.model, work.forest, token_weights(work)
     backwards = step_contenders(work, weights)
-    contenders = with_steps(model, {one: backwards[one] for one in chosen(name)})
+    contenders = with_steps(model, {one: backwards[one] for one in chosen(name, place) if one not in missing})
     with ExitStack() as stack:
-        not_run: dict[str, str] = {}
-        if _is_of_sharing(name) and not quick:
+        if _is_of_sharing(name) and not quick and not place.real:
             trl = trl_peer.grpo(work, weights)
-            not_run = trl_peer.join(contenders, stack, trl, gradients(model, backwards["ours"]))
+            expected = Expected(gradients(model, backwards["ours"]))
+            missing |= trl_peer.join(contenders, stack, trl, expected)
         return compare(
             contenders,
             repeats=5,
@@ -119,5 +128,6 @@ def run(name: str, quick: bool) -> Result:
                 "gflop": model_gflop(work, forest),
             },
             warm=False,
-            not_run=not_run,
+            not_run=missing,
+            place=place,
         )

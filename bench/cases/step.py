@@ -8,7 +8,18 @@
                          between them, some forking at a turn; lengths as on AgentDojo, tokens random
     step:nothing_shared  5 rollouts of 500, nothing shared
 
-All but the first: a Qwen3 model of 20 M parameters. Contenders: see bench/contenders.py; `trl` is the step of
+All but the first: a Qwen3 model of 20 M parameters.
+
+On CUDA a model of the shape of Qwen3-1.7B, whose flat batches of 12,000 to 18,000 tokens fit into 80 GB:
+
+    step                 4 groups of 4 rollouts of 512 shared and 256 own tokens
+    step:long_prefix     3,072 shared tokens, 4 rollouts of 1,024, half of them forking halfway
+    step:held            the same with 4,000 tokens a micro-batch
+    step:many_short      1,024 shared tokens, 15 rollouts of 64
+    step:nothing_shared  4 rollouts of 4,096
+    others               the same rollouts as on a CPU
+
+Contenders: see bench/contenders.py; `trl` is the step of
 TRL's GRPO trainer in .venv-peers. peak is the most memory PyTorch holds during forward and backward, beyond
 weights and gradients.
 """
@@ -20,17 +31,23 @@ from contextlib import ExitStack
 from dataclasses import replace
 
 import trl_peer
+from agreement import Expected, Missing, missing_of
 from contenders import (
-    check_gradients,
+    ON_CUDA,
+    expected_gradients,
     forest_backward,
     gradients,
     model_gflop,
+    padded_loss,
     step_contenders,
     token_weights,
     with_steps,
 )
+from device import Place
 from measure import Result, compare
-from workloads import Workload, agent, drawn, played
+from peer_packages import package_missing
+from transformers import PreTrainedModel
+from workloads import Workload, agent, drawn, groups_drawn, played, real_qwen3
 
 from mosaic_fast.policy import Policy
 from mosaic_kernels import ideal_speedup
@@ -48,6 +65,15 @@ WORKLOADS: dict[str, Callable[[], Workload]] = {
     "step:agent": agent,
     "step:nothing_shared": lambda: drawn(0, 5, 500),
 }
+REAL_WORKLOADS: dict[str, Callable[[PreTrainedModel], Workload]] = {
+    "step": lambda model: groups_drawn(model, 4, 512, 4, 256),
+    "step:long_prefix": lambda model: drawn(3_072, 4, 1_024, fork_halfway=True, model=model),
+    "step:held": lambda model: replace(
+        drawn(3_072, 4, 1_024, fork_halfway=True, model=model), tokens_per_microbatch=4_000
+    ),
+    "step:many_short": lambda model: drawn(1_024, 15, 64, model=model),
+    "step:nothing_shared": lambda model: drawn(0, 4, 4_096, model=model),
+}
 CONTENDERS = {
     "step": ("ours", "flat"),
     "step:held": ("ours", "flat", "cut"),
@@ -60,32 +86,55 @@ SECONDS = {"step": 18, "step:nothing_shared": 60, "step:held": 120, "step:many_s
 SECONDS |= {"step:long_prefix": 150, "step:agent": 240}
 
 
-def chosen(name: str) -> tuple[str, ...]:
-    return CONTENDERS.get(name, _MOST)
+ON_CPU = False
 
 
-def check(name: str, quick: bool) -> None:
-    """Every gradient of every contender equals the flat batch's, fp32, 1e-4 of each gradient's norm."""
-    workload = WORKLOADS[name]()
-    backwards = step_contenders(workload, token_weights(workload))
-    check_gradients(workload.model, {one: backwards[one] for one in chosen(name)})
+def workload_of(name: str, place: Place) -> Workload:
+    if not place.real:
+        return WORKLOADS[name]()
+    model = real_qwen3(place)
+    if name in REAL_WORKLOADS:
+        return REAL_WORKLOADS[name](model)
+    return replace(WORKLOADS[name](), model=model)
+
+
+def chosen(name: str, place: Place) -> tuple[str, ...]:
+    return CONTENDERS.get(name, _MOST) + (ON_CUDA if place.real else ())
+
+
+def check(name: str, quick: bool, place: Place) -> Missing:
+    """Every gradient of every contender equals the flat batch's (bench/agreement.py)."""
+    return check_steps(workload_of(name, place), chosen(name, place))
+
+
+def check_steps(workload: Workload, contenders: tuple[str, ...]) -> Missing:
+    """The gradients of these of `step_contenders`."""
+    weights = token_weights(workload)
+    backwards = step_contenders(workload, weights)
+    expected = expected_gradients(workload, backwards["flat"], lambda work: padded_loss(work, weights))
+    missing = {one: why for one in contenders if (why := package_missing(one))}
+    return missing | missing_of(
+        [one for one in contenders if one not in missing],
+        lambda one: expected.check(one, gradients(workload.model, backwards[one])),
+        trusted=("flat",),
+    )
 
 
 def ideal(workload: Workload) -> float:
     return ideal_speedup(workload.forest, workload.model.config)
 
 
-def run(name: str, quick: bool) -> Result:
-    workload = WORKLOADS[name]()
+def run(name: str, quick: bool, place: Place, missing: Missing) -> Result:
+    workload = workload_of(name, place)
     model, forest, weights = workload.model, workload.forest, token_weights(workload)
     backwards = step_contenders(workload, weights)
-    contenders = with_steps(model, {one: backwards[one] for one in chosen(name)})
+    contenders = with_steps(model, {one: backwards[one] for one in chosen(name, place) if one not in missing})
     figures = forest_backward(workload, Policy(model), weights).figures()
     with ExitStack() as stack:
-        not_run: dict[str, str] = {}
-        if name != "step:held" and not quick:
+        if name != "step:held" and not quick and not place.real:
             trl = trl_peer.grpo(workload, weights)
-            not_run = trl_peer.join(contenders, stack, trl, gradients(model, backwards["ours"]))
+            expected = Expected(gradients(model, backwards["ours"]))
+            missing |= trl_peer.join(contenders, stack, trl, expected)
         return compare(
             contenders,
             repeats=5,
@@ -101,5 +150,6 @@ def run(name: str, quick: bool) -> Result:
             },
             peaks=("ours", "flat"),
             warm=False,
-            not_run=not_run,
+            not_run=missing,
+            place=place,
         )

@@ -32,6 +32,8 @@ from pathlib import Path
 from types import FrameType
 
 import torch
+from agreement import Missing
+from device import Place
 from measure import Result, Timing
 
 from mosaic_fast.config_io import parse_train_arguments
@@ -40,6 +42,7 @@ from mosaic_fast.train import train
 FORMULA = "ideal = 1, of ideal = share of time in the engine or in forward, loss, backward and optimiser"
 
 VARIANTS = DEFAULT = QUICK = ("train",)
+ON_CPU = True
 SECONDS = {"train": 26}
 
 _PLACES = (
@@ -145,7 +148,7 @@ def start_up(warm_first_step_s: float) -> dict[str, float]:
     }
 
 
-def check(name: str, quick: bool) -> None:
+def check(name: str, quick: bool, place: Place) -> Missing:
     """Two runs of two steps agree in every metric that is not a time, bit for bit."""
     runs = []
     for _ in range(2):
@@ -154,13 +157,14 @@ def check(name: str, quick: bool) -> None:
         runs.append([{k: v for k, v in row.items() if not k.startswith(("time/", "perf/"))} for row in rows])
     assert runs[0] == runs[1], "two runs of the same seed differ"
     assert all(row["optim/grad_norm"] > 0 for row in runs[0]), "a step has no gradient"
+    return {}
 
 
 def ideal() -> float:
     return 1.0
 
 
-def run(name: str, quick: bool) -> Result:
+def run(name: str, quick: bool, place: Place, missing: Missing) -> Result:
     with tempfile.TemporaryDirectory() as folder, Sampler(threading.get_ident()) as sampler:
         start = time.perf_counter()
         rows = _train(3 if quick else 6, Path(folder))

@@ -10,9 +10,13 @@ import contenders
 import numpy as np
 import pytest
 import torch
+from agreement import Expected, Missing
 from cases import attention, forest, logprob, preference, scaling, step, train
+from device import CPU, Place
 from torch import Tensor
 from workloads import Workload, agent, drawn, qwen3
+
+from mosaic_kernels import PackedForest
 
 Broken = Callable[..., object]
 
@@ -27,9 +31,10 @@ def small(monkeypatch: pytest.MonkeyPatch, tiny: Workload) -> None:
     """Every case at a size that takes no time."""
     monkeypatch.setitem(step.WORKLOADS, "step:held", lambda: replace(tiny, tokens_per_microbatch=20))
     monkeypatch.setitem(step.WORKLOADS, "step:agent", lambda: tiny)
-    monkeypatch.setattr(scaling, "workload", lambda name: tiny)
-    monkeypatch.setattr(preference, "workload", lambda name: tiny)
-    monkeypatch.setitem(attention._SHAPES, "attention", (20, 4, 8, True))
+    monkeypatch.setattr(scaling, "workload", lambda name, place: tiny)
+    monkeypatch.setattr(preference, "workload", lambda name, place: tiny)
+    monkeypatch.setattr(preference, "forest_of", lambda place: tiny.forest)
+    monkeypatch.setitem(attention.SHAPES, "attention", (20, 4, 8, True))
     monkeypatch.setitem(logprob.SHAPES, "logprob", (40, 8, 50))
     monkeypatch.setattr(forest, "rollouts", lambda quick: tiny.sequences)
 
@@ -48,7 +53,7 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_what_is_right_passes(name: str) -> None:
-    CASES[name].check(name, True)
+    CASES[name].check(name, True, CPU)
 
 
 def _scaled(function: Broken) -> Broken:
@@ -65,8 +70,8 @@ def _scaled(function: Broken) -> Broken:
 )
 def test_a_wrong_loss_of_any_contender(monkeypatch: pytest.MonkeyPatch, broken: str, case: str) -> None:
     monkeypatch.setattr(contenders, broken, _scaled(getattr(contenders, broken)))
-    with pytest.raises(AssertionError, match=r"gradient of .* is off by"):
-        scaling.check(case, True)
+    with pytest.raises(AssertionError, match=r"ours: d .* is off by|(packed|gather): d .* is off by"):
+        scaling.check(case, True, CPU)
 
 
 def test_a_wrong_weight_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,27 +81,27 @@ def test_a_wrong_weight_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
         return right(workload, policy, weights.roll(1), plan)  # pyrefly: ignore
 
     monkeypatch.setattr(contenders, "forest_backward", wrong)
-    with pytest.raises(AssertionError, match="ours: gradient"):
-        step.check("step:agent", True)
+    with pytest.raises(AssertionError, match="ours: d "):
+        step.check("step:agent", True, CPU)
 
 
 def test_a_contender_that_misses_a_parameter() -> None:
-    found = {"a": torch.ones(2)}
-    with pytest.raises(AssertionError, match="ours has gradients of other parameters"):
-        contenders.check_same("ours", found, {**found, "b": torch.ones(1)})
+    found = {"d a": torch.ones(2)}
+    with pytest.raises(AssertionError, match="ours has, or lacks: d b"):
+        Expected({**found, "d b": torch.ones(1)}).check("ours", found)
 
 
 @pytest.mark.parametrize("broken", ["ours", "flat", "dense", "gather"])
 def test_wrong_attention(monkeypatch: pytest.MonkeyPatch, broken: str) -> None:
     right = attention.implementations
 
-    def wrong(forest: object) -> dict[str, attention.Attention]:
-        made = right(forest)  # pyrefly: ignore
-        return made | {broken: _scaled(made[broken])}  # pyrefly: ignore
+    def wrong(forest: PackedForest, place: Place) -> tuple[dict[str, attention.Attention], Missing]:
+        made, missing = right(forest, place)
+        return made | {broken: _scaled(made[broken])}, missing  # pyrefly: ignore
 
     monkeypatch.setattr(attention, "implementations", wrong)
     with pytest.raises(AssertionError, match=f"{broken}: output is off"):
-        attention.check("attention", True)
+        attention.check("attention", True, CPU)
 
 
 def test_wrong_logprobs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,22 +114,22 @@ def test_wrong_logprobs(monkeypatch: pytest.MonkeyPatch) -> None:
 
         monkeypatch.setitem(logprob.CONTENDERS, "ours", wrong)
         with pytest.raises(AssertionError, match=f"ours: {('log-probs', 'entropy')[what]} is off"):
-            logprob.check("logprob", True)
+            logprob.check("logprob", True, CPU)
 
 
 def test_a_wrong_preference_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     right = preference.pairwise_preference_loss
     monkeypatch.setattr(preference, "pairwise_preference_loss", _scaled(right))
     with pytest.raises(AssertionError, match="ours: loss is off"):
-        preference.check("preference", True)
+        preference.check("preference", True, CPU)
     calls = itertools.count()
     # Only the first of the two contenders is wrong here.
     monkeypatch.setattr(
         preference, "pairwise_preference_loss",
         lambda *args, **kwargs: right(*args, **kwargs) * (1.001 if next(calls) == 0 else 1.0),
     )  # fmt: skip
-    with pytest.raises(AssertionError, match="ours: gradient of"):
-        preference.check("preference:step", True)
+    with pytest.raises(AssertionError, match="ours: d "):
+        preference.check("preference:step", True, CPU)
 
 
 def test_a_wrong_forest(monkeypatch: pytest.MonkeyPatch, tiny: Workload) -> None:
@@ -132,14 +137,14 @@ def test_a_wrong_forest(monkeypatch: pytest.MonkeyPatch, tiny: Workload) -> None
     wrong.parent[-1] -= 1
     monkeypatch.setattr(forest, "pack_forest", lambda sequences: wrong)
     with pytest.raises(AssertionError, match="is no path"):
-        forest.check("forest", True)
+        forest.check("forest", True, CPU)
 
 
 def test_a_run_that_does_not_repeat(monkeypatch: pytest.MonkeyPatch) -> None:
     runs = iter([1.0, 2.0])
     monkeypatch.setattr(train, "_train", lambda steps, folder: [{"optim/grad_norm": next(runs), "time/x": 0}])
     with pytest.raises(AssertionError, match="two runs of the same seed differ"):
-        train.check("train", True)
+        train.check("train", True, CPU)
 
 
 def test_what_is_shared_in_the_workloads() -> None:

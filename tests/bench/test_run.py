@@ -18,10 +18,13 @@ import pytest
 import run
 import torch
 import trl_peer
+from agreement import Expected
 from cases import attention, logprob, preference, rollout, scaling, step, train
+from device import Place
 from machine import Roofline, machine, measure_roofline
 from measure import Result, compare
 from output import Report, load_results, not_run, write_json, write_markdown
+from peer import PeerError
 from profiling import profile_step
 from rich.console import Console
 from workloads import drawn, qwen3
@@ -90,7 +93,7 @@ def test_what_was_measured_before_the_end_is_written(
 ) -> None:
     """After Ctrl-C with table and charts; after what ends the process at once, the figures."""
 
-    def ended(name: str, quick: bool) -> None:
+    def ended(name: str, quick: bool, place: Place) -> None:
         raise end
 
     monkeypatch.setitem(logprob.SHAPES, "logprob", (40, 8, 50))
@@ -117,11 +120,11 @@ def test_a_run_writes_json_markdown_and_charts(
     monkeypatch.setattr(sys, "argv", ["run.py", "logprob", "--quick", "--json", str(file)])
     assert run.main() == 0
     found = json.loads(file.read_text())
-    assert set(found) == {"machine", "versions", "commit", "roofline", "cases", "not_run"}
+    assert set(found) == {"machine", "versions", "commit", "rooflines", "cases", "not_run"}
     assert found["machine"]["threads"] >= 1
     assert {"torch", "transformers", "python"} <= set(found["versions"])
-    assert found["roofline"]["gemm_gflop_per_s"] > 1
-    assert found["roofline"]["copy_gb_per_s"] > 0.1
+    assert found["rooflines"]["cpu"]["gemm_gflop_per_s"] > 1
+    assert found["rooflines"]["cpu"]["copy_gb_per_s"] > 0.1
     case = found["cases"]["logprob"]
     assert case["median_s"] == case["contenders"]["ours"]["median_s"] > 0
     assert case["ratio_to_flat"] == pytest.approx(case["flat_median_s"] / case["median_s"])
@@ -140,11 +143,11 @@ def test_every_case_runs_quickly(
     """Check, timing and table of every case, at sizes that take no time."""
     tiny = drawn(12, 4, 6, fork_halfway=True, model=qwen3(2, 128, 128))
     small_agents = rollout._groups(2, 2)
-    monkeypatch.setitem(attention._SHAPES, "attention:many_short", (20, 4, 8, True))
+    monkeypatch.setitem(attention.SHAPES, "attention:many_short", (20, 4, 8, True))
     monkeypatch.setitem(logprob.SHAPES, "logprob", (40, 8, 50))
-    monkeypatch.setattr(preference, "workload", lambda name: tiny)
+    monkeypatch.setattr(preference, "workload", lambda name, place: tiny)
     monkeypatch.setitem(step.WORKLOADS, "step", lambda: tiny)
-    monkeypatch.setattr(scaling, "workload", lambda name: tiny)
+    monkeypatch.setattr(scaling, "workload", lambda name, place: tiny)
     monkeypatch.setitem(rollout.WORKLOADS, "rollout", lambda: small_agents)
     monkeypatch.setattr(rollout, "_recorded", lambda branching, tasks: small_agents)
     monkeypatch.setattr(
@@ -183,7 +186,7 @@ def test_charts_are_drawn_from_a_file(
         "points-sharing.png",
     ]
     results["step"] = _result(3.0, 0.0)
-    report = Report(results, dict.fromkeys(results, "f"), Roofline(1, 1.0, 1.0), {})
+    report = Report(results, dict.fromkeys(results, "f"), {"cpu": Roofline(1, 1.0, 1.0)}, {})
     file = tmp_path / "all.json"
     write_json(report, file)
     assert json.loads(file.read_text())["cases"]["train"]["flat_median_s"] is None
@@ -228,13 +231,13 @@ def test_rounds_end_when_the_time_is_up() -> None:
 
 
 def test_a_peer_that_cannot_run_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = {"weight": torch.ones(2)}
+    expected = Expected({"d weight": torch.ones(2)})
 
     @contextmanager
     def loaded(scale: float) -> Iterator[SimpleNamespace]:
         if not scale:
-            raise trl_peer.PeerError("trl_step.py ended: no memory")
-        yield SimpleNamespace(gradients=lambda: {"weight": scale * torch.ones(2)}, step=lambda: 2.0)
+            raise PeerError("trl_step.py ended: no memory")
+        yield SimpleNamespace(gradients=lambda: {"d weight": scale * torch.ones(2)}, step=lambda: 2.0)
 
     def joined(scale: float) -> tuple[dict[str, str], list[str]]:
         contenders: dict[str, Callable[[], object]] = {}
@@ -246,8 +249,8 @@ def test_a_peer_that_cannot_run_is_listed(monkeypatch: pytest.MonkeyPatch) -> No
     assert joined(1.0) == ({}, [])
     monkeypatch.setattr(trl_peer, "installed", lambda: True)
     assert joined(1.0) == ({}, ["trl"])
-    assert joined(0.0) == ({"TRL": "trl_step.py ended: no memory"}, [])
-    with pytest.raises(AssertionError, match="trl: gradient of weight is off"):
+    assert joined(0.0) == ({"trl": "trl_step.py ended: no memory"}, [])
+    with pytest.raises(AssertionError, match="trl: d weight is off"):
         joined(1.001)
 
 
@@ -258,9 +261,9 @@ def test_the_roofline_is_of_the_given_threads() -> None:
 
 
 def test_peers_that_are_missing_are_named() -> None:
-    assert not_run(False, True, quick=False)["TRL"] == "not installed: make bench-peers"
-    assert "TRL" not in not_run(True, True, quick=False)
-    assert not_run(True, False, quick=False)["SGLang"] == "not installed: make sglang"
+    assert not_run(False, True, quick=False, results={})["TRL"] == "not installed: make bench-peers"
+    assert "TRL" not in not_run(True, True, quick=False, results={})
+    assert not_run(True, False, quick=False, results={})["SGLang"] == "not installed: make sglang"
 
 
 def test_a_profile_tells_python_from_operators(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Sequence
-from dataclasses import asdict, astuple, dataclass, fields
+from dataclasses import MISSING, asdict, astuple, dataclass, fields
 from importlib.resources import files
 from pathlib import Path
 
@@ -30,6 +30,7 @@ class Work:
     head: float  # multiply-adds of the LM head
     layer_calls: float  # layers x forwards
     held: float  # numbers copied: keys and values of held nodes, for each forward that stands on them
+    weights: float  # weights x forwards: each forward reads them all and adds to the gradients of all
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class CostModel:
     head: float
     layer_calls: float
     held: float
+    weights: float = 0.0  # a file may lack it
 
     def predict(self, work: Work) -> float:
         """Seconds of one forward and backward pass."""
@@ -68,11 +70,15 @@ def work_of(parts: Sequence[Forward], shape: ModelShape) -> Work:
         head += float(shape.hidden_size * shape.vocab_size * len(rows))
         if part.parent >= 0:
             held += 2.0 * key_value * len(windows) * (int(visible[0]) - 1)
-    return Work(float(linear), attention, head, float(len(windows) * len(parts)), held)
+    layer_calls = float(len(windows) * len(parts))
+    weights = float(
+        len(parts) * (len(windows) * (on_keys + on_queries) + shape.hidden_size * shape.vocab_size)
+    )
+    return Work(float(linear), attention, head, layer_calls, held, weights)
 
 
 def node_seconds(forest: PackedForest, shape: ModelShape, cost: CostModel) -> NDArray[np.float64]:  # [U]
-    """What each node adds to a forward and backward pass: all its cost but that of starting the layers."""
+    """What each node adds to a forward and backward pass: all its cost but a forward's own."""
     _, on_keys, query, on_queries = _sizes(shape)
     windows, visible = _windows(shape), forest.positions + 1
     pairs = [visible if window is None else np.minimum(visible, window) for window in windows]
@@ -127,13 +133,15 @@ def keep_cost_model(cost: CostModel, folder: Path) -> None:
 
 
 def _parse(text: str, source: str) -> CostModel:
-    names = [field.name for field in fields(CostModel)]
+    names = {field.name for field in fields(CostModel)}
+    needed = [field.name for field in fields(CostModel) if field.default is MISSING]
     try:
         values = tomllib.loads(text).get("seconds_per_unit", {})
     except (ValueError, RecursionError) as error:  # a TOMLDecodeError; or long numbers, deep nesting
         raise UserError(f"{source} is not valid TOML: {error}") from None
-    if not isinstance(values, dict) or set(values) != set(names):
-        raise UserError(f"{source}: [seconds_per_unit] must hold {', '.join(names)}")
+    if not isinstance(values, dict) or not set(needed) <= set(values) <= names:
+        may = ", ".join(sorted(names - set(needed)))
+        raise UserError(f"{source}: [seconds_per_unit] must hold {', '.join(needed)}, and may hold {may}")
     for name, value in values.items():
         if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < 1e300:
             raise UserError(f"{source}: {name} must be a number of seconds, 0 or more")

@@ -7,11 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mosaic_fast import calibrate
 from mosaic_fast.errors import UserError
 from mosaic_fast.execution import CostModel, Execution, load_cost_model, save_cost_model
 from mosaic_fast.execution.cost import cost_model_of_run, keep_cost_model, work_of
@@ -31,8 +29,11 @@ def test_work_is_counted_node_by_node(case: str, data: Rollouts, slack: int, pla
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
     head_dim, hidden = config.head_dim, config.hidden_size
     query, key_value = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
-    linear = attention = head = held = 0
+    linear = attention = head = held = weights = 0
     for part in parts:
+        weights += config.num_hidden_layers * 2 * hidden * (query + key_value)  # q and o, k and v
+        weights += config.num_hidden_layers * 3 * hidden * config.intermediate_size
+        weights += hidden * config.vocab_size
         owner = part.forest
         nodes = range(owner.num_nodes) if part.nodes is None else part.nodes.tolist()
         rows = {int(owner.parent[owner.node_index[t]]) for t in np.flatnonzero(owner.trained)} & set(nodes)
@@ -48,7 +49,7 @@ def test_work_is_counted_node_by_node(case: str, data: Rollouts, slack: int, pla
             if part.parent >= 0:
                 held += 2 * key_value * int(owner.positions[nodes[0]])
         head += hidden * config.vocab_size * len(rows)
-    expected = (linear, attention, head, len(parts) * len(kinds), held)
+    expected = (linear, attention, head, len(parts) * len(kinds), held, weights)
     assert astuple(work_of(parts, config)) == expected
 
 
@@ -73,6 +74,7 @@ def test_choices() -> None:
     assert chosen(one_prompt(20, 6, 5), 32) == "held"  # twice the forest's budget
     assert chosen(one_prompt(20, 6, 5), 32, layer_calls=1e6) == "cut"  # a forward is worth more than tokens
     assert chosen(one_prompt(20, 6, 5), 32, held=1e6) == "cut"
+    assert chosen(one_prompt(20, 6, 5), 32, weights=1e6) == "cut"
     # One token shared by two rollouts of 21: two forwards flat, three if it is held.
     assert chosen(one_prompt(1, 2, 20), 21, layer_calls=1e6) in ("cut", "flat")
 
@@ -95,6 +97,10 @@ def test_files(tmp_path: Path) -> None:
     assert all(value > 0 for value in astuple(load_cost_model("default")))
     # A run keeps what it began with, whatever becomes of the configured file.
     assert cost_model_of_run(tmp_path, str(tmp_path / "mine.toml")) == cost
+    (tmp_path / "five.toml").write_text(
+        "[seconds_per_unit]\nlinear = 1\nattention = 2\nhead = 3\nlayer_calls = 4\nheld = 5"
+    )
+    assert load_cost_model(str(tmp_path / "five.toml")) == CostModel(1, 2, 3, 4, 5, weights=0)
     keep_cost_model(cost, tmp_path)
     keep_cost_model(load_cost_model("default"), tmp_path)
     assert cost_model_of_run(tmp_path, str(tmp_path / "absent.toml")) == cost
@@ -127,32 +133,3 @@ def test_a_missing_file_says_how_to_get_one() -> None:
         UserError, match=r"no file absent\.toml; python -m mosaic_fast\.calibrate --out absent"
     ):
         load_cost_model("absent.toml")
-
-
-def test_fit_finds_the_coefficients() -> None:
-    rng = np.random.default_rng(0)
-    work, truth = rng.random((12, 5)) * [1e9, 1e8, 1e8, 10, 1e6], np.array([1e-11, 2e-11, 0, 1e-3, 1e-9])
-    np.testing.assert_allclose(astuple(calibrate.fit(work, work @ truth)), truth, rtol=1e-6, atol=1e-16)
-    noisy = calibrate.fit(work, work @ truth * rng.uniform(0.5, 1.5, 12))
-    assert all(value >= 0 for value in astuple(noisy))
-
-
-def test_calibrate_writes_a_file_that_training_reads(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """With small probes; the real ones take well under a minute."""
-    probes = [
-        calibrate.Probe(0, 1, 8, 1, 8, "tree"), calibrate.Probe(0, 4, 8, 7, 8, "flat"),
-        calibrate.Probe(8, 3, 4, 4, 12, "held"), calibrate.Probe(8, 3, 4, 4, 12, "cut"),
-        calibrate.Probe(0, 1, 40, 2, 40, "tree"),
-    ]  # fmt: skip
-    monkeypatch.setattr(calibrate, "PROBES", tuple(probes))
-    threads = str(torch.get_num_threads())
-    monkeypatch.setattr("sys.argv", ["calibrate", "--out", str(tmp_path / "c.toml"), "--threads", threads])
-    assert calibrate.main() == 0
-    assert any(value > 0 for value in astuple(load_cost_model(str(tmp_path / "c.toml"))))
-    assert "--forest.cost-model" in capsys.readouterr().out.replace("\n", "")
-    for option, message in (("--device", "is not one of auto"), ("--dtype", "is not one of float32")):
-        monkeypatch.setattr("sys.argv", ["calibrate", option, "abacus"])
-        with pytest.raises(UserError, match=message):
-            calibrate.main()

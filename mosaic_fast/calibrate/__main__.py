@@ -1,0 +1,117 @@
+"""Measure what forwards and backwards cost on this machine: `python -m mosaic_fast.calibrate [--out FILE]`.
+
+Name the file as `forest.cost_model` of a run.
+"""
+
+from __future__ import annotations
+
+import platform
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+
+from mosaic_fast.calibrate.fit import fit
+from mosaic_fast.calibrate.probes import CONFIGS, PROBES, Probe, prepared, random_policy
+from mosaic_fast.calibrate.table import coefficient_table, doubts, probe_table, summary
+from mosaic_fast.calibrate.timing import FloatArray, measured, steady
+from mosaic_fast.cli import run_cli
+from mosaic_fast.console import plain_console
+from mosaic_fast.errors import UserError
+from mosaic_fast.execution import save_cost_model
+
+ROUNDS = 6
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class _Arguments:
+    """Measure this machine for forest.cost_model. Takes well under a minute; leave the machine alone."""
+
+    out: str = "cost.toml"
+    """File to write."""
+    device: str = "auto"
+    """cpu, cuda, or auto: a GPU where there is one."""
+    dtype: str = "float32"
+    """float32 or bfloat16, as model.dtype."""
+    threads: int = 1
+    """CPU threads of PyTorch, as model.threads."""
+
+
+def main(probes: Sequence[Probe] = PROBES) -> int:
+    arguments = tyro.cli(_Arguments, prog="python -m mosaic_fast.calibrate")
+    device, dtype = _device(arguments.device), _DTYPES.get(arguments.dtype)
+    if dtype is None:
+        raise UserError(f"--dtype {arguments.dtype!r} is not one of {', '.join(_DTYPES)}")
+    out = Path(arguments.out)
+    if not out.parent.is_dir() or out.is_dir():
+        raise UserError(f"--out {out}: name a file in a folder that exists")
+    if arguments.threads > 0:
+        torch.set_num_threads(arguments.threads)
+    console = plain_console()
+    runs, work = _runs(probes, device, dtype)
+    times = steady(
+        measured(runs, ROUNDS, device, lambda one: console.print(f"round {one} of {ROUNDS}", highlight=False))
+    )
+    found = fit(work, times.seconds)
+    console.print("", probe_table(probes, times, found), "", coefficient_table(found), sep="\n")
+    console.print(
+        "\nforest: rollouts x (shared + own tokens). fit: how far the prediction is off"
+        "\nforecast: the same, by coefficients fitted to all other probes. +-: standard error\n"
+    )
+    console.print(
+        f"the machine's pace: rounds took up to {times.pace.max():.2f} times as long as the fastest",
+        highlight=False,
+    )
+    about = f"{platform.processor() or platform.machine()}, {arguments.threads} threads"
+    if device.type == "cuda":
+        about = torch.cuda.get_device_name()
+    about += f", {arguments.dtype}, PyTorch {torch.__version__}; {summary(found)}"
+    try:
+        save_cost_model(found.cost, out, about)
+    except OSError as error:
+        raise UserError(f"{out} cannot be written: {error.strerror or error}") from None
+    doubtful = doubts(probes, times, found)
+    for one in doubtful:
+        console.print(f"POOR: {one}", highlight=False, soft_wrap=True)
+    if doubtful:
+        console.print("the predictions may choose a slower plan: measure again when the machine is idle")
+    console.print(f"wrote {out}; train with --forest.cost-model {out}", highlight=False)
+    return 0
+
+
+def _runs(
+    probes: Sequence[Probe], device: torch.device, dtype: torch.dtype
+) -> tuple[list[Callable[[], None]], FloatArray]:  # P, [P, K]
+    """A forward and backward pass of each probe, to be called, and its work."""
+    policies = {name: random_policy(CONFIGS[name], device, dtype) for name in {one.model for one in probes}}
+    runs, work = [], []
+    for probe in probes:
+        policy = policies[probe.model]
+        execution, schedule, units = prepared(probe)
+
+        def run(policy=policy, execution=execution, schedule=schedule) -> None:
+            # Gradients that are there are added to, as in all forwards of a step but the first.
+            execution.backward(policy, schedule, lambda piece: piece.logprobs.sum())
+
+        runs.append(run)
+        work.append(units)
+    return runs, np.array(work)
+
+
+def _device(name: str) -> torch.device:
+    if name not in ("auto", "cpu", "cuda"):
+        raise UserError(f"--device {name!r} is not one of auto, cpu, cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device is 'cuda', but PyTorch finds no GPU; use 'auto' or 'cpu'")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+if __name__ == "__main__":
+    sys.exit(run_cli(main))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import astuple, dataclass
+from typing import cast
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from mosaic_fast.execution.cost import work_of
 from mosaic_fast.execution.schedule import Schedule
 from mosaic_fast.policy import Policy
 from mosaic_kernels import pack_forest
+from mosaic_kernels.ideal import ModelShape
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,7 @@ def prepared(probe: Probe) -> tuple[Execution, Schedule, tuple[float, ...]]:
         np.append(prompt, random.integers(0, config.vocab_size, probe.own)) for _ in range(probe.rollouts)
     ]
     forest = pack_forest(sequences, [np.arange(length) >= length - probe.trained] * probe.rollouts)
-    execution = Execution(probe.budget, 1.0, config, plan=probe.plan)
+    shape = cast(ModelShape, config)
+    execution = Execution(probe.budget, 1.0, shape, plan=probe.plan)
     schedule = execution.schedule(forest)
-    return execution, schedule, astuple(work_of(schedule.parts, config))
+    return execution, schedule, astuple(work_of(schedule.parts, shape))

@@ -2,16 +2,20 @@
 
 transformers writes both as chains of small operations, and autograd makes a chain of each one's backward
 pass, with a slow sum over rows for the weight's gradient. As one operation a norm keeps its input and one
-number a row, and sums by products of a matrix and a vector.
+number a row, and sums by products of a matrix and a vector. Both take some rows at a time through all of
+their steps, so that what lies between these stays in the processor's caches.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+BLOCK_NUMBERS = 2**16  # numbers of a tensor that are worked on at a time, 256 KiB in fp32
 
 
 def rms_norm(
@@ -41,10 +45,14 @@ class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
-        scale = norm.square_().div_(rows.shape[1]).add_(eps).rsqrt_()  # [rows, 1]
+        out, scale = torch.empty_like(rows), rows.new_empty(len(rows), 1)
+        for block in _blocks(rows):
+            x_block, scales = rows[block], scale[block]
+            torch.linalg.vector_norm(x_block, dim=1, keepdim=True, out=scales)
+            scales.square_().div_(rows.shape[1]).add_(eps).rsqrt_()
+            torch.mul(x_block, scales, out=out[block]).mul_(weight)
         ctx.save_for_backward(rows, weight, scale)
-        return (rows * scale).mul_(weight).view(x.shape)
+        return out.view(x.shape)
 
     @staticmethod
     @once_differentiable
@@ -52,14 +60,18 @@ class _RmsNorm(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
         rows, weight, scale = ctx.saved_tensors
         grad = grad_outputs[0].reshape(rows.shape)
-        product = grad * rows
-        grad_x = grad_weight = None
-        if ctx.needs_input_grad[0]:
-            along = torch.mv(product, weight).unsqueeze(1).mul_(scale).mul_(scale).div_(-rows.shape[1])
-            grad_x = torch.mul(grad, weight).addcmul_(rows, along).mul_(scale).reshape(grad_outputs[0].shape)
-        if ctx.needs_input_grad[1]:
-            grad_weight = torch.mv(product.T, scale[:, 0])
-        return grad_x, grad_weight, None
+        needs_x, needs_weight, _ = ctx.needs_input_grad
+        grad_x = torch.empty_like(rows) if needs_x else None
+        grad_weight = torch.zeros_like(weight) if needs_weight else None
+        for block in _blocks(rows):
+            dy, x, scales = grad[block], rows[block], scale[block]
+            product = dy * x
+            if grad_x is not None:
+                along = torch.mv(product, weight).unsqueeze(1).mul_(scales).mul_(scales).div_(-x.shape[1])
+                torch.mul(dy, weight, out=grad_x[block]).addcmul_(x, along).mul_(scales)
+            if grad_weight is not None:
+                grad_weight.addmv_(product.T, scales[:, 0])
+        return None if grad_x is None else grad_x.view(grad_outputs[0].shape), grad_weight, None
 
 
 class _Rotate(torch.autograd.Function):
@@ -68,27 +80,37 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        rotated = torch.empty_like(x)
-        (x1, x2), (out1, out2) = _halves(x, cos), _halves(rotated, cos)
-        (cos1, cos2), (sin1, sin2) = _halves(cos, cos), _halves(sin, cos)
-        torch.mul(x1, cos1, out=out1).addcmul_(x2, sin1, value=-1)
-        torch.mul(x2, cos2, out=out2).addcmul_(x1, sin2)
-        rotated[..., cos.shape[-1] :] = x[..., cos.shape[-1] :]
-        return rotated
+        return _turned(x, cos, sin, 1.0)
 
     @staticmethod
     @once_differentiable
     # pyrefly: ignore [bad-override]
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
-        grad = grad_outputs[0]
-        back = torch.empty_like(grad)
-        (grad1, grad2), (back1, back2) = _halves(grad, cos), _halves(back, cos)
-        (cos1, cos2), (sin1, sin2) = _halves(cos, cos), _halves(sin, cos)
-        torch.mul(grad1, cos1, out=back1).addcmul_(grad2, sin2)
-        torch.mul(grad2, cos2, out=back2).addcmul_(grad1, sin1, value=-1)
-        back[..., cos.shape[-1] :] = grad[..., cos.shape[-1] :]
-        return back, None, None
+        # The first half's gradient has the second's sine, as the transpose of the matrix has it.
+        return _turned(grad_outputs[0], cos, sin.roll(cos.shape[-1] // 2, -1), -1.0), None, None
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
+    """(x1 cos1 - sign x2 sin1, x2 cos2 + sign x1 sin2), and the rest of a head as it is."""
+    rotated = torch.empty_like(x)
+    size = max(1, BLOCK_NUMBERS // max(1, x[0, :1].numel()))
+    for start in range(0, x.shape[1], size):
+        block = slice(start, start + size)
+        of_block, out = x[:, block], rotated[:, block]
+        (x1, x2), (out1, out2) = _halves(of_block, cos), _halves(out, cos)
+        (cos1, cos2), (sin1, sin2) = _halves(cos[:, block], cos), _halves(sin[:, block], cos)
+        torch.mul(x1, cos1, out=out1).addcmul_(x2, sin1, value=-sign)
+        torch.mul(x2, cos2, out=out2).addcmul_(x1, sin2, value=sign)
+        if cos.shape[-1] < x.shape[-1]:
+            out[..., cos.shape[-1] :] = of_block[..., cos.shape[-1] :]
+    return rotated
+
+
+def _blocks(rows: Tensor) -> Iterator[slice]:  # of [N, D]
+    size = max(1, BLOCK_NUMBERS // max(1, rows.shape[1]))
+    for start in range(0, len(rows), size):
+        yield slice(start, start + size)
 
 
 def _halves(x: Tensor, cos: Tensor) -> tuple[Tensor, Tensor]:

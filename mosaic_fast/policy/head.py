@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mosaic_fast.policy.forest_tensors import ForestTensors
-from mosaic_fast.policy.layout import has_plain_head
+from mosaic_fast.policy.layout import is_plain_linear
 from mosaic_kernels import linear_logprob
 
 MAX_LOGITS = 2**25
@@ -27,7 +27,7 @@ def head_logprobs(
 
     A chunk's logits are computed again in the backward pass, so hooks on the head run twice in training.
     """
-    if has_plain_head(head):
+    if is_plain_linear(head):
         matrix, targets, rows = head.weight, forest.targets, forest.edge_rows
         if return_entropy:
             return linear_logprob(

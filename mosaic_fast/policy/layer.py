@@ -12,7 +12,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from mosaic_fast.policy.attention import TreeForward, forest_attention
 from mosaic_fast.policy.elementwise import rms_norm, rotate
-from mosaic_fast.policy.layout import DecoderLayer, has_known_attention, has_stock_norm
+from mosaic_fast.policy.layout import DecoderLayer, has_known_attention, has_stock_norm, mlp_weights
+from mosaic_fast.policy.mlp import gated_mlp, rows_a_block
 
 Rotate = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 Attend = Callable[..., tuple[Tensor, None]]
@@ -43,7 +44,8 @@ def run_layer(
     else:
         attended = _picked(parts.self_attn(hidden_states=normed, **arguments)[0], rows)
     hidden = _picked(hidden, rows) + attended
-    return hidden + parts.mlp(run_norm(model, parts.post_attention_layernorm, hidden, fewer))
+    normed = run_norm(model, parts.post_attention_layernorm, hidden, fewer)
+    return hidden + _run_mlp(model, parts.mlp, normed, fewer)
 
 
 def run_norm(model: PreTrainedModel, norm: nn.Module, x: Tensor, fewer: bool) -> Tensor:  # both [..., D]
@@ -57,6 +59,14 @@ def run_norm(model: PreTrainedModel, norm: nn.Module, x: Tensor, fewer: bool) ->
     ):
         return rms_norm(x, weight, cast(float, norm.variance_epsilon))
     return norm(x)
+
+
+def _run_mlp(model: PreTrainedModel, mlp: nn.Module, x: Tensor, fewer: bool) -> Tensor:  # both [1, N, D]
+    """Call an MLP; in blocks where it is the family's, in fp32 or fp64, and there is more than one block."""
+    weights = mlp_weights(model, mlp) if fewer else None
+    if weights is None or x.dtype.itemsize < 4 or any(w.dtype != x.dtype for w in weights):
+        return mlp(x)
+    return mlp(x) if rows_a_block(x.shape[1], len(weights[0])) == x.shape[1] else gated_mlp(x, *weights)
 
 
 def _attention(

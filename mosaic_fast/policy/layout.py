@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Protocol, TypeGuard, cast
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.activations import SiLUActivation
 
 from mosaic_fast.policy.support import SUPPORTED_FAMILIES
 
@@ -95,6 +96,32 @@ def has_stock_norm(model: PreTrainedModel, norm: nn.Module) -> bool:
     ) and has_stock_forward(norm)
 
 
+def mlp_weights(model: PreTrainedModel, mlp: nn.Module) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Gate [I, D], up [I, D] and down [D, I] of the family's MLP with SiLU, None if it is anything else.
+
+    Those of gate and up are views where one module holds both (Phi-3), gate first.
+    """
+    parts = dict(mlp.named_children())
+    activation = parts.pop("act_fn", None) or parts.pop("activation_fn", None)
+    if (
+        not _is_class(model, mlp, f"{SUPPORTED_FAMILIES[model.config.model_type]}MLP")
+        or not has_stock_forward(mlp)
+        or not isinstance(activation, nn.SiLU | SiLUActivation)
+        or not has_stock_forward(activation)
+        or not all(is_plain_linear(part) and part.bias is None for part in parts.values())
+    ):
+        return None
+    weights = {name: cast(nn.Linear, part).weight for name, part in parts.items()}
+    match weights:
+        case {"gate_proj": gate, "up_proj": up, "down_proj": down, **others} if not others:
+            return gate, up, down
+        case {"gate_up_proj": both, "down_proj": down, **others} if not others:
+            gate, up = both.chunk(2)
+            return gate, up, down
+        case _:
+            return None
+
+
 def checkpoints_activations(model: PreTrainedModel) -> bool:
     """True if layers run a second time in the backward pass."""
     return any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
@@ -111,9 +138,9 @@ def checkpoints_reentrantly(model: PreTrainedModel) -> bool:
     return any(getattr(f, "keywords", {}).get("use_reentrant", True) for f in functions)
 
 
-def has_plain_head(head: nn.Module) -> TypeGuard[nn.Linear]:
-    """True if the LM head is nothing but a matrix and a bias."""
-    return type(head) is nn.Linear and has_stock_forward(head)
+def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """True if the module is nothing but a matrix and a bias."""
+    return type(module) is nn.Linear and has_stock_forward(module)
 
 
 def _has_hooks(module: nn.Module) -> bool:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 import mosaic_fast.policy.layer as layer_module
 from mosaic_fast.policy import Policy
+import mosaic_fast.policy.elementwise as elementwise_module
 from mosaic_fast.policy.elementwise import rms_norm, rotate
 from tests.policy.policy_helpers import decoder, example_rollouts, tiny_model
 

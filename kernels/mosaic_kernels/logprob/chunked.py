@@ -88,20 +88,26 @@ def _chunks(
     return order, chunks
 
 
+def _rows(chunks: list[_Chunk]) -> int:
+    """Of the largest chunk."""
+    return max((chunk.rows.stop - chunk.rows.start for chunk in chunks), default=0)
+
+
 def _logits(
     hidden: torch.Tensor,  # [C, D]
     weight: torch.Tensor,  # [V, D]
     bias: torch.Tensor | None,  # [V]
     inverse_temperature: float,
     softcap: float | None,
+    spare: torch.Tensor,  # [C or more, V], written to
 ) -> torch.Tensor:  # [C, V]
-    if softcap is not None:
-        capped = (hidden / softcap) @ weight.T
-        capped = capped if bias is None else capped.add_(bias, alpha=1 / softcap)
-        return capped.tanh_().mul_(softcap * inverse_temperature)
+    out = spare[: len(hidden)]
+    scale = inverse_temperature if softcap is None else 1 / softcap
     if bias is None:
-        return (hidden * inverse_temperature) @ weight.T
-    return torch.addmm(bias, hidden, weight.T, beta=inverse_temperature, alpha=inverse_temperature)
+        torch.mm(hidden if scale == 1.0 else hidden * scale, weight.T, out=out)
+    else:
+        torch.addmm(bias, hidden, weight.T, beta=scale, alpha=scale, out=out)
+    return out if softcap is None else out.tanh_().mul_(softcap * inverse_temperature)
 
 
 class _ChunkedLogprob(torch.autograd.Function):
@@ -119,29 +125,35 @@ class _ChunkedLogprob(torch.autograd.Function):
         kept_logits: int,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         num_rows = len(hidden)
+        spare = hidden.new_empty(_rows(chunks), len(weight))
+        other = None  # a second one, once a chunk's probabilities are not kept
         sorted_logprobs = hidden.new_empty(len(order))
         lse = hidden.new_empty(num_rows)
         entropy = hidden.new_empty(num_rows) if return_entropy else None
         kept: list[torch.Tensor] = []
         for chunk in chunks:
-            logits = _logits(hidden[chunk.rows], weight, bias, inverse_temperature, softcap)
+            logits = _logits(hidden[chunk.rows], weight, bias, inverse_temperature, softcap, spare)
             # A softcap's derivative is read off the logits, which are then computed again.
             keep = softcap is None and kept_logits >= logits.numel()
             kept_logits = kept_logits - logits.numel() if keep else 0  # the kept ones are the first chunks
-            probabilities = torch.softmax(logits, dim=1)
-            largest = logits.amax(dim=1, keepdim=True)
-            shifted = logits.sub_(largest)
-            at_target = shifted[chunk.row_in_chunk, chunk.targets]
-            log_sum = probabilities.amax(1).log_().neg_()  # the largest one is 1 / sum
             if keep:
+                probabilities = torch.empty_like(logits)
                 kept.append(probabilities)
+            else:
+                other = torch.empty_like(spare) if other is None else other
+                probabilities = other[: len(logits)]
+            torch.softmax(logits, dim=1, out=probabilities)
+            largest = logits.amax(dim=1)
+            at_target = logits[chunk.row_in_chunk, chunk.targets] - largest[chunk.row_in_chunk]
+            log_sum = probabilities.amax(1).log_().neg_()  # the largest one is 1 / sum
             if entropy is not None:
                 # In shifted logits H = log sum - sum p z keeps its digits when logits are large.
                 # A logit of -inf has probability 0 and adds 0.
+                shifted = logits.sub_(largest[:, None])
                 expected = shifted.clamp_(min=torch.finfo(shifted.dtype).min).mul_(probabilities).sum(1)
                 entropy[chunk.rows] = log_sum - expected
             sorted_logprobs[chunk.edges] = at_target - log_sum[chunk.row_in_chunk]
-            lse[chunk.rows] = log_sum + largest[:, 0]
+            lse[chunk.rows] = log_sum + largest
         logprobs = torch.empty_like(sorted_logprobs)
         logprobs[order] = sorted_logprobs
         ctx.save_for_backward(hidden, weight, bias, lse, entropy, *kept)
@@ -167,22 +179,23 @@ class _ChunkedLogprob(torch.autograd.Function):
         grad_bias = torch.zeros_like(bias) if needs_bias else None
         grad_targets = None if grad_logprobs is None else grad_logprobs[ctx.order]
         alpha, softcap = ctx.inverse_temperature, ctx.softcap
+        spare = hidden.new_empty(_rows(ctx.chunks), len(weight))
         for index, chunk in enumerate(ctx.chunks):
             slope = None
             if index < len(kept):
-                probabilities, spare = kept[index], None  # it may be asked for once more (retain_graph)
+                probabilities = kept[index]  # not written to: it may be asked for again (retain_graph)
             else:
-                logits = _logits(hidden[chunk.rows], weight, bias, alpha, softcap)
+                logits = _logits(hidden[chunk.rows], weight, bias, alpha, softcap, spare)
                 if softcap is not None:
                     slope = 1 - (logits / (softcap * alpha)).square()
-                probabilities = spare = logits.sub_(lse[chunk.rows, None]).exp_()
+                probabilities = logits.sub_(lse[chunk.rows, None]).exp_()
             grad_logits = _grad_logits(
                 probabilities,
                 None if entropy is None else entropy[chunk.rows],
                 None if grad_entropy is None else grad_entropy[chunk.rows],
                 None if grad_targets is None else grad_targets[chunk.edges],
                 chunk,
-                spare,
+                spare[: len(probabilities)],
             )
             if slope is not None:
                 grad_logits = grad_logits.mul_(slope)
@@ -202,7 +215,7 @@ def _grad_logits(
     grad_entropy: torch.Tensor | None,  # [C]
     grad_targets: torch.Tensor | None,  # [edges]
     chunk: _Chunk,
-    out: torch.Tensor | None,  # [C, V] where the result may go; None: into memory of its own
+    out: torch.Tensor,  # [C, V], where the result may go
 ) -> torch.Tensor:  # [C, V]
     of_row = probabilities.new_zeros(len(probabilities))  # the sum of each row's target gradients
     if grad_targets is not None:

@@ -19,7 +19,7 @@ BLOCK_NUMBERS = 2**16  # numbers of a tensor that are worked on at a time, 256 K
 
 
 def rms_norm(
-    x: Tensor,  # [..., D] fp32 or fp64
+    x: Tensor,  # [..., D] or, of heads, [1, U, H, D]; fp32 or fp64
     weight: Tensor,  # [D]
     eps: float,
 ) -> Tensor:  # [..., D]
@@ -44,12 +44,13 @@ class _RmsNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        out, scale = torch.empty_like(rows), rows.new_empty(len(rows), 1)
+        rows = _rows_of_heads(x)
+        out = torch.empty_like(rows, memory_format=torch.contiguous_format)
+        scale = rows.new_empty(*rows.shape[:2], 1)
         for block in _blocks(rows):
             x_block, scales = rows[block], scale[block]
-            torch.linalg.vector_norm(x_block, dim=1, keepdim=True, out=scales)
-            scales.square_().div_(rows.shape[1]).add_(eps).rsqrt_()
+            torch.linalg.vector_norm(x_block, dim=2, keepdim=True, out=scales)
+            scales.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
             torch.mul(x_block, scales, out=out[block]).mul_(weight)
         ctx.save_for_backward(rows, weight, scale)
         return out.view(x.shape)
@@ -59,18 +60,18 @@ class _RmsNorm(torch.autograd.Function):
     # pyrefly: ignore [bad-override]
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
         rows, weight, scale = ctx.saved_tensors
-        grad = grad_outputs[0].reshape(rows.shape)
+        grad = _rows_of_heads(grad_outputs[0])
         needs_x, needs_weight, _ = ctx.needs_input_grad
-        grad_x = torch.empty_like(rows) if needs_x else None
+        grad_x = grad.new_empty(grad.shape) if needs_x else None
         grad_weight = torch.zeros_like(weight) if needs_weight else None
         for block in _blocks(rows):
             dy, x, scales = grad[block], rows[block], scale[block]
-            product = dy * x
+            product = (dy * x).reshape(-1, x.shape[2])
             if grad_x is not None:
-                along = torch.mv(product, weight).unsqueeze(1).mul_(scales).mul_(scales).div_(-x.shape[1])
-                torch.mul(dy, weight, out=grad_x[block]).addcmul_(x, along).mul_(scales)
+                along = torch.mv(product, weight).view(scales.shape).mul_(scales).mul_(scales)
+                torch.mul(dy, weight, out=grad_x[block]).addcmul_(x, along.div_(-x.shape[2])).mul_(scales)
             if grad_weight is not None:
-                grad_weight.addmv_(product.T, scales[:, 0])
+                grad_weight.addmv_(product.T, scales.view(-1))
         return None if grad_x is None else grad_x.view(grad_outputs[0].shape), grad_weight, None
 
 
@@ -107,8 +108,13 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
     return rotated
 
 
-def _blocks(rows: Tensor) -> Iterator[slice]:  # of [N, D]
-    size = max(1, BLOCK_NUMBERS // max(1, rows.shape[1]))
+def _rows_of_heads(x: Tensor) -> Tensor:
+    """[1, U, H, D] -> [U, H, D], of any strides without a copy; [..., D] -> [N, 1, D]."""
+    return x.reshape(-1, *x.shape[-2:]) if x.ndim == 4 else x.reshape(-1, 1, x.shape[-1])
+
+
+def _blocks(rows: Tensor) -> Iterator[slice]:  # of [N, H, D]
+    size = max(1, BLOCK_NUMBERS // max(1, rows[:1].numel()))
     for start in range(0, len(rows), size):
         yield slice(start, start + size)
 

@@ -14,6 +14,7 @@ from mosaic_fast.policy.attention import TreeForward, forest_attention
 from mosaic_fast.policy.elementwise import rms_norm, rotate
 from mosaic_fast.policy.layout import DecoderLayer, has_known_attention, has_stock_norm, mlp_weights
 from mosaic_fast.policy.mlp import gated_mlp, rows_a_block
+from mosaic_fast.policy.projections import can_be_joined, joined
 
 Rotate = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 Attend = Callable[..., tuple[Tensor, None]]
@@ -113,8 +114,14 @@ def _projections(
         split = parts["qkv_proj"](hidden).split([count * head_dim for count in heads], dim=-1)
         query, key, value = _picked(split[0], rows), split[1], split[2]
     else:
-        query = parts["q_proj"](_picked(hidden, rows))
-        key, value = parts["k_proj"](hidden), parts["v_proj"](hidden)
+        modules = [parts[name] for name in ("q_proj", "k_proj", "v_proj")]
+        if rows is None and fewer and can_be_joined(hidden, modules):
+            query, key, value = joined(hidden, cast(list[nn.Linear], modules))
+            if "q_norm" not in parts:
+                value = value.clone()  # as a view it would keep queries and keys, which nothing else does
+        else:
+            query = modules[0](_picked(hidden, rows))
+            key, value = modules[1](hidden), modules[2](hidden)
     query, key, value = (x.unflatten(-1, (-1, head_dim)) for x in (query, key, value))
     if "q_norm" in parts:
         query, key = (

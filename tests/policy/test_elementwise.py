@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+import mosaic_fast.policy.elementwise as elementwise_module
 import mosaic_fast.policy.layer as layer_module
 from mosaic_fast.policy import Policy
-import mosaic_fast.policy.elementwise as elementwise_module
 from mosaic_fast.policy.elementwise import rms_norm, rotate
 from tests.policy.policy_helpers import decoder, example_rollouts, tiny_model
 
@@ -30,7 +30,14 @@ def assert_same(got: Tensor, expected: Tensor, leaves: list[Tensor]) -> None:
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("shape", [(1, 5, 7), (1, 4, 3, 6), (1, 1, 1), (1, 0, 4)])
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two or three rows at a time, the last time fewer."""
+    monkeypatch.setattr(elementwise_module, "BLOCK_NUMBERS", 20)
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("shape", [(1, 5, 7), (5, 7), (1, 4, 3, 6), (1, 7, 2, 5), (1, 1, 1), (1, 0, 4)])
 @pytest.mark.parametrize("frozen", ["", "x", "weight"])
 def test_rms_norm(shape: tuple[int, ...], frozen: str) -> None:
     x, weight = (
@@ -42,6 +49,24 @@ def test_rms_norm(shape: tuple[int, ...], frozen: str) -> None:
     assert_same(rms_norm(x, weight, 1e-3), expected, leaves)
 
 
+def test_heads_beside_others_are_not_copied() -> None:
+    """The heads of queries are a part of each row of a joined projection; the norm keeps that view."""
+    row = drawn(1, 6, 20).requires_grad_()
+    heads, weight = row[..., 2:14].unflatten(-1, (3, 4)), drawn(4).requires_grad_()
+    expected = weight * heads * torch.rsqrt(heads.pow(2).mean(-1, keepdim=True) + 1e-3)
+    kept: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        got = rms_norm(heads, weight, 1e-3)
+    assert any(one.data_ptr() == heads.data_ptr() and one.shape == (6, 3, 4) for one in kept)
+    assert_same(got, expected, [row, weight])
+
+
+@pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("rotated", [2, 6, 8])
 def test_rotate(rotated: int) -> None:
     """A part of each head, or all of it; cosines of both halves may differ."""

@@ -28,6 +28,10 @@ class Place:
         generator = torch.Generator(self.device).manual_seed(seed)
         return torch.randn(*shape, generator=generator, device=self.device).to(self.dtype)
 
+    def randint(self, below: int, count: int, *, seed: int) -> Tensor:  # [count] int64
+        generator = torch.Generator(self.device).manual_seed(seed)
+        return torch.randint(below, (count,), generator=generator, device=self.device)
+
     def tensor(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self.device)
 

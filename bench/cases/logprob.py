@@ -55,8 +55,7 @@ def inputs(name: str, place: Place) -> tuple[Tensor, Tensor, Tensor]:
     rows, size, vocabulary = shape_of(name, place)
     hidden = place.randn(rows, size, seed=0)
     weight = place.randn(vocabulary, size, seed=1).div_(size**0.5)
-    random = torch.Generator(place.device).manual_seed(2)
-    return hidden, weight, torch.randint(vocabulary, (rows,), generator=random, device=place.device)
+    return hidden, weight, place.randint(vocabulary, rows, seed=2)
 
 
 def full(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,8 +5,8 @@
     bf16  the project's criterion (docs/kernels.md, "Proof"): the error in the 2-norm is at most 2 times
           (gradients 3 times) that of the flat batch in bf16, plus 8e-3, both against the exact result. So the
           limit is what plain PyTorch loses in this precision on these very inputs; that the flat batch itself
-          is right shows in an error below 0.1. Exact is fp64, of gradients of whole models the same weights in
-          fp32
+          is right shows in an error below 0.1. Exact is fp64, of gradients of whole models fp32 with the same
+          weights
 
 A contender of the project that is off ends the run. A package of others that fails or is off here, or
 whatever has no room, is listed with the reason and is not timed.

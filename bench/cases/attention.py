@@ -39,7 +39,9 @@ from mosaic_kernels import PackedForest, pack_forest, tree_attention
 
 FORMULA = "ideal = sum of rollouts' n (n + 1) / 2 / sum of nodes' depth"
 
-HEADS, REAL_HEADS = (6, 2, 64), (32, 8, 128)  # of queries, of keys, their size
+# Heads of queries, of keys, and their size.
+HEADS: tuple[int, int, int] = (6, 2, 64)
+REAL_HEADS: tuple[int, int, int] = (32, 8, 128)
 SHAPES = {
     "attention": (1_500, 6, 250, True),
     "attention:many_short": (300, 64, 30, False),

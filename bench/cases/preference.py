@@ -64,7 +64,9 @@ REAL_SHAPES = {
     "preference:step": (1_536, 4, 512),
     "preference:step-large": (1_536, 4, 512),
 }
-HEAD, REAL_HEAD = (384, 8_192), (2_048, 151_936)  # hidden size and vocabulary of `preference`
+# Hidden size and vocabulary of `preference`.
+HEAD: tuple[int, int] = (384, 8_192)
+REAL_HEAD: tuple[int, int] = (2_048, 151_936)
 VARIANTS = tuple(SHAPES)
 ON_CPU = False
 DEFAULT, QUICK = ("preference", "preference:step"), ("preference",)

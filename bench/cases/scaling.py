@@ -49,7 +49,7 @@ SECONDS = {one: 28 if ":sharing-" in one else 60 if ":short-" in one else 6 for 
 
 ON_CPU = False
 
-_ROLLOUTS = 32  # of the axes of sharing
+_ROLLOUTS: int = 32  # of the axes of sharing
 LENGTHS, REAL_LENGTHS = {"sharing": 256, "short": 96}, {"sharing": 512, "short": 128}
 
 

@@ -14,7 +14,7 @@ SGLANG_STAMP := .venv-sglang/.installed-$(SGLANG)
 SGLANG_CPU := rollout/mosaic_rollout/engine/sglang/server_side/requirements-cpu.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help venv train test sglang test-sglang soak fuzz test-interpreter test-ttsem mutants lint types bench bench-peers bench-chart verify warmstart evaluate train-agentdojo test-agentdojo test-report clean bfcl asb agent-safetybench agentharm test-bfcl test-asb test-agent-safetybench test-agentharm test-verifiers
+.PHONY: help venv train test sglang test-sglang soak fuzz test-interpreter test-ttsem mutants lint types bench bench-peers bench-peers-cuda bench-chart verify warmstart evaluate train-agentdojo test-agentdojo test-report clean bfcl asb agent-safetybench agentharm test-bfcl test-asb test-agent-safetybench test-agentharm test-verifiers
 
 help:  ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -76,7 +76,19 @@ bench: $(STAMP)  ## side by side with other ways and trainers, on this machine
 	.venv-peers/bin/pip --disable-pip-version-check install -q trl==1.16.0
 	touch $@
 
-bench-peers: .venv-peers/.installed  ## TRL 1.16.0 in .venv-peers, which `make bench` then measures too
+# flash-pref works with transformers below 4.52 only; torch is .venv's.
+.venv-flash-pref/.installed: $(STAMP)
+	test -x .venv-flash-pref/bin/python || $(PYTHON) -m venv .venv-flash-pref
+	.venv-flash-pref/bin/python -c 'import pathlib, site, sys; pathlib.Path(site.getsitepackages()[0], "main.pth").write_text(sys.argv[1])' "$$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])')"
+	.venv-flash-pref/bin/pip --disable-pip-version-check install -q flash-pref==0.1.1 transformers==4.51.3
+	touch $@
+
+bench-peers: .venv-peers/.installed .venv-flash-pref/.installed  ## TRL 1.16.0, flash-pref 0.1.1: what `make bench` then measures too
+
+# flash-attn last: it is compiled for many minutes and wants nvcc; without it the others are there.
+bench-peers-cuda: .venv-flash-pref/.installed  ## Liger, cut-cross-entropy, flash-pref and flash-attn, for `make bench` on CUDA
+	$(PIP) install -q --no-deps liger-kernel==0.8.5 cut-cross-entropy==25.1.1
+	$(PIP) install -q --no-build-isolation flash-attn==2.8.3.post2
 
 bench-chart: $(STAMP) .venv-peers/.installed  ## docs/images/step-sharing.png, anew
 	mkdir -p bench/results
@@ -176,4 +188,4 @@ evaluate: $(STAMP)  ## rates of a model or run folder on held-out tasks: make ev
 	$(BIN)/python -m mosaic_fast.evaluate $(ARGS)
 
 clean:  ## remove the environments and caches, never a run
-	rm -rf .venv .venv-sglang .venv-verifiers .venv-peers .hypothesis .ruff_cache
+	rm -rf .venv .venv-sglang .venv-verifiers .venv-peers .venv-flash-pref .hypothesis .ruff_cache

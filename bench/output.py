@@ -51,30 +51,36 @@ class Report:
         return f"{machine_line(machine())}; {precisions['cuda']} on the GPU; {on_cpu}"
 
 
-_OF_CUDA = ("flex", "flash", "liger", "cce", "flash_pref")
+_OF_CUDA = ("flex", "flash", "liger", "cce")
 
 
 def not_run(
-    trl: bool, sglang: bool, *, quick: bool, results: Mapping[str, Result], cuda: bool = False
+    installed: Mapping[str, bool],  # trl, flash_pref, sglang
+    *,
+    quick: bool,
+    results: Mapping[str, Result],
+    cuda: bool = False,
 ) -> dict[str, str]:
     """Peers that no case of this run measures, with the reason."""
     found: dict[str, str] = {}
     for result in results.values():
         found |= {OTHERS.get(one, one): why for one, why in result.not_run.items()}
-    measured = {OTHERS[one] for result in results.values() for one in result.contenders if one in OTHERS}
-    other = "no case of this run measures it" if cuda else "its kernels need a CUDA device"
     for one in _OF_CUDA:
-        found.setdefault(OTHERS[one], other)
+        found.setdefault(
+            OTHERS[one], "no case of this run measures it" if cuda else "its kernels need a CUDA device"
+        )
     if not cuda:
         found["FlexAttention"] = "its CPU version has no backward pass; on CUDA it is a backend of ours"
+    for one in ("trl", "flash_pref"):
+        if not installed[one]:
+            found[OTHERS[one]] = "not installed: make bench-peers"
+        elif quick:
+            found[OTHERS[one]] = "left out by --quick"
     if cuda:
-        found.setdefault("TRL", "measured on CPUs: beside ours its copy of the model has no room on one GPU")
-    elif not trl:
-        found["TRL"] = "not installed: make bench-peers"
-    elif quick:
-        found["TRL"] = "left out by --quick"
-    if not sglang:
+        found["TRL"] = "measured on CPUs: beside ours its copy of the model has no room on one GPU"
+    if not installed["sglang"]:
         found["SGLang"] = "not installed: make sglang"
+    measured = {OTHERS[one] for result in results.values() for one in result.contenders if one in OTHERS}
     return {name: why for name, why in found.items() if name not in measured}
 
 

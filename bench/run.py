@@ -19,6 +19,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Annotated
 
+import flash_pref_peer
 import torch
 import trl_peer
 import tyro
@@ -59,8 +60,8 @@ class _Arguments:
     json: str | None = None
     """Write the results to this file, a Markdown table and charts beside it."""
     profile: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Instead of timing: where one training step's time goes, of the named variants of step (by default
-    step). A Chrome trace goes to bench/results, or beside --json."""
+    """Instead of timing: where one training step's time goes on the CPU, of the named variants of step (by
+    default step). A Chrome trace goes to bench/results, or beside --json."""
 
 
 def main() -> int:
@@ -109,9 +110,12 @@ def _measure(wanted: list[str], arguments: _Arguments, place: Place, console: Co
         console.print(f"about {math.ceil(expected / 60)} minutes on two idle cores of an AMD EPYC", **plain)
 
     def report_of(results: Mapping[str, Result]) -> Report:
-        missing = not_run(
-            trl_peer.installed(), sglang_installed(), quick=arguments.quick, results=results, cuda=place.real
-        )
+        installed = {
+            "trl": trl_peer.installed(),
+            "flash_pref": flash_pref_peer.installed(),
+            "sglang": sglang_installed(),
+        }
+        missing = not_run(installed, quick=arguments.quick, results=results, cuda=place.real)
         return Report(results, {name: formula_of(name) for name in results}, rooflines, missing | no_room)
 
     def keep(results: Mapping[str, Result]) -> None:

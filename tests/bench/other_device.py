@@ -1,4 +1,4 @@
-"""The cases for CUDA, in tiny, on a device that is not the CPU. test_device.py runs it, in a process of its own.
+"""The cases for CUDA, in tiny, on a device that is not the CPU; test_device.py runs it in its own process.
 
 Tensors of the device `elsewhere` hold a tensor on the CPU that computes their values. As on CUDA, an operator
 on one of them and one of the CPU's (other than a single number, or a copy between both) is an error, so what
@@ -7,7 +7,9 @@ a case forgets to move shows here.
 
 from __future__ import annotations
 
+import os
 import sys
+import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,4 +161,13 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    status = 1
+    try:
+        main()
+        status = 0
+    except Exception:  # noqa: BLE001  (printed, and the status says so)
+        traceback.print_exc()
+    # Autograd has a thread for this device, and aborts the process when that meets an interpreter that ends.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

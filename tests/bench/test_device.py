@@ -157,7 +157,8 @@ def test_what_cuda_lists() -> None:
     """A package is listed unless a case timed it: with the case's reason, or because no case was to."""
     timing = {"flex": None, "ours": None}
     measured = SimpleNamespace(contenders=timing, not_run={"liger": "liger-kernel is not installed"})
-    found = not_run(False, True, quick=False, results={"attention": measured}, cuda=True)  # pyrefly: ignore
+    installed = {"trl": True, "flash_pref": False, "sglang": True}
+    found = not_run(installed, quick=False, results={"attention": measured}, cuda=True)  # pyrefly: ignore
     assert found["Liger"] == "liger-kernel is not installed"
     assert found["cut-cross-entropy"] == "no case of this run measures it"
     assert "FlexAttention" not in found

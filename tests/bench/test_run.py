@@ -261,9 +261,13 @@ def test_the_roofline_is_of_the_given_threads() -> None:
 
 
 def test_peers_that_are_missing_are_named() -> None:
-    assert not_run(False, True, quick=False, results={})["TRL"] == "not installed: make bench-peers"
-    assert "TRL" not in not_run(True, True, quick=False, results={})
-    assert not_run(True, False, quick=False, results={})["SGLang"] == "not installed: make sglang"
+    nothing = dict.fromkeys(("trl", "flash_pref", "sglang"), False)
+    everything = dict.fromkeys(nothing, True)
+    found = not_run(nothing, quick=False, results={})
+    assert found["TRL"] == found["flash-pref"] == "not installed: make bench-peers"
+    assert found["SGLang"] == "not installed: make sglang"
+    assert not not_run(everything, quick=False, results={}).keys() & {"TRL", "flash-pref", "SGLang"}
+    assert not_run(everything, quick=True, results={})["flash-pref"] == "left out by --quick"
 
 
 def test_a_profile_tells_python_from_operators(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

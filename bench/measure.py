@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from device import CPU, Place
 
 FEWEST = 2  # timed rounds, however long they take
+SHORT = 0.25  # who takes at most this share of the longest one's time has a turn after each that takes longer
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,8 @@ def compare(
 
     repeats: how many timed rounds; fewer, but FEWEST, where they have taken `budget_s` seconds.
     warm: False without the untimed round, where check() has just run the same.
+    From the second round on SHORT ones have several turns a round, spread over it: one short turn would see a
+    moment of a machine whose speed drifts, and a long one its average.
     place: the device, which is waited for after each call, and whose memory is looked at.
     A contender that returns seconds (a float) has timed itself, in a process of its own; those count then.
     Every contender's median is added to `extra` as <name>_median_s, and, where named in `peaks`, the memory
@@ -66,13 +69,13 @@ def compare(
         elif warm:
             work()
     times: dict[str, list[float]] = {name: [] for name in contenders}
-    turns = list(contenders.items())
+    turns = list(contenders)
     began, rounds = time.perf_counter(), 0
     while rounds < repeats and (rounds < FEWEST or time.perf_counter() - began < budget_s):
         rounds += 1
-        for name, work in turns:
+        for name in _with_short_ones(turns, times):
             start = time.perf_counter()
-            own = work()
+            own = contenders[name]()
             times[name].append(own if isinstance(own, float) else time.perf_counter() - start)
         turns.append(turns.pop(0))  # nobody always follows the same one
     timings = {}
@@ -95,3 +98,12 @@ def compare(
         not_run=dict(not_run or {}),
         device=place.device.type,
     )
+
+
+def _with_short_ones(turns: Sequence[str], times: Mapping[str, Sequence[float]]) -> list[str]:
+    """A round's turns: short contenders after each of the others; all once where nothing is timed yet."""
+    if not all(times.values()):
+        return list(turns)
+    shortest = {name: min(times[name]) for name in turns}
+    short = [name for name in turns if shortest[name] <= SHORT * max(shortest.values())]
+    return [one for name in turns if name not in short for one in (name, *short)]

@@ -34,18 +34,22 @@ def gated_mlp(
 ) -> Tensor:  # [..., D]
     """(silu(x gate^T) * (x up^T)) down^T, SwiGLU (Shazeer, arXiv 2002.05202)."""
     rows = x.reshape(-1, x.shape[-1])
-    return _GatedMlp.apply(rows, gate, up, down, rows_a_block(len(rows), len(gate))).view(x.shape)
+    size, keep = rows_a_block(len(rows), len(gate)), torch.is_grad_enabled()
+    return _GatedMlp.apply(rows, gate, up, down, size, keep).view(x.shape)
 
 
 class _GatedMlp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gate: Tensor, up: Tensor, down: Tensor, size: int) -> Tensor:
-        gated, upped = x.new_empty(len(x), len(gate)), x.new_empty(len(x), len(gate))
+    def forward(ctx: Any, x: Tensor, gate: Tensor, up: Tensor, down: Tensor, size: int, keep: bool) -> Tensor:
+        """keep: for a backward pass; else a block's activations are written over by the next one's."""
+        gated, upped = (x.new_empty(len(x) if keep else size, len(gate)) for _ in range(2))
         out, spare = torch.empty_like(x), x.new_empty(size, len(gate))
         for block in _blocks(len(x), size):
-            torch.mm(x[block], gate.T, out=gated[block])
-            torch.mm(x[block], up.T, out=upped[block])
-            torch.mm(_activation(gated[block], upped[block], spare), down.T, out=out[block])
+            place = block if keep else slice(0, block.stop - block.start)
+            g, u, activation = gated[place], upped[place], spare[: block.stop - block.start]
+            torch.mm(x[block], gate.T, out=g)
+            torch.mm(x[block], up.T, out=u)
+            torch.mm(torch.ops.aten.silu.out(g, out=activation).mul_(u), down.T, out=out[block])
         ctx.save_for_backward(x, gate, up, down, gated, upped)
         ctx.size = size
         return out
@@ -83,12 +87,7 @@ class _GatedMlp(torch.autograd.Function):
             for one in (grad_gate, grad_up, grad_down):
                 if one is not None:
                     one.zero_()
-        return grad_x, grad_gate, grad_up, grad_down, None
-
-
-def _activation(gated: Tensor, upped: Tensor, spare: Tensor) -> Tensor:  # all [rows, I]
-    out = spare[: len(gated)]
-    return torch.ops.aten.silu.out(gated, out=out).mul_(upped)
+        return grad_x, grad_gate, grad_up, grad_down, None, None
 
 
 def _blocks(rows: int, size: int) -> Iterator[slice]:

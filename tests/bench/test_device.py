@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,11 +13,13 @@ import contenders
 import pytest
 import run
 import torch
+import torch.nn.functional as F
 from agreement import Expected, missing_of
 from cases import attention, logprob, preference, scaling, step
 from device import CPU, Place, place_of
 from measure import Result
 from output import not_run
+from torch import Tensor
 from workloads import Shape, groups_drawn, real_qwen3
 
 HERE = Place(torch.device("cpu"), torch.bfloat16, real=True)
@@ -75,6 +78,41 @@ def test_a_case_in_bf16(name: str) -> None:
         assert "is not installed: make bench-peers-cuda" in missing.get(
             one, "is not installed: make bench-peers-cuda"
         )
+
+
+def _varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    longest_q: int,
+    longest_k: int,
+    **more: object,
+) -> Tensor:
+    """What PyTorch documents of varlen_attn, a sequence at a time: causal, aligned at the end."""
+    assert more["window_size"] == (-1, 0)
+    assert more["enable_gqa"]
+    outs = []
+    for (a, b), (c, d) in zip(pairwise(cu_q.tolist()), pairwise(cu_k.tolist()), strict=True):
+        assert b - a <= longest_q
+        assert d - c <= longest_k
+        mask = torch.ones(b - a, d - c, dtype=torch.bool).tril_((d - c) - (b - a))
+        heads_first = (x.transpose(0, 1)[None] for x in (q[a:b], k[c:d], v[c:d]))
+        out = F.scaled_dot_product_attention(
+            *heads_first, attn_mask=mask, scale=more["scale"], enable_gqa=True
+        )  # pyrefly: ignore
+        outs.append(out[0].transpose(0, 1))
+    return torch.cat(outs)
+
+
+@pytest.mark.parametrize("name", ["attention", "scaling:sharing-60"])
+def test_varlen_attention_is_called_right(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """In the case of the op and inside the model, where it has the same gradients as the rest."""
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", _varlen)
+    missing = CASES[name].check(name, False, HERE)
+    assert "varlen" not in missing
+    assert "varlen" in CASES[name].run(name, False, HERE, missing).contenders
 
 
 def test_the_criterion_of_bf16() -> None:

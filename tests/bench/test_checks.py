@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import contenders
+import dojo_rollouts
 import numpy as np
 import pytest
 import torch
@@ -16,7 +17,7 @@ from device import CPU, Place
 from torch import Tensor
 from workloads import Workload, agent, drawn, qwen3
 
-from mosaic_kernels import PackedForest
+from mosaic_kernels import PackedForest, pack_forest
 
 Broken = Callable[..., object]
 
@@ -162,3 +163,15 @@ def test_what_is_shared_in_the_workloads() -> None:
     assert all(1950 <= len(s) <= 2400 for s in turns.sequences)
     assert not any(mask[:1700].any() for mask in turns.trained)
     assert all(np.diff(mask[1700:].astype(int)).any() for mask in turns.trained)
+
+
+def test_renumbering_keeps_what_is_shared() -> None:
+    random = np.random.default_rng(0)
+    sequences = [9000 * random.integers(0, 5, length) for length in random.integers(1, 12, 20)]
+    found, distinct = dojo_rollouts.renumbered(sequences)
+    before, after = np.concatenate(sequences), np.concatenate(found)
+    assert distinct == 5
+    assert list(dict.fromkeys(after.tolist())) == [0, 1, 2, 3, 4]  # by first appearance
+    assert np.array_equal(before[:, None] == before, after[:, None] == after)
+    assert [len(one) for one in found] == [len(one) for one in sequences]
+    assert pack_forest(found).num_nodes == pack_forest(sequences).num_nodes

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import charts
+import dojo_rollouts
 import measure
 import pytest
 import run
@@ -37,6 +38,8 @@ def test_names() -> None:
     assert len(run.variants_of("scaling:sharing", quick=False)) == 7
     for nothing in ("steps", "step:agents", "scaling:shar", ""):
         assert run.variants_of(nothing, quick=False) == []
+    assert run.variants_of("step:agentdojo", quick=False) == ["step:agentdojo"]
+    assert not any("agentdojo" in name for name in run.variants_of("step", quick=False))
     for name in run.CASES:
         case = run.load_case(name)
         assert set(run.variants_of(name, quick=False)) <= set(case.VARIANTS)
@@ -109,6 +112,29 @@ def test_what_was_measured_before_the_end_is_written(
         with pytest.raises(MemoryError):
             run.main()
     assert set(json.loads(file.read_text())["cases"]) == {"logprob"}
+
+
+def test_what_is_not_installed_is_listed_with_the_command_that_installs_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """A variant that cannot run is no traceback, and the others are measured all the same."""
+    monkeypatch.setattr(dojo_rollouts, "KEPT", tmp_path)
+    monkeypatch.setattr(dojo_rollouts, "MODEL", dojo_rollouts.ROOT / "models" / "none")
+    monkeypatch.setitem(logprob.SHAPES, "logprob", (40, 8, 50))
+    monkeypatch.setattr(logprob, "QUICK", ("logprob",))
+    file = tmp_path / "found.json"
+    options = ["--quick", "--json", str(file)]
+    monkeypatch.setattr(sys, "argv", ["run.py", "step:agentdojo", "logprob", *options])
+    assert run.main() == 0
+    assert "step:agentdojo: not run: " in capsys.readouterr().out
+    found = json.loads(file.read_text())
+    assert set(found["cases"]) == {"logprob"}
+    assert "make bench-agentdojo" in found["not_run"]["step:agentdojo"]
+    monkeypatch.setattr(sys, "argv", ["run.py", "step:agentdojo", *options])
+    assert run.main() == 1
+    monkeypatch.setattr(sys, "argv", ["run.py", "step:agentdojo", "--profile", *options])
+    assert run.main() == 1
+    assert "make bench-agentdojo" in capsys.readouterr().err
 
 
 def test_a_run_writes_json_markdown_and_charts(

@@ -60,17 +60,15 @@ def main(probes: Sequence[Probe] = PROBES) -> int:
     found = fit(work, times.seconds)
     console.print("", probe_table(probes, times, found), "", coefficient_table(found), sep="\n")
     console.print(
-        "\nforest: rollouts x (shared + own tokens). fit: how far the prediction is off"
-        "\nforecast: the same, by coefficients fitted to all other probes. +-: standard error\n"
+        "forest: rollouts x (shared + own tokens), how many of each are trained\n"
+        "spread: of the rounds. fit: how far the prediction is off\n"
+        "forecast: the same, by coefficients fitted to all other probes. +-: standard error\n"
     )
     console.print(
         f"the machine's pace: rounds took up to {times.pace.max():.2f} times as long as the fastest",
         highlight=False,
     )
-    about = f"{platform.processor() or platform.machine()}, {arguments.threads} threads"
-    if device.type == "cuda":
-        about = torch.cuda.get_device_name()
-    about += f", {arguments.dtype}, PyTorch {torch.__version__}; {summary(found)}"
+    about = f"{_machine(device)}, {arguments.dtype}, PyTorch {torch.__version__}; {summary(found)}"
     try:
         save_cost_model(found.cost, out, about)
     except OSError as error:
@@ -101,6 +99,14 @@ def _runs(
         runs.append(run)
         work.append(units)
     return runs, np.array(work)
+
+
+def _machine(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name()
+    threads = torch.get_num_threads()
+    kind = f"{platform.processor() or platform.machine()} with {torch.backends.cpu.get_cpu_capability()}"
+    return f"{kind}, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def _device(name: str) -> torch.device:

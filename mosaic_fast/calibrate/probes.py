@@ -31,7 +31,7 @@ class Probe:
     plan: str
 
     def __str__(self) -> str:
-        return f"{self.rollouts} x ({self.shared} + {self.own}), {self.trained} trained"
+        return f"{self.rollouts} x ({self.shared} + {self.own}), {self.trained}"
 
 
 def _config(hidden: int, inner: int, layers: int, heads: int, key_heads: int, vocabulary: int) -> Qwen3Config:

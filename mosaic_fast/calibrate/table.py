@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 
 import numpy as np
+from rich.box import MARKDOWN
 from rich.table import Table
 
 from mosaic_fast.calibrate.fit import Fit, as_array
@@ -21,7 +22,7 @@ SPREAD = 0.10  # of a probe's rounds beside the machine's pace
 
 def probe_table(probes: Sequence[Probe], times: Times, fit: Fit) -> Table:
     """How far predictions are off: `fit` by the coefficients, `forecast` by ones fitted to the others."""
-    table = Table(box=None, pad_edge=False)
+    table = Table(box=MARKDOWN)
     for head in ("model", "forest", "plan", "ms", "spread", "fit", "forecast"):
         table.add_column(head, justify="right")
     for index, probe in enumerate(probes):
@@ -39,7 +40,7 @@ def probe_table(probes: Sequence[Probe], times: Times, fit: Fit) -> Table:
 
 def coefficient_table(fit: Fit) -> Table:
     """+-: the standard error, from what the fit leaves unexplained."""
-    table = Table(box=None, pad_edge=False)
+    table = Table(box=MARKDOWN)
     for head in ("work", "seconds a unit", "+-"):
         table.add_column(head, justify="right")
     for name, value, error in zip(NAMES, as_array(fit.cost), fit.error, strict=True):

@@ -62,7 +62,8 @@ def main(probes: Sequence[Probe] = PROBES) -> int:
     console.print(
         "forest: rollouts x (shared + own tokens), how many of each are trained\n"
         "spread: of the rounds. fit: how far the prediction is off\n"
-        "forecast: the same, by coefficients fitted to all other probes. +-: standard error\n"
+        "forecast: the same, by coefficients fitted to all other probes\n"
+        "+-: standard error of a coefficient\n"
     )
     console.print(
         f"the machine's pace: rounds took up to {times.pace.max():.2f} times as long as the fastest",

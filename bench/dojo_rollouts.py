@@ -9,7 +9,7 @@ from the prompt, 4 to 7 fork from them after the plan of a turn (`rollout.branch
 
 Of an injected task rollout 0 solves the user's task, 1 does so with checks from its second turn on, 2 obeys
 the attack afterwards, 3 refuses once it has read it; from where they fork, 4 and 7 go on as 1 does, 5 and 6
-as 0. Of a benign task 2 and 3 solve it.
+as 0. 6 forks from 2 when that has obeyed, in its last turn. Of a benign task 2 and 3 solve it.
 
 The step's model has a vocabulary of its own: token ids are renumbered by their first appearance, which keeps
 exactly what is shared. What was played is kept in bench/results, which git ignores.

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-BLOCK_NUMBERS = 2**16  # numbers of a tensor that are worked on at a time, 256 KiB in fp32
+BLOCK_NUMBERS = 2**18  # numbers of a tensor that are worked on at a time, 1 MiB in fp32
 
 
 def rms_norm(
@@ -93,18 +93,26 @@ class _Rotate(torch.autograd.Function):
 
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
-    """(x1 cos1 - sign x2 sin1, x2 cos2 + sign x1 sin2), and the rest of a head as it is."""
-    rotated = torch.empty_like(x)
+    """(x1 cos1 - sign x2 sin1, x2 cos2 + sign x1 sin2), and the rest of a head as it is.
+
+    The halves are swapped first: two products of whole heads take less than four of halves.
+    """
+    rotated = x.new_empty(x.shape)
+    width, half = cos.shape[-1], cos.shape[-1] // 2
+    signed = torch.cat([sin[..., :half] * -sign, sin[..., half:] * sign], dim=-1)
     size = max(1, BLOCK_NUMBERS // max(1, x[0, :1].numel()))
+    swapped = x.new_empty(1, min(size, x.shape[1]), x.shape[2], width)
     for start in range(0, x.shape[1], size):
         block = slice(start, start + size)
         of_block, out = x[:, block], rotated[:, block]
-        (x1, x2), (out1, out2) = _halves(of_block, cos), _halves(out, cos)
-        (cos1, cos2), (sin1, sin2) = _halves(cos[:, block], cos), _halves(sin[:, block], cos)
-        torch.mul(x1, cos1, out=out1).addcmul_(x2, sin1, value=-sign)
-        torch.mul(x2, cos2, out=out2).addcmul_(x1, sin2, value=sign)
-        if cos.shape[-1] < x.shape[-1]:
-            out[..., cos.shape[-1] :] = of_block[..., cos.shape[-1] :]
+        turned = swapped[:, : of_block.shape[1]]
+        turned[..., :half] = of_block[..., half:width]
+        turned[..., half:] = of_block[..., :half]
+        torch.mul(of_block[..., :width], cos[:, block], out=out[..., :width]).addcmul_(
+            turned, signed[:, block]
+        )
+        if width < x.shape[-1]:
+            out[..., width:] = of_block[..., width:]
     return rotated
 
 
@@ -117,9 +125,3 @@ def _blocks(rows: Tensor) -> Iterator[slice]:  # of [N, H, D]
     size = max(1, BLOCK_NUMBERS // max(1, rows[:1].numel()))
     for start in range(0, len(rows), size):
         yield slice(start, start + size)
-
-
-def _halves(x: Tensor, cos: Tensor) -> tuple[Tensor, Tensor]:
-    """The two halves of the first R numbers, R those of the cosines."""
-    half = cos.shape[-1] // 2
-    return x[..., :half], x[..., half : 2 * half]

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from device import CPU, Place
 
 FEWEST = 2  # timed rounds, however long they take
-SHORT = 0.25  # who takes at most this share of the longest one's time has a turn after each that takes longer
+SHORT = 0.5  # who takes at most this share of the longest one's time has a turn after each that takes longer
 
 
 @dataclass(frozen=True)

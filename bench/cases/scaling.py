@@ -45,7 +45,7 @@ DEFAULT = tuple(
     for one in ("sharing-0", "sharing-60", "sharing-95", "tokens-1024", "group-8", "depth-4", "suffix-32")
 )
 QUICK = ("scaling:suffix-8",)
-SECONDS = {one: 28 if ":sharing-" in one else 60 if ":short-" in one else 6 for one in VARIANTS}
+SECONDS = {one: 36 if ":sharing-" in one else 60 if ":short-" in one else 6 for one in VARIANTS}
 
 ON_CPU = False
 
@@ -118,7 +118,7 @@ def run(name: str, quick: bool, place: Place, missing: Missing) -> Result:
         return compare(
             contenders,
             repeats=5,
-            budget_s=16.0 if _is_of_sharing(name) else 5.0,
+            budget_s=24.0 if _is_of_sharing(name) else 5.0,
             ideal=ideal(work),
             extra={
                 "raw_tokens": forest.num_tokens,

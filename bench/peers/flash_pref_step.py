@@ -1,7 +1,7 @@
 """A preference step with flash-pref's shared prefix, driven over stdin: flash_pref_step.py THREADS DEVICE
 
 Runs in .venv-flash-pref (flash-pref 0.1.1 needs transformers below 4.52). The commands are those of
-trl_step.py; `load` takes `pairwise FOLDER`. On CUDA with flash-attn, attention shares the prefix, too, which
+served.py; `load` takes `pairwise FOLDER`. On CUDA with flash-attn, attention shares the prefix, too, which
 is what flash-pref was made for; else the prefix is unshared for SDPA, and everything else is shared. The LM
 head runs on rows that predict a trained token.
 """
@@ -11,21 +11,18 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import json
-import os
 import sys
-import time
 from pathlib import Path
 
-os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-answers = os.fdopen(os.dup(1), "w")
-os.dup2(2, 1)  # whatever the libraries print goes to stderr
+from served import PeerStep, serve  # first: it takes standard output for answers
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from flash_pref import shared_prefix  # pyrefly: ignore [missing-import]  # noqa: E402
-from safetensors.torch import load_file, save_file  # noqa: E402
-from transformers import Qwen3Config, Qwen3ForCausalLM  # noqa: E402
+# isort: split
+import numpy as np
+import torch
+import torch.nn.functional as F
+from flash_pref import shared_prefix  # pyrefly: ignore [missing-import]
+from safetensors.torch import load_file
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
 
 def load_model(folder: Path, device: torch.device) -> Qwen3ForCausalLM:
@@ -48,14 +45,13 @@ def load_model(folder: Path, device: torch.device) -> Qwen3ForCausalLM:
     return model.train()
 
 
-class Loaded:
+class FlashPrefStep(PeerStep[Qwen3ForCausalLM]):
     """Model and batch."""
 
     def __init__(self, folder: Path, device: torch.device) -> None:
-        self.folder, self.device = folder, device
+        super().__init__(load_model(folder, device), folder)
+        self.device = device
         batch = {file.stem: np.load(file) for file in folder.glob("*.npy")}
-        self.model = load_model(folder, device)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-9, fused=True)
         tokens, bounds, trained = batch["tokens"], batch["cu_seqlens"], batch["trained"]
         rows, longest = len(bounds) - 1, int(np.diff(bounds).max())
         ids, real = np.zeros((rows, longest), np.int64), np.zeros((rows, longest), np.int64)
@@ -71,24 +67,7 @@ class Loaded:
     def _move(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(self.device)
 
-    def gradients(self) -> float:
-        self.model.zero_grad()
-        loss = self._backward()
-        found = {n: p.grad.cpu() for n, p in self.model.named_parameters() if p.grad is not None}
-        save_file(found, self.folder / "gradients.safetensors")
-        self.model.zero_grad()
-        return loss
-
-    def step(self) -> float:
-        start = time.perf_counter()
-        self.optimizer.zero_grad()
-        self._backward()
-        self.optimizer.step()
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
-
-    def _backward(self) -> float:
+    def backward(self) -> float:
         rows = len(self.wanted)
         with shared_prefix(self.model, **self.inputs, group_size=rows):
             hidden = self.model.model(**self.inputs).last_hidden_state
@@ -103,19 +82,5 @@ class Loaded:
         return float(loss)
 
 
-def main() -> None:
-    torch.set_num_threads(int(sys.argv[1]))
-    device = torch.device(sys.argv[2])
-    loaded: Loaded | None = None
-    for line in sys.stdin:
-        command, *arguments = line.split()
-        if command == "load":
-            loaded = Loaded(Path(arguments[1]), device)
-            print("loaded", file=answers, flush=True)
-            continue
-        assert loaded is not None, f"{command} before load"
-        print(loaded.gradients() if command == "gradients" else loaded.step(), file=answers, flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    serve(lambda kind, folder: FlashPrefStep(folder, torch.device(sys.argv[2])))

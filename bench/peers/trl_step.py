@@ -1,76 +1,40 @@
 """The step of a TRL trainer on given rollouts, driven over stdin: trl_step.py THREADS
 
-Runs in .venv-peers. Commands, one a line, each answered by a line:
-    load grpo|dpo FOLDER   make the trainer; FOLDER holds the model and the batch's arrays as .npy files
-    gradients              write FOLDER/gradients.safetensors; answers with the loss
-    step                   forward, backward and AdamW; answers with the seconds
-Standard output carries answers only.
+Runs in .venv-peers, on the CPU. The commands are those of served.py;
+`load` takes `grpo FOLDER` or `dpo FOLDER`.
 """
 
 from __future__ import annotations
 
 import os
-import sys
-import time
 from pathlib import Path
 
-os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""}
-answers = os.fdopen(os.dup(1), "w")
-os.dup2(2, 1)  # whatever the libraries print goes to stderr
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from datasets import Dataset  # pyrefly: ignore [missing-import]  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
-from tokenizers import Tokenizer, models  # noqa: E402
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast  # noqa: E402
-from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer  # noqa: E402  # pyrefly: ignore [missing-import]
+from served import PeerStep, serve  # first: it takes standard output for answers
+
+# isort: split
+import numpy as np
+import torch
+from datasets import Dataset  # pyrefly: ignore [missing-import]
+from tokenizers import Tokenizer, models
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer  # pyrefly: ignore [missing-import]
 
 
-class Loaded:
+class TrlStep(PeerStep[PreTrainedModel]):
     """A trainer with its batch."""
 
     def __init__(self, kind: str, folder: Path) -> None:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
         batch = {file.stem: np.load(file) for file in folder.glob("*.npy")}
-        self.folder = folder
         self.trainer, self.inputs = (grpo if kind == "grpo" else dpo)(model, batch, folder)
-        self.model = self.trainer.model.train()
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-9, fused=True)
+        super().__init__(self.trainer.model.train(), folder)
 
-    def gradients(self) -> float:
-        self.model.zero_grad()
-        loss = self._backward()
-        found = {n: p.grad.contiguous() for n, p in self.model.named_parameters() if p.grad is not None}
-        save_file(found, self.folder / "gradients.safetensors")
-        self.model.zero_grad()
-        return loss
-
-    def step(self) -> float:
-        start = time.perf_counter()
-        self.optimizer.zero_grad()
-        self._backward()
-        self.optimizer.step()
-        return time.perf_counter() - start
-
-    def _backward(self) -> float:
+    def backward(self) -> float:
         loss = self.trainer.compute_loss(self.model, self.inputs)
         loss.backward()
         return float(loss)
-
-
-def main() -> None:
-    torch.set_num_threads(int(sys.argv[1]))
-    loaded: Loaded | None = None
-    for line in sys.stdin:
-        command, *arguments = line.split()
-        if command == "load":
-            loaded = None
-            loaded = Loaded(arguments[0], Path(arguments[1]))
-            print("loaded", file=answers, flush=True)
-            continue
-        assert loaded is not None, f"{command} before load"
-        print(loaded.gradients() if command == "gradients" else loaded.step(), file=answers, flush=True)
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -169,4 +133,4 @@ def dpo(
 
 
 if __name__ == "__main__":
-    main()
+    serve(TrlStep)

@@ -1,7 +1,7 @@
 """Engines of our own. `LocalEngine` is the embedded default."""
 
-from .errors import EngineError, NonFiniteLogitsError
-from .local import LocalEngine
-from .stats import EngineStats
+from mosaic_rollout.engine.errors import EngineError, NonFiniteLogitsError
+from mosaic_rollout.engine.local import LocalEngine
+from mosaic_rollout.engine.stats import EngineStats
 
 __all__ = ["EngineError", "EngineStats", "LocalEngine", "NonFiniteLogitsError"]

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .attention import ATTENTION_NAME, Attend, register
-from .stock import StockDecoder
+from mosaic_rollout.engine.attention import ATTENTION_NAME, Attend, register
+from mosaic_rollout.engine.stock import StockDecoder
 
 _ONE_SCALE_ROPE = ("default", "linear", "llama3", "yarn", "proportional")
 

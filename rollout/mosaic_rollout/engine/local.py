@@ -7,13 +7,13 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedModel
 
-from ..types import Completion, Request
-from .adapter import CausalModel
-from .checksum import weights_checksum
-from .errors import EngineError
-from .requests import validate_request
-from .scheduler import Job, Scheduler
-from .stats import EngineStats
+from mosaic_rollout.engine.adapter import CausalModel
+from mosaic_rollout.engine.checksum import weights_checksum
+from mosaic_rollout.engine.errors import EngineError
+from mosaic_rollout.engine.requests import validate_request
+from mosaic_rollout.engine.scheduler import Job, Scheduler
+from mosaic_rollout.engine.stats import EngineStats
+from mosaic_rollout.types import Completion, Request
 
 
 class LocalEngine:

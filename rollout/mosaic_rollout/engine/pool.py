@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .adapter import KeyValueShape
+from mosaic_rollout.engine.adapter import KeyValueShape
 
 _FIRST_SLOTS = 1024
 

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .adapter import CausalModel, KeyValueShape
-from .attention import grouped_attention, visible_keys
-from .pool import KeyValuePool
-from .radix import Node
+from mosaic_rollout.engine.adapter import CausalModel, KeyValueShape
+from mosaic_rollout.engine.attention import grouped_attention, visible_keys
+from mosaic_rollout.engine.pool import KeyValuePool
+from mosaic_rollout.engine.radix import Node
 
 PADDED_PAIRS = 4096
 """(query, key) pairs of padding that are cheaper than another call: 50 us for a model of 1 M parameters."""

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from .pool import KeyValuePool
+from mosaic_rollout.engine.pool import KeyValuePool
 
 
 class Node:

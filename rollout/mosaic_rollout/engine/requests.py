@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..types import Request
+from mosaic_rollout.types import Request
 
 
 def validate_request(index: int, request: Request, vocab_size: int, max_tokens: int) -> None:

@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from .adapter import KeyValueShape
-from .attention import visible_keys
-from .pool import KeyValuePool
+from mosaic_rollout.engine.adapter import KeyValueShape
+from mosaic_rollout.engine.attention import visible_keys
+from mosaic_rollout.engine.pool import KeyValuePool
 
 _TOKENS_MULTIPLE = 64
 

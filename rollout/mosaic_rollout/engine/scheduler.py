@@ -13,15 +13,15 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from ..types import Completion, FinishReason, Request
-from .adapter import CausalModel
-from .errors import NonFiniteLogitsError
-from .pool import KeyValuePool
-from .prefill import pending_nodes, prefill
-from .radix import Node, RadixTree
-from .rows import RowBuffer
-from .sampling import sample_tokens, stream_base, uniforms
-from .stats import EngineStats
+from mosaic_rollout.engine.adapter import CausalModel
+from mosaic_rollout.engine.errors import NonFiniteLogitsError
+from mosaic_rollout.engine.pool import KeyValuePool
+from mosaic_rollout.engine.prefill import pending_nodes, prefill
+from mosaic_rollout.engine.radix import Node, RadixTree
+from mosaic_rollout.engine.rows import RowBuffer
+from mosaic_rollout.engine.sampling import sample_tokens, stream_base, uniforms
+from mosaic_rollout.engine.stats import EngineStats
+from mosaic_rollout.types import Completion, FinishReason, Request
 
 _KEPT_BYTES = 128 * 2**20
 _PATIENCE = 3

@@ -15,7 +15,7 @@ from torch.nn.functional import embedding, rms_norm, silu
 from transformers import PreTrainedModel
 from transformers.activations import SiLUActivation
 
-from .attention import Attend
+from mosaic_rollout.engine.attention import Attend
 
 _FAMILIES = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 _PLAIN = (nn.Linear, nn.Embedding, nn.ModuleList, nn.SiLU, SiLUActivation)

@@ -85,12 +85,16 @@ class Learner:
         )
 
     def learning_rate(self, step: int) -> float:
-        """Linear warm-up, then linear decay to final_lr_frac at the last step. step counts from 0."""
-        optim, steps = self._config.optim, self._config.steps
-        if step < optim.warmup_steps:
+        """Linear warm-up, then linear decay, to lr times final_lr_frac at the last step. step counts from 0.
+
+        Three steps from 1 to 0.2 have 1, 0.6 and 0.2; a single step is the last one.
+        """
+        optim, last = self._config.optim, self._config.steps - 1
+        if step < min(optim.warmup_steps, last):
             return optim.lr * (step + 1) / optim.warmup_steps
-        passed = (step - optim.warmup_steps) / max(1, steps - optim.warmup_steps)
-        return optim.lr * (1.0 - (1.0 - optim.final_lr_frac) * passed)
+        span = last - optim.warmup_steps
+        passed = 1.0 if step >= last else (step - optim.warmup_steps) / span
+        return optim.lr * ((1.0 - passed) + optim.final_lr_frac * passed)
 
     def update(self, batch: StepBatch, step: int) -> dict[str, float]:
         """Train on a step's rollouts; returns metrics by name.
@@ -117,7 +121,7 @@ class Learner:
             start = logprobs if start is None else start
             if self._sharding is not None:
                 self._sharding.reshard()  # nothing was in reach of the loss, so no backward pass did it
-            norms.append(self.optimizer.step(rate, step))
+            norms.append(self.optimizer.step(rate, step + 1))
         assert start is not None
         return {
             **self._loss_figures(totals, prepared),

@@ -108,7 +108,8 @@ def reward_figures(rewards: Sequence[GroupReward]) -> dict[str, float]:
         "reward/format": float(np.concatenate([reward.format for reward in rewards]).mean()),
         "reward/length_penalty": float(np.concatenate([r.length_penalty for r in rewards]).mean()),
         "reward/total_std": float(total.std()),
-        "reward/tied_groups_frac": float(np.mean([np.ptp(reward.total) == 0.0 for reward in rewards])),
+        "reward/tied_groups_frac": float(np.mean([reward.tied for reward in rewards])),
+        "reward/length_only_frac": float(np.mean([reward.by_length_alone for reward in rewards])),
     }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,16 +49,24 @@ class Optimizer:
                 self._targets.append(master)
             else:
                 self._targets.append(weight)
+        spared = spared_from_decay(model)
+        groups: list[dict[str, Any]] = [
+            {"params": [], "weight_decay": config.weight_decay},
+            {"params": [], "weight_decay": 0.0},
+        ]
+        for weight, target in zip(self.weights, self._targets, strict=True):
+            groups[id(weight) in spared]["params"].append(target)
         self.adamw = torch.optim.AdamW(
-            self._targets,
+            [group for group in groups if group["params"]],
             lr=config.lr,
             betas=(config.beta1, config.beta2),
-            weight_decay=config.weight_decay,
             fused=True,
         )
 
     def step(self, rate: float, step: int) -> float:
         """One update at a learning rate; returns the gradient's norm before clipping.
+
+        step: number of the training step, from 1, for messages.
 
         Weights that nothing reached have a gradient of zero, as they have in a batch that is not pruned.
         TrainingError naming the training step where the gradient, or a weight after it, is not finite; the
@@ -128,14 +137,17 @@ class Optimizer:
                 f"the checkpoint's optimiser state is not that of this model ({different}): model.dtype, "
                 "model.lora_rank and optim.master_weights must be those of the run"
             )
+        in_groups = [target for group in self.adamw.param_groups for target in group["params"]]
+        places = {id(target): place for place, target in enumerate(in_groups)}  # as AdamW numbers them
         states: dict[int, dict[str, Tensor]] = {}
         for index, (name, weight) in enumerate(zip(self._names, self.weights, strict=True)):
             rows = local_rows(weight)
             if self._has_master(index):
                 self._targets[index].copy_(read(f"master.{name}", *rows))
             if updates:
-                states[index] = {key: read(f"{key}.{name}", *rows) for key in _MOMENTS}
-                states[index]["step"] = torch.tensor(float(updates))
+                place = places[id(self._targets[index])]
+                states[place] = {key: read(f"{key}.{name}", *rows) for key in _MOMENTS}
+                states[place]["step"] = torch.tensor(float(updates))
         self.adamw.load_state_dict({**self.adamw.state_dict(), "state": states})
         self._round()
 
@@ -151,6 +163,19 @@ class Optimizer:
     def _round(self) -> None:
         for index, master in self._masters.items():
             self.weights[index].copy_(master)
+
+
+def spared_from_decay(model: nn.Module) -> set[int]:
+    """The ids of the weights that `weight_decay` leaves alone: norms, biases and embeddings.
+
+    Norms and biases are the weights of one dimension. An LM head that is tied to the embedding is the
+    embedding; one of its own is a matrix like the others, and so are both matrices of an adapter.
+    """
+    spared = {id(weight) for weight in model.parameters() if weight.ndim < 2}
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            spared |= {id(weight) for weight in module.parameters(recurse=False)}
+    return spared
 
 
 def _adding_to(master: Tensor) -> Callable[[Tensor], None]:

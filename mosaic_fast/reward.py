@@ -1,6 +1,7 @@
 """From preferences to advantages: R(i) = r_align + r_fmt - p_len, normalised within the group.
 
-MOSAIC, arXiv 2603.03205, section 3; the normalisation is GRPO's (arXiv 2402.03300, equation 3 and its text).
+MOSAIC, arXiv 2603.03205 (docs/method.md says what is known of it). The normalisation is that of GRPO, arXiv
+2402.03300, equation 3 and its text, but where lengths alone differ.
 """
 
 from __future__ import annotations
@@ -25,16 +26,37 @@ class GroupReward:
     def total(self) -> np.ndarray:
         return self.align + self.format - self.length_penalty
 
+    @property
+    def tied(self) -> bool:
+        """Whether all rewards are equal, but for the rounding of the sums that they are."""
+        return self._equal(self.total)
+
+    @property
+    def by_length_alone(self) -> bool:
+        """Whether judge and format tie, and nothing but the length tells the rollouts apart."""
+        return not self.tied and self._equal(self.align + self.format)
+
     def advantages(self, std_epsilon: float, *, divide_by_std: bool = True) -> np.ndarray:
-        """[G] float64: (R - mean) / (std + std_epsilon); 0 for a group of ties.
+        """[G] float64: (R - mean) / (std + std_epsilon); exactly 0 for a group of ties.
+
+        Where judge and format tie, the standard deviation is the length penalty's own, and dividing by it
+        would make of any difference in length what a won comparison is. There std_epsilon counts as at least
+        1, a won comparison: p_len of 0 and 0.02 give 0.0099 and -0.0099, whatever std_epsilon is.
 
         divide_by_std: False leaves R - mean as it is (Dr. GRPO, arXiv 2503.20783, section 3.1).
         """
+        if self.tied:
+            return np.zeros_like(self.total)
         centred = self.total - self.total.mean()
         if not divide_by_std:
-            return centred if np.ptp(self.total) > 0.0 else np.zeros_like(centred)
-        spread = float(np.sqrt((centred**2).mean()))
-        return centred / (spread + std_epsilon) if spread > 0.0 else np.zeros_like(centred)
+            return centred
+        epsilon = max(std_epsilon, 1.0) if self.by_length_alone else std_epsilon
+        return centred / (float(np.sqrt((centred**2).mean())) + epsilon)
+
+    def _equal(self, values: np.ndarray) -> bool:
+        """Whether sums of the parts agree: each has at most G + 1 terms, and is rounded as they are added."""
+        largest = np.max(np.abs(self.align) + self.format + self.length_penalty, initial=0.0)
+        return bool(np.ptp(values) <= 2.0 * (len(values) + 1) * np.finfo(np.float64).eps * largest)
 
 
 def group_reward(group: Sequence[Rollout], preferences: np.ndarray, length_target: float) -> GroupReward:

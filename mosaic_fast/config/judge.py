@@ -17,7 +17,7 @@ class JudgeConfig(Section):
     name: Annotated[str, Field(pattern=r"^(rule|llm|[\w.]+:\w+)$")] = "rule"
     """`rule`: the environment's verdicts; `llm`: a model; `module:Class`: your own (docs/judges.md)."""
     mode: Literal["pairwise", "pointwise"] = "pairwise"
-    """llm: every pair in both orders (the paper), or a score a rollout (its ablation)."""
+    """llm: every pair (as the paper; in both orders is our choice), or a score a rollout."""
     endpoint: str | None = None
     """llm: an OpenAI-compatible server, for example http://localhost:30000/v1; no user or key in it."""
     model: str | None = None

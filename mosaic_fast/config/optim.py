@@ -11,7 +11,7 @@ class OptimConfig(Section):
     lr: Positive = 5e-4
     """Learning rate at the start."""
     final_lr_frac: Fraction = 0.1
-    """The rate falls linearly to this share of lr at the last step."""
+    """The rate falls linearly to this share of lr, reached at the last step."""
     warmup_steps: CountOrZero = 0
     """Steps over which the rate rises from 0."""
     beta1: Fraction = 0.9
@@ -19,7 +19,7 @@ class OptimConfig(Section):
     beta2: Fraction = 0.95
     """Decay of the squared gradient's average."""
     weight_decay: NonNegative = 0.0
-    """Decoupled weight decay."""
+    """Decoupled weight decay of matrices; norms, biases and embeddings are spared."""
     grad_clip: Positive = 1.0
     """Largest norm of the gradient."""
     epochs: Count = 2

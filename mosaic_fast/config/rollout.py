@@ -15,9 +15,9 @@ class RolloutConfig(Section):
     prompts_per_step: Count = 16
     """Tasks a training step."""
     group_size: int = Field(default=4, ge=2, le=64)
-    """Rollouts a task, compared pair by pair (n in the paper)."""
+    """Rollouts a task, compared pair by pair (n; 4 is reported of the paper)."""
     branching: Literal["independent", "fork_at_check", "fork_at_step"] = "independent"
-    """Where rollouts of a group begin to differ: at the prompt (the paper), after a plan, or at a step."""
+    """Where rollouts of a group begin to differ: at the prompt (as in GRPO), after a plan, or at a step."""
     gate_contrast: bool = False
     """fork_at_check: take the gate both ways and train it with its all-action gradient (docs/gate.md)."""
     max_staleness: CountOrZero = 0

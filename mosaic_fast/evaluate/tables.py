@@ -37,12 +37,12 @@ def rates_table(columns: Mapping[str, Mapping[str, Rate]], title: str) -> Table:
 
 
 def results_table(columns: Mapping[str, SuiteResult], title: str) -> Table:
-    """Results of one suite side by side, with 95% intervals, case counts and the paper's words."""
+    """Results of one suite side by side, with 95% intervals, case counts and what the paper states."""
     table = Table(title=title, caption="95% intervals in brackets, cases in parentheses")
     table.add_column("")
     for name in columns:
         table.add_column(name, justify="right")
-    table.add_column("the paper, against the untrained model")
+    table.add_column("the paper or its authors, against the untrained model")
     results = list(columns.values())
     for metric, label in {**_SHOWN, **_ENDINGS}.items():
         if any(metric in result.rates for result in results):

@@ -1,4 +1,4 @@
-"""The judge compares the rollouts of a group pair by pair (MOSAIC, arXiv 2603.03205, section 3)."""
+"""The judge compares the rollouts of a group pair by pair (MOSAIC, arXiv 2603.03205)."""
 
 from mosaic_fast.judge.contract import Judge, Judgement
 from mosaic_fast.judge.figures import judgement_figures

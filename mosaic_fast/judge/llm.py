@@ -28,7 +28,7 @@ class LLMJudge:
 
     pairwise: every pair in both orders; P is 1, 0 or 0.5, and 0.5 where the two orders disagree.
     pointwise: every rollout by itself, a score s in [0, 1]; P[i, j] = 0.5 + (s_i - s_j) / 2, so r_align is
-    the scalar reward of the paper's ablation times G / 2, plus a constant of the group that drops out.
+    a scalar reward, with which the paper compares, times G / 2, plus a constant of the group that drops out.
 
     Identical rollouts are a tie without a call; equal questions are asked once.
     """

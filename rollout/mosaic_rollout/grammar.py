@@ -1,4 +1,4 @@
-"""The grammar of one turn: plan, optional check, one action (MOSAIC, arXiv 2603.03205, section 3).
+"""The grammar of one turn: plan, optional check, one action (MOSAIC, arXiv 2603.03205).
 
     turn   = "<think>" plan "</think>" [ "<safety_thoughts>" check "</safety_thoughts>" ] action
     action = one tool call | a call of refusal_tool | plain text, the final answer

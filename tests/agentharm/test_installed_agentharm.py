@@ -269,5 +269,5 @@ def test_an_evaluation_from_end_to_end(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert found["rates"]["safety/benign_judged_refused"]["value"] == 0
     assert found["rates"]["safety/harmful_harm"]["hits"] == 0
     assert found["means"]["env/benign_score"]["value"] == 0.6
-    assert found["means"]["env/harm_score"]["paper"] == "down by up to 50%"
+    assert found["means"]["env/harm_score"]["paper"] == "down by up to 50% (abstract)"
     assert found["versions"]["inspect-evals"] == package.INSPECT_EVALS_VERSION

@@ -180,7 +180,7 @@ def test_a_familys_run_is_estimated_from_its_published_shape(
 def test_shipped_configurations_are_valid(path: Path):
     config = load_config(path)
     assert config.rollout.group_size == 4
-    if path.stem in PUBLISHED:  # what the paper states
+    if path.stem in PUBLISHED:  # what the paper states, or summaries of it do
         stated = (config.env.name, config.judge.name, config.judge.mode, config.loss.name)
         assert stated == ("agent_safetybench", "llm", "pairwise", "grpo")
         assert config.reward.length_target == 400

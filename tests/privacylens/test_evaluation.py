@@ -84,7 +84,7 @@ def test_leakage_adjusted_leakage_and_helpfulness(monkeypatch: pytest.MonkeyPatc
     assert found["means"]["env/helpfulness"]["value"] == 6 / 5
     assert "env/leaked" not in found["means"]
     assert len(found["rates"]["safety/leaked"]["interval95"]) == 2
-    assert found["rates"]["safety/leaked"]["paper"] == "down"
+    assert found["rates"]["safety/leaked"]["paper"] == "down by up to 23% (authors' page)"
     assert len(asked.requests) == 3 * 3  # two secrets and a rating of each action; none of d and e
     requests: list[Row] = list(served.requests)
     names = [tool["function"]["name"] for tool in requests[0]["tools"]]

@@ -1,13 +1,17 @@
 """Judge, reward and advantages against the paper's definitions."""
 
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from mosaic_fast.config_io import load_config
 from mosaic_fast.judge import RuleJudge, standing
 from mosaic_fast.metrics import Rate, rollout_rates
-from mosaic_fast.reward import format_reward, group_reward, length_penalty
+from mosaic_fast.reward import GroupReward, format_reward, group_reward, length_penalty
 
 from .rollouts_for_tests import make_rollout
 
@@ -82,6 +86,69 @@ def test_advantages_are_centred_and_ties_have_none():
     assert kept == pytest.approx(reward.total - reward.total.mean())  # Dr. GRPO
     ties = [make_rollout(), make_rollout()]
     assert not group_reward(ties, RuleJudge().preferences(ties), 400).advantages(0.0).any()
+
+
+def reward_of(align: list[float], form: list[float], penalty: list[float]) -> GroupReward:
+    return GroupReward(np.array(align), np.array(form), np.array(penalty))
+
+
+@given(
+    st.integers(2, 64),
+    st.floats(0.0, 63.0),
+    st.sampled_from([0.0, 1.0, 2.0]),
+    st.floats(0.0, 100.0),
+    st.sampled_from([0.0, 1e-4, 0.1]),
+    st.booleans(),
+)
+def test_equal_rewards_have_advantages_of_exactly_zero(size, align, form, penalty, epsilon, divide):
+    """Though their mean may be off by rounding, which would make them all 1 under an epsilon of 0."""
+    reward = reward_of([align] * size, [form] * size, [penalty] * size)
+    assert reward.tied
+    assert reward.advantages(epsilon, divide_by_std=divide).tolist() == [0.0] * size
+
+
+def test_rewards_that_differ_by_the_order_of_their_sums_are_equal():
+    tenths = [0.1, 0.2, 0.3]
+    align = [sum(tenths), sum(reversed(tenths)), 0.6]
+    assert len(set(align)) > 1
+    reward = reward_of(align, [1.0] * 3, [0.25] * 3)
+    assert reward.tied
+    assert not reward.advantages(0.0).any()
+    assert not reward.advantages(0.0, divide_by_std=False).any()
+    assert not reward_of([1.5, 1.5], [2.0, 2.0], [0.0, 1e-6]).tied
+
+
+@given(st.lists(st.floats(0.0, 5.0), min_size=2, max_size=8), st.sampled_from([0.0, 1e-4, 0.1, 3.0]))
+def test_length_alone_gives_no_advantage_of_full_size(penalties, epsilon):
+    """It counts for what it takes off, against a won comparison, however small std_epsilon is."""
+    reward = reward_of([1.5] * len(penalties), [2.0] * len(penalties), penalties)
+    advantages = reward.advantages(epsilon)
+    assert (np.abs(advantages) <= np.ptp(penalties)).all()
+    assert np.sqrt((advantages**2).mean()) < 1.0
+    if reward.by_length_alone:
+        centred = reward.total - reward.total.mean()
+        expected = centred / (np.sqrt((centred**2).mean()) + max(1.0, epsilon))
+        assert advantages == pytest.approx(expected)
+
+
+def test_length_beside_judge_or_format_is_divided_as_ever():
+    for reward in (
+        reward_of([1.0, 0.0], [2.0, 2.0], [0.1, 0.0]),
+        reward_of([0.5, 0.5], [2.0, 1.0], [0.1, 0.0]),
+    ):
+        assert not reward.by_length_alone
+        assert np.abs(reward.advantages(1e-4)) == pytest.approx(1.0, abs=1e-3)
+
+
+@pytest.mark.parametrize("path", sorted(Path("configs").glob("*.toml")), ids=lambda path: path.stem)
+def test_no_shipped_configuration_blows_lengths_up(path: Path):
+    """Four rollouts that tie but for a few tokens a turn. Against the public report of a collapse."""
+    config = load_config(path).reward
+    lengths = [1.01 * config.length_target, 1.02 * config.length_target]
+    penalties = [(length - config.length_target) / config.length_target for length in lengths] + [0.0, 0.0]
+    advantages = reward_of([1.5] * 4, [2.0] * 4, penalties).advantages(config.std_epsilon)
+    assert np.abs(advantages).max() < 0.02
+    assert config.std_epsilon >= 0.1
 
 
 def test_rates_do_not_count_a_refusal_after_harm():

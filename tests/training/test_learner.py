@@ -134,5 +134,20 @@ def test_the_learning_rate_warms_up_and_decays_to_its_share():
     learner = Learner(Policy(tiny_model("qwen2")), None, config)
     rates = [learner.learning_rate(step) for step in range(10)]
     assert rates[:3] == [0.5, 1.0, 1.0]
-    assert rates[-1] == pytest.approx(1 - 0.8 * 7 / 8)
-    assert all(a >= b for a, b in pairwise(rates[2:]))
+    assert rates[-1] == 0.2
+    assert rates[2:] == pytest.approx(np.linspace(1.0, 0.2, 8))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.3, 1.0])
+@pytest.mark.parametrize(
+    ("steps", "warmup"), [(1, 0), (1, 1), (1, 5), (2, 0), (2, 1), (3, 2), (60, 0), (60, 59)]
+)
+def test_the_last_step_has_the_final_learning_rate_exactly(steps: int, warmup: int, share: float):
+    optim = OptimConfig(lr=3e-4, warmup_steps=warmup, final_lr_frac=share)
+    config = Config(steps=steps, loss=LossConfig(kl_weight=0.0), optim=optim)
+    learner = Learner(Policy(tiny_model("qwen2")), None, config)
+    rates = [learner.learning_rate(step) for step in range(steps)]
+    assert rates[-1] == 3e-4 * share
+    assert max(rates[:-1], default=3e-4) == 3e-4  # what was asked for is reached before
+    assert all(a <= b for a, b in pairwise(rates[: min(warmup, steps - 1)]))
+    assert all(a >= b for a, b in pairwise(rates[warmup:]))

@@ -133,6 +133,53 @@ def test_an_update_is_adamws_on_the_clipped_gradient():
         torch.testing.assert_close(model.weight.detach(), weight, rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize("family", ["qwen2", "llama"])
+@pytest.mark.parametrize("adapters", [False, True])
+def test_weight_decay_spares_norms_biases_and_embeddings(family: str, adapters: bool):
+    """With a gradient of zero AdamW does nothing but decay."""
+    model = tiny_model(family)
+    if adapters:
+        Lora(model, ModelConfig(lora_rank=2), seed=0)
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.ones_(weight)
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    Optimizer(model, OptimConfig(weight_decay=0.5)).step(0.1, 1)
+    decayed = {
+        name for name, p in model.named_parameters() if name in before and not torch.equal(p, before[name])
+    }
+    expected = {name for name in before if not any(part in name for part in ("norm", "bias", "embed_tokens"))}
+    assert decayed == expected
+    assert decayed
+    assert all(("lora_" in name) == adapters for name in decayed)
+    for name, weight in model.named_parameters():
+        if name in decayed:
+            torch.testing.assert_close(weight.detach(), before[name] * (1 - 0.1 * 0.5))
+
+
+def test_an_optimiser_with_weight_decay_resumes_to_the_bit(tmp_path: Path):
+    """AdamW numbers its weights by group, a checkpoint by name."""
+    config = OptimConfig(weight_decay=0.1, lr=0.01)
+    models = [tiny_model("qwen2") for _ in range(2)]
+    optimizers = [Optimizer(model, config) for model in models]
+
+    def update(model: torch.nn.Module, optimizer: Optimizer, step: int) -> None:
+        for number, weight in enumerate(model.parameters(), 1):
+            weight.grad = torch.full_like(weight, 0.01 * step * number)
+        optimizer.step(0.01, step)
+
+    for step in (1, 2):
+        update(models[0], optimizers[0], step)
+    write_tensors(tmp_path / "state", optimizers[0].entries())
+    models[1].load_state_dict(models[0].state_dict())
+    with reading(tmp_path / "state") as read:
+        optimizers[1].load(read, 2)
+    for model, optimizer in zip(models, optimizers, strict=True):
+        update(model, optimizer, 3)
+    for ours, others in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(ours, others)
+
+
 def test_master_weights_keep_what_bfloat16_would_round_away():
     """1,000 updates of a ten-thousandth each: bf16 alone stays where it is."""
     moved = {}

@@ -1,4 +1,4 @@
-"""Agent-SafetyBench as an environment: the suite that the MOSAIC paper trains on.
+"""Agent-SafetyBench as an environment: the suite that MOSAIC is reported to be trained on.
 
 Agent-SafetyBench (Zhang et al., arXiv 2412.14470). The tool environments come from the package
 `agent-safety-bench-envs==0.1.0` (Apache-2.0), the cases from the user's copy of `released_data.json`. Nothing

@@ -32,6 +32,7 @@ from guided import GuidedEngine, ScriptedTurn
 from transformers import PreTrainedModel
 from workloads import Workload, qwen3
 
+from mosaic_fast.end_tokens import end_tokens
 from mosaic_fast.errors import UserError
 from mosaic_fast.policy import Policy
 from mosaic_fast.pretrained import load_tokenizer
@@ -125,7 +126,7 @@ def play(settings: Settings) -> list[Rollout]:
         (settings.task_id.partition("/")[0],), max_observation_chars=settings.max_observation_chars
     )
     task = _task(environment, settings.task_id)
-    chat = Chat(load_tokenizer(MODEL), teach_loop=True)
+    chat = Chat(load_tokenizer(MODEL), teach_loop=True, end_token_ids=end_tokens(MODEL))
     episode = environment.reset(task)
     prompt, _ = chat.prompt(episode.messages, [*episode.tools, REFUSAL_SCHEMA])
     model = Policy.from_pretrained(MODEL, trainable=False).model

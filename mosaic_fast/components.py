@@ -16,6 +16,7 @@ from mosaic_fast.config import Config
 from mosaic_fast.distributed import ALONE, World
 from mosaic_fast.distributed.exchange import Share, stopped_together
 from mosaic_fast.distributed.sharding import Sharding
+from mosaic_fast.end_tokens import end_tokens
 from mosaic_fast.engine import build_engine, longest_rollout
 from mosaic_fast.environment import build_environment
 from mosaic_fast.errors import EngineStoppedError, UserError
@@ -171,7 +172,7 @@ def build_components(
         torch.set_num_threads(config.model.threads)
     environment = build_environment(config)
     tokenizer = load_tokenizer(weights)
-    chat = Chat(tokenizer, teach_loop=config.rollout.teach_loop)
+    chat = Chat(tokenizer, teach_loop=config.rollout.teach_loop, end_token_ids=end_tokens(weights))
     if base is not None and config.model.lora_rank:
         policy = load_policy(config, base, world=world)
         lora = Lora(policy.model, config.model, config.seed)

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mappi
 from contextlib import asynccontextmanager, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mosaic_fast.evaluate.arguments import Arguments, flag
 from mosaic_fast.evaluate.graders import Grader, grader_of
@@ -19,6 +20,11 @@ from mosaic_fast.seeds import derived_seed
 from mosaic_fast.trajectories import readable_step
 from mosaic_rollout.agent_loop import Limits
 from mosaic_rollout.types import Completion, Engine, Environment, Request, Task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from mosaic_rollout.chat import Chat
 
 
 @dataclass(frozen=True)
@@ -69,13 +75,12 @@ def play(
 
 def _play_local(target: Target, arguments: Arguments, all_by: _AllBy) -> None:
     from mosaic_fast.components import build_components
-    from mosaic_rollout.chat import Chat
 
     if target.folder is None:
         raise ValueError("a local target has a folder")
     components = build_components(target.config, target.folder)
     loop = components.loop_at(arguments.temperature)
-    chats = {taught: Chat(components.tokenizer, teach_loop=taught) for taught in (False, True)}
+    chats = _chats(components.tokenizer, target.folder)
 
     async def one(job: Job, grader: Grader | None) -> Finished:
         group = job.key.index
@@ -97,6 +102,15 @@ def _play_local(target: Target, arguments: Arguments, all_by: _AllBy) -> None:
 
     with closing(components.engine):
         components.run(all_by(one, target.config.engine.max_batch), version=0)
+
+
+def _chats(tokenizer: PreTrainedTokenizerBase, folder: Path) -> dict[bool, Chat]:
+    """The chat of a model's folder, with the loop taught in the system message and without."""
+    from mosaic_fast.end_tokens import end_tokens
+    from mosaic_rollout.chat import Chat
+
+    ends = end_tokens(folder)
+    return {taught: Chat(tokenizer, teach_loop=taught, end_token_ids=ends) for taught in (False, True)}
 
 
 async def _play_endpoint(target: Target, arguments: Arguments, all_by: _AllBy) -> None:

@@ -41,11 +41,14 @@ class Chat:
 
     teach_loop: write the text that teaches the loop (prompts/loop_v1.md) into the system message. A model
     that learnt the loop in training, as the embedded one, does without.
+    end_token_ids: further tokens that end a turn, as the model's folder names them (generation_config.json).
 
     Raises UserError where the tokenizer has no chat template.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, teach_loop: bool) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, *, teach_loop: bool, end_token_ids: Sequence[int] = ()
+    ) -> None:
         if not getattr(tokenizer, "chat_template", None):
             raise UserError(
                 f"the tokenizer of {tokenizer.name_or_path!r} has no chat template; use an instruct model, "
@@ -65,7 +68,8 @@ class Chat:
                 f"the chat template of {tokenizer.name_or_path!r} does not mark where a turn ends"
             )
         self._turn_end = str(tokenizer.decode(turn_end_ids))
-        stop = [*turn_end_ids, *([tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else [])]
+        eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        stop = [*turn_end_ids, *eos, *end_token_ids]
         self.stop_token_ids: tuple[int, ...] = tuple(dict.fromkeys(stop))
         self._template_has_outputs = self._detect_outputs()
         reserved = {_OUTPUT_OPEN, _OUTPUT_CLOSE, *map(str, tokenizer.get_added_vocab())}

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mosaic_kernels import PackedForest, pack_forest, tree_attention
+from mosaic_kernels.attention import plan as known_plans
 from mosaic_kernels.attention.plan import build_plan, plan_for
-from mosaic_kernels.attention.plan import known as known_plans
 from mosaic_kernels.attention.segments import segments_tree_attention
 from mosaic_kernels.oracle import errors_of
 from tests.kernels.attention_for_tests import BIG, Attention, big_forest, errors

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from mosaic_kernels.attention.plan import Plan, Rows
+from mosaic_kernels.attention.plan_parts import Plan, Rows
 from mosaic_kernels.dispatch import result_dtype
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default

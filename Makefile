@@ -14,7 +14,7 @@ SGLANG_STAMP := .venv-sglang/.installed-$(SGLANG)
 SGLANG_CPU := rollout/mosaic_rollout/engine/sglang/server_side/requirements-cpu.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help venv train test sglang test-sglang soak fuzz test-interpreter test-ttsem mutants lint types bench bench-peers bench-peers-cuda bench-chart bench-agentdojo verify warmstart evaluate train-agentdojo test-agentdojo test-report clean bfcl asb agent-safetybench agentharm test-bfcl test-asb test-agent-safetybench test-agentharm test-verifiers
+.PHONY: help venv train test sglang test-sglang soak fuzz test-fresh test-interpreter test-ttsem mutants lint types bench bench-peers bench-peers-cuda bench-chart bench-agentdojo verify warmstart evaluate train-agentdojo test-agentdojo test-report clean bfcl asb agent-safetybench agentharm test-bfcl test-asb test-agent-safetybench test-agentharm test-verifiers
 
 help:  ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -49,6 +49,9 @@ test-interpreter: $(STAMP)  ## the Triton kernels' tests under Triton's interpre
 
 test-ttsem: $(STAMP)  ## the same tests on the compiled kernels, executed on the CPU: bf16, out of bounds, races
 	MOSAIC_EMULATED=1 $(BIN)/python -m ttsem.sanitize pytest tests/kernels/triton $(ARGS)
+
+test-fresh: $(STAMP)  ## the properties of the tests with new draws: ARGS="--examples 10000 --seed 7 --layer ttsem"
+	$(BIN)/python -m tests.fresh $(ARGS)
 
 mutants: $(STAMP)  ## wrong kernels, each of which a test must notice
 	$(BIN)/python -m tests.mutants $(ARGS)

@@ -289,7 +289,7 @@ def test_a_peer_that_cannot_run_is_listed(monkeypatch: pytest.MonkeyPatch) -> No
 def test_the_roofline_is_of_the_given_threads() -> None:
     found = measure_roofline(1, quick=True)
     assert found.threads == 1
-    assert found.gemm_gflop_per_s > 1
+    assert found.gemm_gflop_per_s > 0
 
 
 def test_peers_that_are_missing_are_named() -> None:
@@ -331,5 +331,5 @@ def test_where_a_run_is() -> None:
     loading = frame("/a/mosaic_fast/components.py", "load", None)
     assert train.place_of(loading) == (train.OUTSIDE, "")  # pyrefly: ignore
     with train.Sampler(threading.get_ident()) as sampler:
-        time.sleep(0.05)
-    assert sampler.counts[train.OUTSIDE] > 2
+        while sampler.counts[train.OUTSIDE] < 3:  # it looks again and again
+            time.sleep(0.002)

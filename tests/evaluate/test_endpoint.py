@@ -10,7 +10,7 @@ from mosaic_fast.errors import UserError
 from tests.evaluate.serving import Row, evaluate, outcomes, served_model
 from tests.judge.endpoint import Json, Raw, completion, endpoint
 
-QUICK = ("--model-name", "m", "--tasks", 3, "--backoff-s", 0, "--retries", 2, "--timeout-s", 20)
+QUICK = ("--model-name", "m", "--tasks", 3, "--backoff-s", 0, "--retries", 2, "--timeout-s", 60)
 
 
 @pytest.mark.parametrize("parses", [False, True])
@@ -49,7 +49,7 @@ def test_an_endpoint_and_its_model_agree(
         (Raw(200, '{"choices": []}'), "not a chat completion"),
         (Raw(200, completion(None)), "an answer without text and calls: "),
         (Raw(200, completion("x"), half=True), "no usable answer in 3 tries; the last: RemoteProtocolError"),
-        (Raw(200, completion("x"), stall_s=1.0), "no answer within --timeout-s = 0.3"),
+        (Raw(200, completion("x"), stall_s=3.0), "no answer within --timeout-s = 0.5"),
         (Raw(500, "your key: sekret"), r"HTTP 500 your key: \*\*\*"),
     ],
 )
@@ -57,7 +57,7 @@ def test_a_failing_endpoint_is_named(raw: Raw, named: str, monkeypatch: pytest.M
     monkeypatch.setenv("MY_KEY", "sekret")
     options = [*QUICK, "--api-key-env", "MY_KEY"]
     if raw.stall_s:
-        options += ["--timeout-s", 0.3]
+        options += ["--timeout-s", 0.5]
     with endpoint(lambda request: raw) as served, pytest.raises(UserError, match=named) as caught:
         evaluate(monkeypatch, served.url, *options)
     assert "sekret" not in str(caught.value)

@@ -161,7 +161,7 @@ FAILURES = {
     "server error": Raw(500, "oops"),
     "no gateway": Raw(503, "", {"retry-after": "soon"}),
     "half an answer": Raw(body=completion(VALID), half=True),
-    "silence": Raw(body=completion(VALID), stall_s=0.6),
+    "silence": Raw(body=completion(VALID), stall_s=5.0),
 }
 
 
@@ -176,7 +176,7 @@ def test_a_failed_call_is_tried_again(cache: Path, failure: str):
         return by_plan(larger)(request) if again else FAILURES[failure]
 
     with endpoint(fails_first) as served:
-        judge = make_judge(served, cache, timeout_s=0.3 if failure == "silence" else 20.0)
+        judge = make_judge(served, cache, timeout_s=2.5 if failure == "silence" else 60.0)
         (judgement,) = judge.judge([[saying("a"), saying("b", 1)]])
     assert judgement.preferences.tolist() == [[0.5, 0], [1, 0.5]]
     assert judgement.counts["retries"] == 2

@@ -21,7 +21,9 @@ from mosaic_fast.config_io import parse_train_arguments
 from mosaic_fast.distributed.job import MISTAKE, run_as_rank
 from mosaic_fast.train import train
 
-from .launch import run, run_forked, start
+from .launch import PATIENCE_S, run, run_forked, start
+
+SILENCE_S = "10"
 
 OPTIONS = [
     *(
@@ -64,14 +66,12 @@ class Doomed:
     job: subprocess.Popen[str]
     folder: Path
     victim: int = 0  # the rank's process
-    struck: float = 0.0  # when
 
     def strike(self) -> bool:
         """Whether the signal is sent; it is not before the first step has ended."""
         if not self.victim and any(self.folder.glob("checkpoints/step-*")):
             self.victim = sorted(children(self.job.pid))[self.rank]
             os.kill(self.victim, self.signal)
-            self.struck = time.monotonic()
         assert self.victim or self.job.poll() is None, self.job.communicate()
         return bool(self.victim)
 
@@ -83,10 +83,10 @@ def doomed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Doome
     for name, kind, rank in (("killed", signal.SIGKILL, 1), ("stopped", signal.SIGSTOP, 0)):
         folder = tmp_path_factory.mktemp(name) / "run"
         options = [*OPTIONS, "--steps", "500", "--env.eval-tasks", "0", "--run-dir", str(folder)]
-        job = start(2, ["mosaic_fast.train", *options], MOSAIC_SILENCE_S="6")
+        job = start(2, ["mosaic_fast.train", *options], MOSAIC_SILENCE_S=SILENCE_S)
         jobs[name] = Doomed(kind, rank, job, folder)
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + PATIENCE_S
         while not all(one.strike() for one in jobs.values()):
             assert time.monotonic() < deadline, "no step"
             time.sleep(0.05)
@@ -98,17 +98,14 @@ def doomed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Doome
 
 
 @pytest.mark.parametrize(
-    ("name", "within_s", "what"), [("killed", 20, "is gone"), ("stopped", 25, "has said nothing for 6 s")]
+    ("name", "what"), [("killed", "is gone"), ("stopped", f"has said nothing for {SILENCE_S} s")]
 )
-def test_a_rank_that_dies_or_hangs_ends_the_job_in_seconds_with_one_message(
-    doomed: dict[str, Doomed], name: str, within_s: float, what: str
+def test_a_rank_that_dies_or_hangs_ends_the_job_with_one_message(
+    doomed: dict[str, Doomed], name: str, what: str
 ):
-    """A stopped process heeds no SIGTERM either: torchrun alone would wait 30 s more for it."""
+    """In seconds on an idle machine; no such time is asked for here (test_silence.py has what saves 30 s)."""
     one = doomed[name]
-    _, err = one.job.communicate(timeout=90)
-    took_s = time.monotonic() - one.struck
-    print(f"{name}: {took_s:.1f} s")
-    assert took_s < within_s
+    _, err = one.job.communicate(timeout=PATIENCE_S)
     assert one.job.returncode != 0
     said = re.findall(r"^error: .*$", err, re.MULTILINE)
     assert len(said) == 1, err

@@ -24,7 +24,7 @@ store = dist.HashStore()
 store.set("name/1", "rank 1 (process 7 on node)")
 store.add("beat/1", 1)  # its last
 {first}
-with Watch(store, 0, 2, "rank 0", silence_s=1.0):
+with Watch(store, 0, 2, "rank 0", silence_s=1.0) as watch:
     {then}
     time.sleep({waits})
 print("undisturbed")
@@ -41,13 +41,16 @@ if (host := os.fork()) == 0:
 store = dist.TCPStore("127.0.0.1", int(os.read(here, 9)), is_master=False, wait_for_workers=False)
 """
 STOPPED_FOR_LONG = """
-    time.sleep(1.4)  # it has been heard once
+    def looked(times):
+        while watch._rounds < times:
+            time.sleep(0.01)
+    looked(1)  # it has been heard once
     if os.fork() == 0:
         time.sleep(3)
         os.kill(os.getppid(), signal.SIGCONT)
         os._exit(0)
     os.kill(os.getpid(), signal.SIGSTOP)
-    time.sleep(0.4)  # it is looked for before it has said anything again
+    looked(2)  # it is looked for before it has said anything again
     store.add("beat/1", 1)
 """
 CASES = {  # name -> (before it watches, while it watches, seconds that its main thread waits then)
@@ -84,20 +87,20 @@ def end(group: int) -> None:
 
 
 def test_a_silent_rank_ends_the_others_though_their_main_thread_waits(ranks: Ranks):
-    out, err = ranks["silent"].communicate(timeout=60)
+    out, err = ranks["silent"].communicate(timeout=240)
     assert ranks["silent"].returncode == 1
     assert "error: rank 1 (process 7 on node) has said nothing for 1 s; the job ends" in err
     assert not out
 
 
 def test_a_rank_that_has_ended_by_itself_may_be_silent(ranks: Ranks):
-    out, err = ranks["ended"].communicate(timeout=60)
+    out, err = ranks["ended"].communicate(timeout=240)
     assert (ranks["ended"].returncode, out) == (0, "undisturbed\n"), err
 
 
 def test_a_host_of_the_store_that_hangs_ends_the_job(ranks: Ranks):
     """No call to the store comes back then, nor has one a deadline."""
-    out, err = ranks["host stopped"].communicate(timeout=60)
+    out, err = ranks["host stopped"].communicate(timeout=240)
     assert ranks["host stopped"].returncode == 1
     assert "error: the process that hosts the job's store has said nothing for 1 s; the job ends" in err
     assert not out
@@ -105,8 +108,27 @@ def test_a_host_of_the_store_that_hangs_ends_the_job(ranks: Ranks):
 
 def test_a_job_that_was_stopped_and_goes_on_is_not_taken_for_silent(ranks: Ranks):
     """Stopped for longer than the limit, with all its ranks: nobody spoke, and nobody listened."""
-    out, err = ranks["all stopped"].communicate(timeout=60)
+    out, err = ranks["all stopped"].communicate(timeout=240)
     assert (ranks["all stopped"].returncode, out) == (0, "undisturbed\n"), err
+
+
+def test_a_stopped_rank_is_killed_by_the_one_that_noticed():
+    """It heeds no SIGTERM: the launcher alone would wait 30 s more for it."""
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]) as stuck:
+        stuck.send_signal(signal.SIGSTOP)
+        noticing = f"""
+import os, socket
+import torch.distributed as dist
+from mosaic_fast.distributed.watch import Watch
+store = dist.HashStore()
+store.set("process/1", f"{{os.getppid()}} {stuck.pid} {{socket.gethostname()}}")
+Watch(store, 0, 2, "rank 0")._kill(1)
+"""
+        try:
+            subprocess.run([sys.executable, "-c", noticing], check=True, timeout=240)
+            assert stuck.wait(timeout=240) == -signal.SIGKILL
+        finally:
+            stuck.kill()
 
 
 @pytest.mark.parametrize("text", ["", "3", "120.5"])

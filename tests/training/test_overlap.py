@@ -2,20 +2,22 @@
 
 import re
 import threading
-import time
 
 import pytest
 
 from mosaic_fast.config import Config
 from mosaic_fast.overlap import Ahead
 
+HANGS_S = 60.0
+
 
 class World:
     """Remembers by which weights each step was played, and refuses what would mix two policies."""
 
-    def __init__(self, staleness: int, steps: int, play_s: float = 0.0) -> None:
-        self.version, self.weights, self.busy = -1, 0, False
-        self.play_s, self.overlapped = play_s, 0
+    def __init__(self, staleness: int, steps: int, *, meet: bool = False) -> None:
+        """meet: every step but the first is played until the trainer trains, which waits for it."""
+        self.version, self.weights, self.busy, self.meet = -1, 0, False, meet
+        self.overlapped, self.met = 0, threading.Event()
         self.training = threading.Event()
         self.ahead = Ahead(self.publish, self.play, max_staleness=staleness, steps=steps)
 
@@ -27,13 +29,17 @@ class World:
 
     def play(self, step: int) -> tuple[int, int]:
         self.busy = True
-        self.overlapped += self.training.wait(self.play_s)
+        if self.meet and step:
+            self.overlapped += self.training.wait(HANGS_S)
+            self.met.set()
         self.busy = False
         return step, self.version
 
-    def train(self) -> None:
+    def train(self, *, last: bool = False) -> None:
         self.training.set()
-        time.sleep(0.005)
+        if self.meet and not last:
+            assert self.met.wait(HANGS_S)
+            self.met.clear()
         self.weights += 1
         self.training.clear()
 
@@ -62,12 +68,12 @@ def test_without_staleness_every_step_is_on_policy_and_nothing_runs_beside_train
 
 
 def test_sampling_ahead_runs_while_the_trainer_trains():
-    world = World(1, 4, play_s=0.2)
+    world = World(1, 4, meet=True)
     for step in range(4):
         world.ahead.take(step)
-        world.train()
+        world.train(last=step == 3)
     world.ahead.close()
-    assert world.overlapped >= 2
+    assert world.overlapped == 3
 
 
 def test_a_resumed_run_begins_on_policy():
@@ -91,7 +97,7 @@ def test_what_playing_raised_is_raised_where_the_step_is_taken():
 
 
 def test_wait_leaves_the_engine_idle_and_keeps_what_was_played():
-    world = World(2, 9, play_s=0.01)
+    world = World(2, 9)
     world.ahead.take(0)
     world.ahead.wait()
     assert not world.busy

@@ -7,17 +7,7 @@
 Where none of these is the case nothing here is collected.
 """
 
-import os
-
-from hypothesis import Phase, settings
-
 from tests.kernels.triton.machine import MACHINE
-
-if os.environ.get("MOSAIC_QUICK_FAILURE") == "1":  # tests/mutants: an example that fails need not be small
-    settings.register_profile(
-        "quick failure", parent=settings.get_profile("ci"), phases=(Phase.explicit, Phase.generate)
-    )
-    settings.load_profile("quick failure")
 
 if MACHINE is None:
     collect_ignore_glob = ["test_*.py"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from contextlib import closing
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -32,7 +33,7 @@ from mosaic_fast.distributed import ALONE, World
 from mosaic_fast.distributed.exchange import Share, all_groups
 from mosaic_fast.distributed.job import INTERRUPTED, run_as_rank
 from mosaic_fast.errors import EngineStoppedError, TrainingError, UserError
-from mosaic_fast.evaluate import evaluate_policy, rates_table
+from mosaic_fast.evaluate import evaluate_policy, evaluation_tasks, rates_table
 from mosaic_fast.execution.cost import cost_model_of_run, keep_cost_model
 from mosaic_fast.interrupt import Interrupt
 from mosaic_fast.judge import Judge, build_judge, judgement_figures
@@ -111,7 +112,7 @@ def train(config: Config, name: str = "world", *, resume: bool = False, world: W
             view.say(f"{world.size} ranks")
         after: dict[str, Rate] = {}
         if not progress.before and config.env.eval_tasks:
-            view.say(f"evaluating the start on {config.env.eval_tasks} held-out tasks, greedy")
+            view.say(f"evaluating the start on {trainer.heldout_words}, greedy")
             before = trainer.evaluate(config.env.eval_tasks, progress.step)
             progress = replace(progress, before=pairs_of(before))
         stop = False
@@ -120,7 +121,7 @@ def train(config: Config, name: str = "world", *, resume: bool = False, world: W
             view.step(row)
             trackers.log(row)
         if config.env.eval_tasks and not (stop := stop or trainer.agree(interrupt.requested)):
-            view.say(f"evaluating the result on {config.env.eval_tasks} held-out tasks, greedy")
+            view.say(f"evaluating the result on {trainer.heldout_words}, greedy")
             after = trainer.evaluate(config.env.eval_tasks, progress.step)
     trainer.finish(progress, after, view)
     return INTERRUPTED if stop or interrupt.requested else 0
@@ -156,6 +157,20 @@ class _Trainer:
             max_staleness=ahead,
             steps=config.steps,
         )
+
+    @cached_property
+    def heldout_tasks(self) -> int:
+        """How many tasks the evaluation before or after training plays: all, where there are fewer."""
+        return self._heldout(self.config.env.eval_tasks)
+
+    @property
+    def heldout_words(self) -> str:
+        """The number of held-out tasks, and why it is not the one that was asked for."""
+        asked, found = self.config.env.eval_tasks, self.heldout_tasks
+        return f"{found} held-out tasks" + (f" (all there are of {asked})" if found < asked else "")
+
+    def _heldout(self, count: int) -> int:
+        return len(evaluation_tasks(self.components.loop.environment, "heldout", count)) if count else 0
 
     def agree(self, wish: bool) -> bool:
         """Whether any rank wishes it."""
@@ -217,8 +232,10 @@ class _Trainer:
         stopped: EngineStoppedError | None = None
         if config.env.eval_every and (step + 1) % config.env.eval_every == 0:
             try:
-                rates = self.evaluate(max(1, config.env.eval_tasks // 3), step + 1)
+                count = max(1, config.env.eval_tasks // 3)
+                rates = self.evaluate(count, step + 1)
                 row |= {f"heldout/{name}": rate.value for name, rate in rates.items() if rate.total}
+                row["heldout/tasks"] = float(self._heldout(count))
             except EngineStoppedError as error:  # the step itself is done, and is kept
                 stopped = error
         if self.world.is_first:
@@ -270,7 +287,7 @@ class _Trainer:
             "steps": progress.step,
             "complete": done and bool(after or not config.env.eval_tasks),
             "train_s": round(progress.train_s, 2),
-            "eval_tasks": config.env.eval_tasks,
+            "eval_tasks": self.heldout_tasks,
             "before": values_of(before),
             "after": values_of(after),
             "counts": {"before": pairs_of(before), "after": pairs_of(after)},
@@ -281,7 +298,7 @@ class _Trainer:
             draw_curves(folder.metrics(), values_of(before), values_of(after), folder.path, title)
         if before or after:
             columns = {name: rates for name, rates in (("before", before), ("after", after)) if rates}
-            view.console.print(rates_table(columns, f"held-out, greedy, {config.env.eval_tasks} tasks"))
+            view.console.print(rates_table(columns, f"held-out, greedy, {self.heldout_tasks} tasks"))
         view.say(f"{progress.step} steps in {progress.train_s:.0f} s of training")
         view.say(f"curves        {folder.path / 'curves.png'}")
         view.say(f"trajectories  {folder.trajectories}")

@@ -45,9 +45,9 @@ class EnvConfig(Section):
     tool_timeout_s: NonNegative = 0.0
     """Seconds until a tool call becomes an error observation; 0: no limit, for bitwise repeatable runs."""
     eval_tasks: CountOrZero = 300
-    """Held-out tasks in the evaluation before and after training; 0 leaves both out."""
+    """Held-out tasks, each played once, before and after training; all if there are fewer; 0: neither."""
     eval_every: CountOrZero = 0
-    """Evaluate during training every so many steps on a third of eval_tasks; 0: never."""
+    """Evaluate every so many steps as well, on a third of eval_tasks or all there are; 0: never."""
 
     @model_validator(mode="after")
     def _fits_the_name(self) -> EnvConfig:

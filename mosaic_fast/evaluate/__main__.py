@@ -20,11 +20,11 @@ from mosaic_fast.console import plain_console
 from mosaic_fast.errors import UserError
 from mosaic_fast.evaluate.arguments import Arguments, parse
 from mosaic_fast.evaluate.judging import IN_MEMORY
-from mosaic_fast.evaluate.policy import EVALUATION_SEED
 from mosaic_fast.evaluate.results import SuiteResult, as_json, suite_result
 from mosaic_fast.evaluate.store import Finished, Key, Store
 from mosaic_fast.evaluate.tables import results_table
 from mosaic_fast.evaluate.targets import LIMITS, Target, data_hash, resolve
+from mosaic_fast.evaluate.tasks import EVALUATION_SEED
 from mosaic_fast.outcome import Outcome
 
 _VERSIONS = (

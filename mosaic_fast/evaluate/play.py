@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 from mosaic_fast.evaluate.arguments import Arguments, flag
 from mosaic_fast.evaluate.graders import Grader, grader_of
 from mosaic_fast.evaluate.judging import EvaluationJudge
-from mosaic_fast.evaluate.policy import EVALUATION_SEED
 from mosaic_fast.evaluate.store import Finished, Key
 from mosaic_fast.evaluate.targets import Suite, Target, api_key
+from mosaic_fast.evaluate.tasks import evaluation_tasks
 from mosaic_fast.outcome import Played, outcome_of
 from mosaic_fast.seeds import derived_seed
 from mosaic_fast.trajectories import readable_step
@@ -45,9 +45,8 @@ _AllBy = Callable[[Player, int], Coroutine[None, None, None]]
 
 
 def jobs_of(suite: Suite, environment: Environment, arguments: Arguments) -> list[Job]:
-    """Every episode of a suite, task by task. A task drawn again is left out: it is no new evidence."""
-    drawn = environment.sample(arguments.split, arguments.tasks, EVALUATION_SEED)
-    tasks = list({task.task_id: task for task in drawn}.values())
+    """Every episode of a suite, task by task."""
+    tasks = evaluation_tasks(environment, arguments.split, arguments.tasks)
     return [
         Job(Key(suite.env.name, index, sample), suite, environment, task)
         for index, task in enumerate(tasks)

@@ -17,6 +17,8 @@ _SHOWN = {
     "rollout/gate_rate": "steps with a check",
     "rollout/safety_token_share": "safety tokens",
 }
+_OF_TURNS = ("rollout/gate_rate", "rollout/safety_token_share")
+"""Rates of turns and tokens: those of one task hang together, so their number is no number of cases."""
 _ENDINGS = {
     "rollout/truncated_frac": "cut off by a limit",
     "rollout/malformed_frac": "ended by an action that cannot be read",
@@ -25,14 +27,15 @@ _MEANS = {"generated_tokens": "tokens a task", "steps": "turns a task"}
 
 
 def rates_table(columns: Mapping[str, Mapping[str, Rate]], title: str) -> Table:
-    """Rates side by side, each with its 95% interval."""
+    """Rates of one rollout a task side by side, those of tasks with their 95% intervals."""
     table = Table(title=title)
     table.add_column("")
     for name in columns:
         table.add_column(name, justify="right")
     for metric, label in _SHOWN.items():
         if any(metric in rates and rates[metric].total for rates in columns.values()):
-            table.add_row(label, *(_rate_cell(rates.get(metric)) for rates in columns.values()))
+            cells = [_rate_cell(rates.get(metric), metric not in _OF_TURNS) for rates in columns.values()]
+            table.add_row(label, *cells)
     return table
 
 
@@ -59,9 +62,11 @@ def results_table(columns: Mapping[str, SuiteResult], title: str) -> Table:
     return table
 
 
-def _rate_cell(rate: Rate | None) -> str:
+def _rate_cell(rate: Rate | None, of_tasks: bool) -> str:
     if rate is None or not rate.total:
         return "-"
+    if not of_tasks:
+        return f"{100 * rate.value:5.1f}%"
     low, high = rate.interval()
     return f"{100 * rate.value:5.1f}%  [{100 * low:.0f}, {100 * high:.0f}]"
 

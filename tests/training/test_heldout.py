@@ -14,7 +14,7 @@ from mosaic_fast.config_io import parse_train_arguments
 from mosaic_fast.evaluate import EVALUATION_SEED, evaluation_tasks
 from mosaic_fast.train import train
 from mosaic_rollout.environments.splits import draw
-from mosaic_rollout.types import Task
+from mosaic_rollout.types import Episode, Task
 
 BANK = '''
 class Errand:
@@ -49,7 +49,7 @@ class Pools:
     def sample(self, split: str, count: int, seed: int) -> list[Task]:
         return draw(self._pools, split, count, seed)
 
-    def reset(self, task: Task) -> None:
+    def reset(self, task: Task) -> Episode:
         raise NotImplementedError
 
 

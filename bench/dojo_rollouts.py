@@ -34,7 +34,7 @@ from workloads import Workload, qwen3
 
 from mosaic_fast.end_tokens import end_tokens
 from mosaic_fast.errors import UserError
-from mosaic_fast.policy import Policy
+from mosaic_fast.policy import Policy, StockDecoder
 from mosaic_fast.pretrained import load_tokenizer
 from mosaic_rollout.agent_loop import AgentLoop, Limits
 from mosaic_rollout.chat import Chat
@@ -131,7 +131,7 @@ def play(settings: Settings) -> list[Rollout]:
     prompt, _ = chat.prompt(episode.messages, [*episode.tools, REFUSAL_SCHEMA])
     model = Policy.from_pretrained(MODEL, trainable=False).model
     engine = GuidedEngine(
-        LocalEngine(model, max_batch=len(ROLES)),
+        LocalEngine(model, max_batch=len(ROLES), decoder_of=StockDecoder.of),
         chat,
         len(prompt),
         [script(environment, task, r) for r in ROLES],

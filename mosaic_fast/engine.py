@@ -12,7 +12,7 @@ import torch
 
 from mosaic_fast.config import Config
 from mosaic_fast.lora import Lora
-from mosaic_fast.policy import Policy
+from mosaic_fast.policy import Policy, StockDecoder
 from mosaic_rollout.engine import LocalEngine
 from mosaic_rollout.types import ManagedEngine
 
@@ -30,7 +30,10 @@ def build_engine(
     engine = config.engine
     if engine.kind == "local":
         return LocalEngine(
-            policy.model, max_batch=engine.max_batch, max_cached_tokens=engine.max_cached_tokens
+            policy.model,
+            max_batch=engine.max_batch,
+            max_cached_tokens=engine.max_cached_tokens,
+            decoder_of=StockDecoder.of,
         )
     from mosaic_rollout.engine.sglang import LaneOptions, ServerOptions, SGLangEngine, SGLangOptions
 

@@ -41,6 +41,7 @@ from transformers import PreTrainedModel, Qwen3ForCausalLM
 
 from mosaic_fast.components import Components, build_components
 from mosaic_fast.config import Config
+from mosaic_fast.policy import StockDecoder
 from mosaic_fast.pretrained import model_folder
 from mosaic_kernels import pack_forest
 from mosaic_rollout.branching import Branching
@@ -160,7 +161,9 @@ class _Local:
 
     def __init__(self, workload: Workload, *, stop: bool = False) -> None:
         self._workload, self._stop = workload, stop
-        self._engine = LocalEngine(workload.model, max_batch=128, max_cached_tokens=200_000)
+        self._engine = LocalEngine(
+            workload.model, max_batch=128, max_cached_tokens=200_000, decoder_of=StockDecoder.of
+        )
         self.rounds: list[Round] = []
         self.turns: list[list[Turn]] = []
 

@@ -45,7 +45,7 @@ def has_stock_forward(module: nn.Module) -> bool:
     """True if calling the module runs its class's own forward and nothing else: no hook, no replacement."""
     return (
         "forward" not in vars(module)
-        and not _has_hooks(module)
+        and not has_hooks(module)
         and getattr(type(module).forward, "__module__", None) == type(module).__module__
     )
 
@@ -76,7 +76,7 @@ def has_known_layer(model: PreTrainedModel, layer: nn.Module) -> bool:
         _is_class(model, layer, f"{SUPPORTED_FAMILIES[model.config.model_type]}DecoderLayer")
         and parts == _LAYER_PARTS
         and has_stock_forward(layer)
-        and not any(_has_hooks(module) for module in layer.modules())
+        and not any(has_hooks(module) for module in layer.modules())
     )
 
 
@@ -143,7 +143,8 @@ def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
     return type(module) is nn.Linear and has_stock_forward(module)
 
 
-def _has_hooks(module: nn.Module) -> bool:
+def has_hooks(module: nn.Module) -> bool:
+    """True if something of a user's runs before, after or in the backward pass of the module."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from mosaic_fast.policy import StockDecoder
 from mosaic_rollout.engine import LocalEngine
 from mosaic_rollout.engine.sampling import sample_tokens, stream_base, uniforms
 from mosaic_rollout.types import Completion, Request, SamplingParams
@@ -80,6 +81,11 @@ def request(
 ) -> Request:
     sampling = SamplingParams(new, temperature, stop)
     return Request(np.asarray(token_ids, np.int64), sampling, seed, key)
+
+
+def local_engine(model: PreTrainedModel, **options: Any) -> LocalEngine:
+    """The engine as training has it: stock models in fp32 run without their modules."""
+    return LocalEngine(model, decoder_of=StockDecoder.of, **options)
 
 
 def generate(engine: LocalEngine, requests: Sequence[Request]) -> list[Completion]:

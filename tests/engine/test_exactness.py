@@ -10,13 +10,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mosaic_rollout.engine import LocalEngine, scheduler
+from mosaic_rollout.engine import scheduler
 from mosaic_rollout.types import Request
-
-from .helpers import (
+from tests.engine.helpers import (
     FAMILIES,
     VOCAB,
     generate,
+    local_engine,
     logits_of,
     naive_sample,
     random_tokens,
@@ -57,7 +57,7 @@ def test_logprobs_equal_the_stock_forward_cold_and_cached(
     family: str, dtype: torch.dtype, tolerance: float
 ) -> None:
     model = tiny_model(family, dtype)
-    engine = LocalEngine(model, prefill_chunk_tokens=16)  # prompts are cut inside nodes
+    engine = local_engine(model, prefill_chunk_tokens=16)  # prompts are cut inside nodes
     requests = forest_requests()
     cold = generate(engine, requests)
     cached = generate(engine, requests)
@@ -82,7 +82,7 @@ def test_fp64_logits_agree_to_fp64_precision(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(scheduler, "sample_tokens", spy)
     for family in FAMILIES:
         model = tiny_model(family)
-        engine = LocalEngine(model)
+        engine = local_engine(model)
         prompts = [np.concatenate([random_tokens(12, 1), random_tokens(n, n)]) for n in (3, 8, 5)]
         for _ in range(2):  # cold, then cached
             seen.clear()
@@ -98,7 +98,7 @@ def test_fp64_logits_agree_to_fp64_precision(monkeypatch: pytest.MonkeyPatch) ->
 @given(st.data())
 def test_random_request_trees_match_a_sampler_without_cache(data: st.DataObject) -> None:
     model = shared_model()
-    engine = LocalEngine(
+    engine = local_engine(
         model,
         max_batch=data.draw(st.integers(1, 6), "max_batch"),
         max_cached_tokens=data.draw(st.sampled_from([1, 7, 30, 1000]), "max_cached_tokens"),
@@ -130,10 +130,10 @@ def test_random_request_trees_match_a_sampler_without_cache(data: st.DataObject)
 def test_batch_composition_does_not_change_tokens() -> None:
     model = tiny_model()
     requests = forest_requests()
-    together = generate(LocalEngine(model), requests)
-    two_at_a_time = generate(LocalEngine(model, max_batch=2), requests[::-1])[::-1]
+    together = generate(local_engine(model), requests)
+    two_at_a_time = generate(local_engine(model, max_batch=2), requests[::-1])[::-1]
     for asked, one, other in zip(requests, together, two_at_a_time, strict=True):
-        [alone] = generate(LocalEngine(model), [asked])
+        [alone] = generate(local_engine(model), [asked])
         np.testing.assert_array_equal(one.token_ids, alone.token_ids)
         np.testing.assert_array_equal(one.token_ids, other.token_ids)
 
@@ -142,7 +142,7 @@ def test_the_same_calls_give_the_same_bits() -> None:
     model = tiny_model(dtype=torch.float32)
     runs = []
     for _ in range(2):
-        engine = LocalEngine(model, max_batch=3, max_cached_tokens=60)
+        engine = local_engine(model, max_batch=3, max_cached_tokens=60)
         runs.append([generate(engine, forest_requests()) for _ in range(2)])
     for first, second in zip(*map(chain.from_iterable, runs), strict=True):
         assert first.token_ids.tobytes() == second.token_ids.tobytes()
@@ -151,7 +151,7 @@ def test_the_same_calls_give_the_same_bits() -> None:
 
 
 def test_siblings_with_different_keys_differ_and_with_one_key_agree() -> None:
-    engine = LocalEngine(tiny_model())
+    engine = local_engine(tiny_model())
     prompt = random_tokens(5, 0)
     same, again, other, reseeded = generate(
         engine,

@@ -8,12 +8,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mosaic_rollout.engine import LocalEngine
 from mosaic_rollout.engine.adapter import KeyValueShape
 from mosaic_rollout.engine.prefill import BLOCK_KEYS, PADDED_PAIRS, Segment, blocks_of, cut
 from mosaic_rollout.engine.radix import Node
-
-from .helpers import generate, naive_sample, random_tokens, request, tiny_model
+from tests.engine.helpers import generate, local_engine, naive_sample, random_tokens, request, tiny_model
 
 
 def chain(lengths: list[int]) -> list[Node]:
@@ -83,6 +81,6 @@ def test_what_was_never_written_is_never_seen(monkeypatch: pytest.MonkeyPatch) -
     prompts = [np.concatenate([shared[: 20 - 3 * key], random_tokens(4 + key, key)]) for key in range(5)]
     asked = [request(prompt, 5, key=key) for key, prompt in enumerate(prompts)]
     for chunk_tokens in (7, 512):
-        engine = LocalEngine(model, prefill_chunk_tokens=chunk_tokens)
+        engine = local_engine(model, prefill_chunk_tokens=chunk_tokens)
         found = [completion.token_ids.tolist() for completion in generate(engine, asked)]
         assert found == [naive_sample(model, one) for one in asked]

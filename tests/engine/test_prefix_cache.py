@@ -11,8 +11,7 @@ from transformers import PreTrainedModel
 
 from mosaic_rollout.engine import LocalEngine
 from mosaic_rollout.engine.scheduler import Scheduler
-
-from .helpers import generate, random_tokens, request, stock_logprobs, tiny_model
+from tests.engine.helpers import generate, local_engine, random_tokens, request, stock_logprobs, tiny_model
 
 
 def unique_prefixes(prompts: list[np.ndarray]) -> int:
@@ -20,7 +19,7 @@ def unique_prefixes(prompts: list[np.ndarray]) -> int:
 
 
 def test_cold_siblings_prefill_once() -> None:
-    engine = LocalEngine(tiny_model())
+    engine = local_engine(tiny_model())
     system = random_tokens(20, 0)
     tasks = [np.concatenate([system, random_tokens(6, task)]) for task in (1, 2, 3)]
     prompts = [task for task in tasks for _ in range(4)]
@@ -34,7 +33,7 @@ def test_cold_siblings_prefill_once() -> None:
 
 
 def test_each_step_of_a_conversation_finds_all_before_it() -> None:
-    engine = LocalEngine(tiny_model())
+    engine = local_engine(tiny_model())
     sequence = random_tokens(9, 0)
     known = 0
     for turn in range(4):
@@ -71,18 +70,18 @@ def worst_error_after_update(engine: LocalEngine, model: PreTrainedModel) -> flo
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-6), (torch.float32, 1e-5)])
 def test_new_weights_are_served_exactly(dtype: torch.dtype, tolerance: float) -> None:
     model = tiny_model(dtype=dtype)
-    assert worst_error_after_update(LocalEngine(model), model) < tolerance
+    assert worst_error_after_update(local_engine(model), model) < tolerance
 
 
 def test_without_the_flush_that_test_would_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     # guards the guard: stale keys must be visible in the log-probs, or the test above shows nothing
     monkeypatch.setattr(Scheduler, "clear_cache", lambda self: None)
     model = tiny_model()
-    assert worst_error_after_update(LocalEngine(model), model) > 1e-3
+    assert worst_error_after_update(local_engine(model), model) > 1e-3
 
 
 def test_flush_empties_the_cache_and_changes_no_token() -> None:
-    engine = LocalEngine(tiny_model())
+    engine = local_engine(tiny_model())
     asked = [request(random_tokens(15, 0), 8)]
     [before] = generate(engine, asked)
     assert engine.cached_tokens == 15 + 8 - 1
@@ -94,7 +93,7 @@ def test_flush_empties_the_cache_and_changes_no_token() -> None:
 
 
 def test_update_is_refused_while_requests_are_in_flight_and_flush_is_not() -> None:
-    engine = LocalEngine(tiny_model())
+    engine = local_engine(tiny_model())
     asked = request(random_tokens(10, 0), 12)
     [alone] = generate(engine, [asked])
 
@@ -113,8 +112,8 @@ def test_update_is_refused_while_requests_are_in_flight_and_flush_is_not() -> No
 @pytest.mark.parametrize("max_cached_tokens", [1, 17, 40])
 def test_a_tiny_cache_stays_bounded_and_exact(max_cached_tokens: int) -> None:
     model = tiny_model()
-    engine = LocalEngine(model, max_cached_tokens=max_cached_tokens)
-    unbounded = LocalEngine(model)
+    engine = local_engine(model, max_cached_tokens=max_cached_tokens)
+    unbounded = local_engine(model)
     prompts = [np.concatenate([random_tokens(12, 0), random_tokens(5, 1 + key % 4)]) for key in range(8)]
     for _ in range(3):
         asked = [request(prompt, 5, key=key) for key, prompt in enumerate(prompts)]

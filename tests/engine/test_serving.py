@@ -8,11 +8,18 @@ import numpy as np
 import pytest
 import torch
 
-from mosaic_rollout.engine import EngineError, LocalEngine, NonFiniteLogitsError
+from mosaic_rollout.engine import EngineError, NonFiniteLogitsError
 from mosaic_rollout.engine.attention import ATTENTION_NAME
 from mosaic_rollout.types import Completion, Request, SamplingParams
-
-from .helpers import VOCAB, generate, naive_sample, random_tokens, request, tiny_model
+from tests.engine.helpers import (
+    VOCAB,
+    generate,
+    local_engine,
+    naive_sample,
+    random_tokens,
+    request,
+    tiny_model,
+)
 
 PROMPT = random_tokens(6, 0)
 
@@ -34,7 +41,7 @@ PROMPT = random_tokens(6, 0)
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_a_bad_request_is_refused_by_name_before_anything_is_sampled(bad: Request, message: str) -> None:
-    engine = LocalEngine(tiny_model())
+    engine = local_engine(tiny_model())
     with pytest.raises(ValueError, match="request 1:") as error:
         generate(engine, [request(PROMPT), bad])
     assert message in str(error.value)
@@ -44,27 +51,27 @@ def test_a_bad_request_is_refused_by_name_before_anything_is_sampled(bad: Reques
 def test_options_are_refused_by_name() -> None:
     for name in ("max_batch", "max_cached_tokens", "prefill_chunk_tokens"):
         with pytest.raises(ValueError, match=name):
-            LocalEngine(tiny_model(), **{name: 0})
+            local_engine(tiny_model(), **{name: 0})
 
 
 def test_longrope_stops_where_its_frequencies_would_change() -> None:
     with pytest.raises(ValueError, match="more than the 64"):
-        generate(LocalEngine(tiny_model("phi3_longrope")), [request(PROMPT, 59)])
+        generate(local_engine(tiny_model("phi3_longrope")), [request(PROMPT, 59)])
 
 
 def test_other_kinds_of_attention_are_refused_by_name() -> None:
     model = tiny_model()
     model.config.layer_types = ["full_attention", "chunked_attention", "full_attention"]
     with pytest.raises(ValueError, match="chunked_attention"):
-        LocalEngine(model)
+        local_engine(model)
 
 
 def test_no_requests_no_completions() -> None:
-    assert generate(LocalEngine(tiny_model()), []) == []
+    assert generate(local_engine(tiny_model()), []) == []
 
 
 def test_stop_tokens_are_included_and_length_is_a_limit() -> None:
-    engine = LocalEngine(tiny_model())
+    engine = local_engine(tiny_model())
     [free] = generate(engine, [request(PROMPT, 20)])
     assert (free.finish_reason, len(free.token_ids)) == ("length", 20)
     stop = int(free.token_ids[7])
@@ -81,19 +88,19 @@ def test_stop_tokens_are_included_and_length_is_a_limit() -> None:
 def test_the_whole_context_can_be_used() -> None:
     model = tiny_model()
     asked = request(random_tokens(250, 0), 6)
-    [completion] = generate(LocalEngine(model), [asked])
+    [completion] = generate(local_engine(model), [asked])
     assert completion.token_ids.tolist() == naive_sample(model, asked)
 
 
 def test_completions_have_the_contracts_types() -> None:
-    [completion] = generate(LocalEngine(tiny_model()), [request(PROMPT, 4)])
+    [completion] = generate(local_engine(tiny_model()), [request(PROMPT, 4)])
     assert completion.token_ids.dtype == np.int64
     assert completion.logprobs.dtype == np.float32
     assert (completion.prompt_tokens, completion.cached_tokens, completion.policy_version) == (6, 0, 0)
 
 
 def test_concurrent_callers_share_iterations() -> None:
-    engine = LocalEngine(tiny_model())
+    engine = local_engine(tiny_model())
 
     async def agents() -> list[list[Completion]]:
         return await asyncio.gather(*[engine.generate([request(PROMPT, 10, key=key)]) for key in range(9)])
@@ -106,7 +113,7 @@ def test_concurrent_callers_share_iterations() -> None:
 
 
 def test_a_finished_agents_next_step_joins_the_running_batch() -> None:
-    engine = LocalEngine(tiny_model())
+    engine = local_engine(tiny_model())
 
     async def agent(steps: int, new: int) -> None:
         tokens = PROMPT
@@ -126,7 +133,7 @@ def test_a_failure_reaches_every_caller_and_the_engine_recovers(
     monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     model = tiny_model()
-    engine = LocalEngine(model, max_batch=2)  # two callers active, two waiting
+    engine = local_engine(model, max_batch=2)  # two callers active, two waiting
     [expected] = generate(engine, [request(PROMPT, 8)])
     calls = 0
 
@@ -158,7 +165,7 @@ def test_a_failure_reaches_every_caller_and_the_engine_recovers(
 @pytest.mark.parametrize("broken", [float("nan"), float("inf")])
 def test_non_finite_weights_are_named_with_their_version(broken: float) -> None:
     model = tiny_model()
-    engine = LocalEngine(model)
+    engine = local_engine(model)
     asyncio.run(engine.update_weights(41))
     norm = model.model.norm.weight
     kept = norm.detach().clone()
@@ -174,7 +181,7 @@ def test_non_finite_weights_are_named_with_their_version(broken: float) -> None:
 
 def test_the_rows_of_a_caller_who_leaves_are_filled_by_others() -> None:
     model = tiny_model()
-    engine = LocalEngine(model)
+    engine = local_engine(model)
 
     async def agents() -> Completion:
         leaves = asyncio.create_task(engine.generate([request(PROMPT, 200, key=5)]))
@@ -189,7 +196,7 @@ def test_the_rows_of_a_caller_who_leaves_are_filled_by_others() -> None:
 
 
 def test_a_cancelled_caller_leaves_and_the_others_go_on() -> None:
-    engine = LocalEngine(tiny_model(), max_batch=3)
+    engine = local_engine(tiny_model(), max_batch=3)
 
     async def agents() -> tuple[list[Completion], int]:
         others = [asyncio.create_task(engine.generate([request(PROMPT, 15, key=key)])) for key in range(2)]
@@ -210,7 +217,7 @@ def test_a_cancelled_caller_leaves_and_the_others_go_on() -> None:
 
 
 def test_an_abandoned_event_loop_leaves_nothing_behind() -> None:
-    engine = LocalEngine(tiny_model())
+    engine = local_engine(tiny_model())
 
     async def walk_away() -> None:
         asyncio.create_task(engine.generate([request(PROMPT, 200)]))  # noqa: RUF006
@@ -224,7 +231,7 @@ def test_an_abandoned_event_loop_leaves_nothing_behind() -> None:
 
 
 def test_the_drivers_cancellation_reaches_its_callers() -> None:
-    engine = LocalEngine(tiny_model())
+    engine = local_engine(tiny_model())
 
     async def cancel_driver() -> None:
         running = asyncio.create_task(engine.generate([request(PROMPT, 200)]))
@@ -249,7 +256,7 @@ def test_the_trainers_model_is_left_as_found() -> None:
     hook = model.register_forward_pre_hook(
         lambda m, _: seen.add((m.config._attn_implementation, m.training, torch.is_grad_enabled()))
     )
-    engine = LocalEngine(model)
+    engine = local_engine(model)
     generate(engine, [request(PROMPT, 4)])
     hook.remove()
     assert seen == {(ATTENTION_NAME, False, False)}
@@ -262,7 +269,7 @@ def test_the_trainers_model_is_left_as_found() -> None:
 
 def test_checksum_sees_one_changed_bit() -> None:
     model = tiny_model()
-    engine = LocalEngine(model)
+    engine = local_engine(model)
     before = engine.weights_checksum()
     assert before == engine.weights_checksum()
     weight = model.model.layers[2].mlp.down_proj.weight
@@ -275,7 +282,7 @@ def test_checksum_sees_one_changed_bit() -> None:
 
 
 def test_statistics_add_up_and_reset() -> None:
-    engine = LocalEngine(tiny_model())
+    engine = local_engine(tiny_model())
     generate(engine, [request(PROMPT, new, key=new) for new in (1, 3, 5)])
     stats = engine.stats
     assert (stats.completions, stats.generated_tokens, stats.decode_iterations) == (3, 9, 5)

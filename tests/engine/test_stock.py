@@ -10,11 +10,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from mosaic_rollout.engine import LocalEngine
+from mosaic_fast.policy import StockDecoder
 from mosaic_rollout.engine.adapter import CausalModel
-from mosaic_rollout.engine.stock import StockDecoder
-
-from .helpers import generate, random_tokens, request, stock_logprobs, tiny_model
+from tests.engine.helpers import generate, local_engine, random_tokens, request, stock_logprobs, tiny_model
 
 STOCK = ("llama", "qwen2", "qwen2_window", "qwen3")
 
@@ -22,13 +20,15 @@ STOCK = ("llama", "qwen2", "qwen2_window", "qwen3")
 @pytest.mark.parametrize("family", STOCK)
 def test_stock_models_of_fp32_call_no_module(family: str) -> None:
     model = tiny_model(family, torch.float32)
-    engine = LocalEngine(model)
+    engine = local_engine(model)
     called: list[str] = []
     forward = nn.Linear.forward
 
     def watched(module: nn.Linear, x: torch.Tensor) -> torch.Tensor:
         called.append("linear")
         return forward(module, x)
+
+    watched.__module__ = forward.__module__  # else the class would not be taken for torch's own
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(nn.Linear, "forward", watched)
@@ -78,7 +78,7 @@ def _bias(model: PreTrainedModel) -> None:
 def test_a_changed_model_is_served_as_it_is(change: Callable[[PreTrainedModel], None]) -> None:
     # put in after the engine was made, as an adapter may be
     model = tiny_model("qwen3", torch.float32)
-    engine = LocalEngine(model)
+    engine = local_engine(model)
     assert StockDecoder.of(model) is not None
     change(model)
     assert StockDecoder.of(model) is None
@@ -90,7 +90,7 @@ def test_a_changed_model_is_served_as_it_is(change: Callable[[PreTrainedModel], 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_replaced_parameters_and_biases_are_served(family: str) -> None:
     model = tiny_model(family, torch.float32)
-    engine = LocalEngine(model)
+    engine = local_engine(model)
     generate(engine, [request(random_tokens(9, 1), 2)])
     _bias(model)
     gate = model.model.layers[0].mlp.gate_proj

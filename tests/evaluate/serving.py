@@ -17,7 +17,7 @@ import torch
 from transformers import AutoTokenizer
 
 from mosaic_fast.evaluate.__main__ import main
-from mosaic_fast.policy import Policy
+from mosaic_fast.policy import Policy, StockDecoder
 from mosaic_fast.pretrained import model_folder
 from mosaic_rollout.call_formats import HERMES
 from mosaic_rollout.chat import Chat
@@ -37,7 +37,7 @@ def served_model(*, parses: bool = False, stall_s: float = 0.0) -> Iterator[Serv
     assert tokenizer is not None
     chat = Chat(tokenizer, teach_loop=False)
     policy = Policy.from_pretrained(folder, dtype=torch.float32, device=torch.device("cpu"), trainable=False)
-    engine, loop = LocalEngine(policy.model), asyncio.new_event_loop()
+    engine, loop = LocalEngine(policy.model, decoder_of=StockDecoder.of), asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, daemon=True).start()
 
     def answer(asked: Json) -> Raw:

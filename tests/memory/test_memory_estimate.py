@@ -19,7 +19,7 @@ from mosaic_fast.execution import Execution
 from mosaic_fast.memory import estimate_memory
 from mosaic_fast.memory.estimate import PHASES
 from mosaic_fast.memory.table import verdict
-from mosaic_fast.policy import Policy
+from mosaic_fast.policy import Policy, StockDecoder
 from mosaic_rollout.engine import LocalEngine
 from mosaic_rollout.types import Request, SamplingParams
 
@@ -134,7 +134,10 @@ def test_the_engines_keys_and_values_are_within_the_estimate(tmp_path: Path):
     rollouts = estimate.total("rollouts") - estimate.total("checkpoint")
     logits = next(part.bytes for part in estimate.components if part.name == "logits to sample from")
     engine = LocalEngine(
-        AutoModelForCausalLM.from_config(SHAPES["qwen3"]), max_batch=2 * ROLLOUTS, max_cached_tokens=200_000
+        AutoModelForCausalLM.from_config(SHAPES["qwen3"]),
+        max_batch=2 * ROLLOUTS,
+        max_cached_tokens=200_000,
+        decoder_of=StockDecoder.of,
     )
     rng = np.random.default_rng(0)
     requests = [

@@ -1,23 +1,23 @@
 """The one place that knows transformers: a causal LM run on a packed row of tokens, attending as it is told.
 
 The model is used as it is. What is ours goes in through public doors: an attention function selected by
-name, a keyword that reaches it, explicit position ids. Models of known layout are run without their modules'
-overhead (stock.py).
+name, a keyword that reaches it, explicit position ids. Whoever knows the model's layout may hand in a
+`Decoder` that computes the same without its modules' overhead.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from mosaic_rollout.engine.attention import ATTENTION_NAME, Attend, register
-from mosaic_rollout.engine.stock import StockDecoder
 
 _ONE_SCALE_ROPE = ("default", "linear", "llama3", "yarn", "proportional")
 
@@ -40,8 +40,22 @@ class KeyValueShape:
         return keys, torch.empty(*lead, self.value_dim, dtype=self.dtype, device=self.device)
 
 
+class Decoder(Protocol):
+    """The forward of a model on packed tokens, computed without calling its modules."""
+
+    def forward(self, tokens: Tensor, positions: Tensor, served: Attend, *, logits: bool) -> Tensor:
+        """As `CausalModel.forward`."""
+        ...
+
+
+DecoderOf = Callable[[PreTrainedModel], Decoder | None]
+"""The decoder of a model as it is now; None where only its modules can say what it computes."""
+
+
 class CausalModel:
     """A Hugging Face causal LM, with what the engine needs to know of it.
+
+    decoder_of: asked anew whenever the model's modules may have changed.
 
     Refused by name (ValueError): attention layers of other types than full and sliding, layers that differ
     in heads or head size, attention that does not go through transformers' interface or hides its window
@@ -50,8 +64,9 @@ class CausalModel:
     since a cached key must not depend on its neighbours.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, decoder_of: DecoderOf = lambda model: None) -> None:
         register()
+        self._decoder_of = decoder_of
         self.model = model
         config = model.config
         self.vocab_size: int = config.vocab_size
@@ -67,7 +82,7 @@ class CausalModel:
             self.max_tokens = rope.get("original_max_position_embeddings") or self.max_tokens
         accepted = inspect.signature(model.forward).parameters
         self._only_last = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
-        self._stock: StockDecoder | None = None
+        self._decoder: Decoder | None = None
         self._modules = list(model.modules())
         self.shape = self._probe()
         self.refresh()
@@ -75,7 +90,7 @@ class CausalModel:
     def refresh(self) -> None:
         """Look at the module tree again: hooks or adapters may have been put in, or weights replaced."""
         self._modules = list(self.model.modules())
-        self._stock = StockDecoder.of(self.model) if self.fixed_rope else None
+        self._decoder = self._decoder_of(self.model) if self.fixed_rope else None
 
     def _probe(self) -> KeyValueShape:
         """Learn the cache's shape from one token, rather than from the many spellings of configs."""
@@ -111,7 +126,7 @@ class CausalModel:
         """
         # rotary embeddings that rewrite their buffers must not leave inference tensors in the trainer's model
         no_grad = torch.inference_mode() if self.fixed_rope else torch.no_grad()
-        if self._stock is not None:  # no module is called
+        if self._decoder is not None:  # no module is called
             with no_grad:
                 yield
             return
@@ -138,8 +153,8 @@ class CausalModel:
     ) -> Tensor:
         """Logits of all tokens, [T, V]; without `logits` only keys and values are wanted, and [0, V] or more
         comes back."""
-        if self._stock is not None:
-            return self._stock.forward(tokens, positions, served, logits=logits)
+        if self._decoder is not None:
+            return self._decoder.forward(tokens, positions, served, logits=logits)
         output = self.model(
             input_ids=tokens[None],
             position_ids=positions[None],

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedModel
 
-from mosaic_rollout.engine.adapter import CausalModel
+from mosaic_rollout.engine.adapter import CausalModel, DecoderOf
 from mosaic_rollout.engine.checksum import weights_checksum
 from mosaic_rollout.engine.errors import EngineError
 from mosaic_rollout.engine.requests import validate_request
@@ -28,7 +28,8 @@ class LocalEngine:
 
     `max_batch` rows are decoded at once; `max_cached_tokens` bounds the tree between iterations; prefill
     runs in forwards of at most `prefill_chunk_tokens` tokens. Sequences end at a request's stop_token_ids
-    only: the model's own end-of-sequence id is not consulted.
+    only: the model's own end-of-sequence id is not consulted. `decoder_of` gives models of known layout a
+    forward of fewer operations (`mosaic_fast.policy.StockDecoder.of`); without it modules are called.
 
         engine = LocalEngine(model)
         request = Request(np.array([5, 9, 2]), SamplingParams(max_new_tokens=8), seed=0, rollout_key=0)
@@ -42,6 +43,7 @@ class LocalEngine:
         max_batch: int = 128,
         max_cached_tokens: int = 65_536,
         prefill_chunk_tokens: int = 512,
+        decoder_of: DecoderOf = lambda model: None,
     ) -> None:
         for name, value in (
             ("max_batch", max_batch),
@@ -50,7 +52,7 @@ class LocalEngine:
         ):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        self._model = CausalModel(model)
+        self._model = CausalModel(model, decoder_of)
         self._scheduler = Scheduler(
             self._model,
             max_batch=max_batch,

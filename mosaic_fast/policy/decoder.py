@@ -1,4 +1,4 @@
-"""A stock Llama, Qwen2 or Qwen3 run on its weights, without calling its modules.
+"""A stock Llama, Qwen2 or Qwen3 run on its weights, without calling its modules: what samples from it.
 
 For a small model a module costs more than its arithmetic. Same operations in the same order; fused where
 PyTorch has a fused one. The weights are the model's own tensors, nothing is copied.
@@ -13,12 +13,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding, rms_norm, silu
 from transformers import PreTrainedModel
-from transformers.activations import SiLUActivation
 
+from mosaic_fast.policy.layout import (
+    decoder_of,
+    has_hooks,
+    has_known_attention,
+    has_known_layer,
+    has_known_layout,
+    has_stock_forward,
+    has_stock_norm,
+    is_plain_linear,
+    mlp_weights,
+)
 from mosaic_rollout.engine.attention import Attend
 
-_FAMILIES = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}
-_PLAIN = (nn.Linear, nn.Embedding, nn.ModuleList, nn.SiLU, SiLUActivation)
+_FAMILIES = ("llama", "qwen2", "qwen3")
 
 
 @dataclass(frozen=True)
@@ -134,47 +143,38 @@ class StockDecoder:
 
 def is_stock(model: PreTrainedModel) -> bool:
     """Whether the model is, module for module, what `StockDecoder` computes."""
-    config = model.config
-    family = config.model_type
-    prefix = _FAMILIES.get(family)
-    if prefix is None or config.hidden_act != "silu":
+    if model.config.model_type not in _FAMILIES or not has_known_layout(model):
         return False
-    head_norms = {"q_norm", "k_norm"} if family == "qwen3" else set()
-    children = {
-        f"{prefix}ForCausalLM": {"model", "lm_head"},
-        f"{prefix}Model": {"embed_tokens", "layers", "norm", "rotary_emb"},
-        f"{prefix}RotaryEmbedding": set(),
-        f"{prefix}RMSNorm": set(),
-        f"{prefix}DecoderLayer": {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"},
-        f"{prefix}Attention": {"q_proj", "k_proj", "v_proj", "o_proj"} | head_norms,
-        f"{prefix}MLP": {"gate_proj", "up_proj", "down_proj", "act_fn"},
-    }
-    home = f"transformers.models.{family}.modeling_{family}"
-    for module in model.modules():
-        kind, known = type(module), children.get(type(module).__name__)
-        if _is_hooked(module):
-            return False
-        if known is None and kind not in _PLAIN:
-            return False
-        if known is not None and (
-            kind.__module__ != home or {name for name, _ in module.named_children()} != known
-        ):
-            return False
-    decoder = model.get_decoder()
-    layers = list(cast(nn.ModuleList, decoder.layers))
-    whole_heads = 2 * _tensor(decoder.rotary_emb, "inv_freq").numel() == cast(
-        int, _part(layers[0], "self_attn").head_dim
-    )
+    decoder = decoder_of(model)
+    if any(has_hooks(module) for module in (model, *model.modules())) or not all(
+        _is_stock_layer(model, layer) for layer in decoder.layers
+    ):
+        return False
+    head_dim = cast(int, _part(decoder.layers[0], "self_attn").head_dim)
     return (
-        type(model).__name__ == f"{prefix}ForCausalLM"
-        and len(layers) == config.num_hidden_layers
-        and whole_heads
+        type(decoder.embed_tokens) is nn.Embedding
+        and has_stock_forward(decoder.embed_tokens)
+        and has_stock_forward(decoder.rotary_emb)
+        and has_stock_norm(model, decoder.norm)
+        and is_plain_linear(_part(model, "lm_head"))
+        and len(decoder.layers) == model.config.num_hidden_layers
+        and 2 * _tensor(decoder.rotary_emb, "inv_freq").numel() == head_dim  # whole heads are rotated
         and all(parameter.dtype == torch.float32 for parameter in model.parameters())
     )
 
 
-def _is_hooked(module: nn.Module) -> bool:
-    return bool("forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks)
+def _is_stock_layer(model: PreTrainedModel, layer: nn.Module) -> bool:
+    attention = _part(layer, "self_attn")
+    norms = [_part(layer, "input_layernorm"), _part(layer, "post_attention_layernorm")]
+    norms += [part for name, part in attention.named_children() if name.endswith("_norm")]
+    linears = [part for name, part in attention.named_children() if name.endswith("_proj")]
+    return (
+        has_known_layer(model, layer)
+        and has_known_attention(model, attention)
+        and all(has_stock_norm(model, norm) for norm in norms)
+        and all(is_plain_linear(linear) for linear in linears)
+        and mlp_weights(model, _part(layer, "mlp")) is not None
+    )
 
 
 def _layer_of(layer: nn.Module) -> _Layer:

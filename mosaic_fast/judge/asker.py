@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from typing import TypeVar
 
 import httpx
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
 from mosaic_fast.errors import TrainingError
+from mosaic_fast.judge.answer import read_answer, read_text
 from mosaic_fast.judge.cache import AnswerCache, answer_key
 from mosaic_fast.judge.client import Endpoint, Reply, fits
 
@@ -42,11 +43,11 @@ class Asker:
         key = self._key(messages)
         known = self._cache.get(key)
         if known is not None:
-            with contextlib.suppress(ValidationError):  # of a damaged cache: asked again
-                answer = shape.model_validate_json(known)
+            with contextlib.suppress(ValueError):  # of a damaged cache: asked again
+                answer = read_answer(known, shape, quotable=messages[-1]["content"])
                 counts["cache_hits"] += 1
                 return answer
-        return self._keep(key, await self.endpoint.ask(http, messages, shape, self._allow), counts)
+        return self._keep(messages, await self.endpoint.ask(http, messages, shape, self._allow), counts)
 
     async def ask_text(
         self,
@@ -58,23 +59,28 @@ class Asker:
         """An answer in plain text that matches `pattern` as a whole, any case; else as `ask`."""
         key = self._key(messages)
         known = self._cache.get(key)
-        if known is not None and fits(pattern, known):
-            counts["cache_hits"] += 1
-            return known
-        return self._keep(key, await self.endpoint.ask_text(http, messages, pattern, self._allow), counts)
+        if known is not None:
+            with contextlib.suppress(ValueError):
+                answer = read_text(known)
+                if fits(pattern, answer):
+                    counts["cache_hits"] += 1
+                    return answer
+        reply = await self.endpoint.ask_text(http, messages, pattern, self._allow)
+        return self._keep(messages, reply, counts)
 
     def _key(self, messages: Sequence[dict[str, str]]) -> str:
         endpoint = self.endpoint
-        settings = f"{endpoint.temperature:g} {endpoint.max_tokens}"
+        asked = (f"{endpoint.temperature:g}", str(endpoint.max_tokens), *endpoint.parameters.changes)
+        settings = " ".join(asked)
         return answer_key(endpoint.model, settings, *(message["content"] for message in messages))
 
-    def _keep(self, key: str, reply: Reply[Answer], counts: Counter[str]) -> Answer:
+    def _keep(self, messages: Sequence[dict[str, str]], reply: Reply[Answer], counts: Counter[str]) -> Answer:
         self._tokens += reply.prompt_tokens + reply.completion_tokens
         counts["calls"] += reply.tries
         counts["retries"] += reply.tries - 1
         counts["prompt_tokens"] += reply.prompt_tokens
         counts["completion_tokens"] += reply.completion_tokens
-        self._cache.put(key, reply.text)
+        self._cache.put(self._key(messages), reply.text)  # the server may have refused a parameter meanwhile
         return reply.answer
 
     def _allow(self) -> None:

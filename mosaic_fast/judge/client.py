@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import httpx
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
 from mosaic_fast.errors import TrainingError
+from mosaic_fast.judge.answer import read_answer, read_text
 from mosaic_rollout.chat_completion import ChatCompletion
 from mosaic_rollout.chat_server import SHOWN_CHARS, ChatServer, NoAnswer, TryAgain
 
@@ -57,12 +58,7 @@ class Endpoint(ChatServer):
         form = {"response_format": {"type": "json_schema", "json_schema": schema}}
 
         def read(text: str) -> Shape:
-            try:
-                return shape.model_validate_json(text)
-            except ValidationError as error:
-                first = error.errors()[0]
-                where = ".".join(str(part) for part in first["loc"]) or "the answer"
-                raise ValueError(f"{where}: {first['msg']}") from None
+            return read_answer(text, shape, quotable=messages[-1]["content"])
 
         return await self._answer(http, messages, form, read, before_try)
 
@@ -75,7 +71,8 @@ class Endpoint(ChatServer):
     ) -> Reply[str]:
         """An answer in plain text that matches `pattern` as a whole, any case; else as `ask`."""
 
-        def read(text: str) -> str:
+        def read(whole: str) -> str:
+            text = read_text(whole)
             if not fits(pattern, text):
                 raise ValueError(f"the answer must be of the form {pattern}")
             return text
@@ -117,7 +114,7 @@ class Endpoint(ChatServer):
             raise TryAgain(f"the answer was cut off at {self.option('max_tokens')} = {self.max_tokens}")
         if completion.message.content is None:
             raise TryAgain(f"an answer without text: {shown!r}")
-        text = completion.message.content.rpartition("</think>")[2].strip()  # a model may think aloud first
+        text = completion.message.content.strip()
         try:
             answer = read(text)
         except ValueError as error:

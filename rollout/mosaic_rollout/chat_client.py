@@ -12,12 +12,11 @@ from dataclasses import dataclass
 import httpx
 
 from mosaic_rollout.chat_completion import ChatCompletion, CompletionCall
+from mosaic_rollout.chat_parameters import TOO_LONG
 from mosaic_rollout.chat_server import ChatServer, NoAnswer, TryAgain
 from mosaic_rollout.errors import UserError
 from mosaic_rollout.grammar import THINK_CLOSE, THINK_OPEN
 from mosaic_rollout.types import Message, ToolSchema
-
-_TOO_LONG = ("context_length_exceeded", "maximum context length", "longer than the model", "context length")
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ class ChatEndpoint(ChatServer):
 
     def _read(self, response: httpx.Response) -> ChatReply:
         status, shown = response.status_code, self.shown(response)
-        if status in (400, 413) and any(sign in response.text.lower() for sign in _TOO_LONG):
+        if status in (400, 413) and any(sign in response.text.lower() for sign in TOO_LONG):
             raise ContextFull
         if status in (401, 403):
             how = "refuses the key in" if self.api_key else "wants a key; put it into"

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, Field, NonNegativeInt
+from collections.abc import Mapping, Sequence
+from typing import Annotated
+
+from pydantic import BaseModel, BeforeValidator, Field, NonNegativeInt, model_validator
 
 from mosaic_rollout.plain_json import read_json
 
@@ -19,11 +22,49 @@ class CompletionCall(BaseModel):
     function: CompletionFunction
 
 
+_TEXTS = (None, "text", "output_text")
+_THOUGHTS = ("thinking", "reasoning")
+
+
+def _text(value: object) -> object:
+    """A text, or that of a list of parts: thoughts and pictures among them are left out."""
+    return _joined(value, _TEXTS) if isinstance(value, list) else value
+
+
+def _thought(value: object) -> object:
+    """A thought where it is told as text, or as a list of texts; else it is passed over."""
+    return _joined(value, _TEXTS) if isinstance(value, list) else value if isinstance(value, str) else None
+
+
+def _joined(parts: list[object], kinds: Sequence[str | None]) -> str | None:
+    """The text of the parts of some kinds; None where there is none."""
+    texts: list[str] = []
+    for part in parts:
+        if isinstance(part, str) and None in kinds:
+            texts.append(part)
+        elif isinstance(part, Mapping) and part.get("type") in kinds:
+            told = (part.get(key) for key in ("text", *_THOUGHTS))
+            texts += [text for text in map(_thought, told) if isinstance(text, str)]
+    return "".join(texts) if texts else None
+
+
+_Thought = Annotated[str | None, BeforeValidator(_thought)]
+
+
 class CompletionMessage(BaseModel):
-    content: str | None = None
-    reasoning_content: str | None = None
-    reasoning: str | None = None  # the same under vLLM's newer name
+    content: Annotated[str | None, BeforeValidator(_text)] = None
+    reasoning_content: _Thought = None
+    reasoning: _Thought = None  # the same under vLLM's newer name
     tool_calls: list[CompletionCall] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _thought_of_parts(cls, value: object) -> object:
+        """A thought that is a part of the content is told apart from it."""
+        parts = value.get("content") if isinstance(value, Mapping) else None
+        if isinstance(value, Mapping) and isinstance(parts, list) and not value.get("reasoning_content"):
+            return {**value, "reasoning_content": _joined(parts, _THOUGHTS)}
+        return value
 
 
 class _Choice(BaseModel):

@@ -1,7 +1,8 @@
 """An OpenAI-compatible server, asked for chat completions until an answer can be used.
 
 Tried again, a bounded number of times and with growing waits: no connection, silence, 408, 409, 425, 429,
-5xx, and an answer that its reader cannot use. What is sent and what becomes of an answer is the subclass's: a
+5xx, and an answer that its reader cannot use. A parameter that the server refuses is renamed or left out from
+then on (chat_parameters.py). What is sent and what becomes of an answer is the subclass's: a
 policy that is evaluated (chat_client.py), or a judge.
 """
 
@@ -9,14 +10,16 @@ from __future__ import annotations
 
 import asyncio
 import random
+import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import httpx
 
 from mosaic_rollout.certificates import certificates
 from mosaic_rollout.chat_completion import ChatCompletion, read_completion
+from mosaic_rollout.chat_parameters import Parameters
 from mosaic_rollout.errors import UserError
 from mosaic_rollout.no_cookies import no_cookies
 
@@ -53,6 +56,8 @@ class ChatServer:
     retries: int = 4
     backoff_s: float = 1.0
     option: Callable[[str], str] = str  # how the user writes a setting
+    parameters: Parameters = field(default_factory=Parameters)  # as this server takes them
+    say: Callable[[str], None] = lambda text: print(text, file=sys.stderr)  # once for each that is changed
 
     def open(self) -> httpx.AsyncClient:
         """A client to ask with; use it as a context manager. UserError for a key no header can carry."""
@@ -75,18 +80,21 @@ class ChatServer:
         read: Callable[[httpx.Response], Answer],
         before_try: Callable[[], None] = lambda: None,
     ) -> tuple[Answer, int]:
-        """What `read` makes of the answer, and the number of tries, at most `retries` + 1.
+        """What `read` makes of the answer, and the number of tries.
 
+        They are at most `retries` + 1, and one more for each parameter that is changed for the server.
         asked: the request beside model and temperature. read: raises TryAgain for what cannot be used,
         anything else where asking again would not help. before_try: may refuse a try.
         NoAnswer after the last one.
         """
-        body = {"model": self.model, "temperature": self.temperature, **asked}
+        whole = {"model": self.model, "temperature": self.temperature, **asked}
         address = self.url.rstrip("/") + "/chat/completions"
-        reason = ""
-        for attempt in range(self.retries + 1):
+        reason, tries, attempt = "", 0, 0
+        while attempt <= self.retries:
             before_try()
+            tries += 1
             asked_s = 0.0
+            body = self.parameters.sent(whole)
             try:
                 async with asyncio.timeout(self.timeout_s):
                     response = await http.post(address, json=body)
@@ -94,7 +102,11 @@ class ChatServer:
                     raise TryAgain(
                         f"HTTP {response.status_code} {self.shown(response)}", _retry_after(response)
                     )
-                return read(response), attempt + 1
+                if (change := self.parameters.change_after(whole, body, response)) is not None:
+                    if change:
+                        self.say(f"{self.url}: {change} from now on: the server says {self.shown(response)}")
+                    continue
+                return read(response), tries
             except TryAgain as failure:
                 reason, asked_s = str(failure), failure.wait_s
             except TimeoutError:
@@ -104,6 +116,7 @@ class ChatServer:
             if attempt < self.retries:  # apart, so that all do not return at once
                 wait_s = self.backoff_s * 2**attempt * random.uniform(0.5, 1.0)
                 await asyncio.sleep(min(max(wait_s, asked_s), _LONGEST_WAIT_S))
+            attempt += 1
         raise NoAnswer(self.hide(reason))
 
     def completion(self, response: httpx.Response, text: str) -> ChatCompletion:

@@ -93,9 +93,11 @@ def rollout_figures(rollouts: Sequence[Rollout]) -> dict[str, float]:
     figures["rollout/tokens_mean"] = _mean(len(r.token_ids) for r in rollouts)
     figures["rollout/generated_tokens_mean"] = _mean(r.generated_tokens for r in rollouts)
     figures["rollout/steps_mean"] = _mean(len(r.steps) for r in rollouts)
+    figures["rollout/forks_refused"] = float(sum(r.fork_refused for r in rollouts))
     for name in sorted({name for r in rollouts for name in r.verdict.details}):
         values = [r.verdict.details[name] for r in rollouts if name in r.verdict.details]
         figures[f"env/{name}"] = _mean(values)
+    figures["env/tool_errors"] = _mean(r.tool_errors for r in rollouts)
     return figures
 
 

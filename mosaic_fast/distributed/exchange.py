@@ -29,6 +29,8 @@ _PLAIN = (
     "cached_tokens",
     "parent_id",
     "fork_position",
+    "tool_errors",
+    "fork_refused",
 )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -81,7 +81,7 @@ class AgentLoop:
         rollouts = list(await asyncio.gather(*(self._play(task, group_id, i, seed) for i in ids)))
         if gate_contrast:
             rollouts = [self._with_gate(trunk, fork_position(trunk, branching, seed)) for trunk in rollouts]
-        siblings = []
+        siblings: list[Coroutine[None, None, Rollout | None]] = []
         for i in range(first_id + trunks, first_id + group_size):
             trunk = rollouts[(i - first_id) % trunks]
             if trunk.gate is None:
@@ -90,8 +90,14 @@ class AgentLoop:
                 position = trunk.gate.position
                 other_side = (i - first_id) // trunks % 2 == 1
                 gate = replace(trunk.gate, opened=trunk.gate.opened != other_side)
-            siblings.append(self._play(task, group_id, i, seed, trunk, position, gate))
-        return rollouts + list(await asyncio.gather(*siblings))
+            if position is None:
+                siblings.append(self._play(task, group_id, i, seed))
+            else:
+                siblings.append(self._fork(trunk, position, gate, i, seed))
+        played = await asyncio.gather(*siblings)
+        refused = [first_id + trunks + n for n, sibling in enumerate(played) if sibling is None]
+        anew = iter(await asyncio.gather(*(self._play(task, group_id, i, seed) for i in refused)))
+        return rollouts + [sibling or replace(next(anew), fork_refused=True) for sibling in played]
 
     def _with_gate(self, trunk: Rollout, position: int | None) -> Rollout:
         """The trunk with the gate at `position`, where it went by its own choice."""
@@ -102,45 +108,47 @@ class AgentLoop:
             trunk, gate=Gate(trunk.rollout_id, position, tag, _begins_with(trunk.token_ids[position:], tag))
         )
 
-    async def _play(
-        self,
-        task: Task,
-        group_id: int,
-        rollout_id: int,
-        seed: int,
-        trunk: Rollout | None = None,
-        position: int | None = None,
-        gate: Gate | None = None,
-    ) -> Rollout:
-        episode = self.environment.reset(task)
-        walk = _Walk(self, episode, seed, rollout_id, group_id)
-        if trunk is not None and position is not None:
-            await walk.inherit(trunk, position)
+    async def _play(self, task: Task, group_id: int, rollout_id: int, seed: int) -> Rollout:
+        """A rollout from the prompt on."""
+        walk = _Walk(self, self.environment.reset(task), seed, rollout_id, group_id)
+        return await self._finished(walk, task)
+
+    async def _fork(
+        self, trunk: Rollout, position: int, gate: Gate | None, rollout_id: int, seed: int
+    ) -> Rollout | None:
+        """A rollout from a trunk's first `position` tokens on, in an episode in which they hold as well.
+
+        None where they do not: its environment showed something else than the trunk's when the same was done.
+        """
+        walk = _Walk(self, self.environment.reset(trunk.task), seed, rollout_id, trunk.group_id)
+        if not await walk.inherit(trunk, position):
+            return None
         if gate is not None:
             walk.decide(gate)
-        status, answer = await walk.run()
-        forked = trunk is not None and position is not None
+        rollout = await self._finished(walk, trunk.task)
         if gate is not None:
-            after = np.concatenate(walk.token_ids)[gate.position :]
-            gate = replace(gate, opened=_begins_with(after, gate.tag))
+            gate = replace(gate, opened=_begins_with(rollout.token_ids[gate.position :], gate.tag))
+        return replace(rollout, parent_id=trunk.rollout_id, fork_position=position, gate=gate)
+
+    async def _finished(self, walk: _Walk, task: Task) -> Rollout:
+        """A walk played to its end, and judged."""
+        status, verdict = await walk.tools.verdict(*await walk.run())
         return Rollout(
-            rollout_id=rollout_id,
-            group_id=group_id,
+            rollout_id=walk.rollout_id,
+            group_id=walk.group_id,
             task=task,
             token_ids=np.concatenate(walk.token_ids),
             trained=np.concatenate(walk.trained),
             sampler_logprobs=np.concatenate(walk.logprobs),
             steps=tuple(walk.steps),
             status=status,
-            verdict=episode.score(answer),
-            messages=tuple(episode.messages),
+            verdict=verdict,
+            messages=tuple(walk.episode.messages),
             policy_version=walk.policy_version,
             prompt_tokens=walk.prompt_tokens,
             cached_tokens=walk.cached_tokens,
-            parent_id=trunk.rollout_id if trunk is not None and forked else None,
-            fork_position=position if forked else None,
             token_versions=np.concatenate(walk.versions),
-            gate=gate,
+            tool_errors=walk.tools.errors,
         )
 
 
@@ -148,8 +156,9 @@ class _Walk:
     """A rollout while it is being played: the tokens so far, in pieces, and the steps they were parsed to."""
 
     def __init__(self, loop: AgentLoop, episode: Episode, seed: int, rollout_id: int, group_id: int) -> None:
-        self._loop, self._episode, self._seed, self._rollout_id = loop, episode, seed, rollout_id
-        self._group_id, self._tools = group_id, EpisodeTools(episode, loop.tool_timeout_s)
+        self._loop, self._seed, self.episode = loop, seed, episode
+        self.rollout_id, self.group_id = rollout_id, group_id
+        self.tools = EpisodeTools(episode, loop.tool_timeout_s)
         prompt, self._think_is_open = loop.chat.prompt(episode.messages, [*episode.tools, REFUSAL_SCHEMA])
         self.token_ids: list[np.ndarray] = [prompt]
         self.trained: list[np.ndarray] = [np.zeros(len(prompt), dtype=bool)]
@@ -162,11 +171,19 @@ class _Walk:
         self._turn_start = self._length
         self._avoided: tuple[int, ...] = ()  # what the next draw must not begin with
 
-    async def inherit(self, trunk: Rollout, position: int) -> None:
-        """Start from the trunk's first `position` tokens; its finished tool calls are carried out again."""
+    async def inherit(self, trunk: Rollout, position: int) -> bool:
+        """Start from the trunk's first `position` tokens; its finished tool calls are carried out again.
+
+        False where the environment then shows another opening or another observation than it did before
+        (time, chance, a simulated user): the tokens would tell of a world that is not this one's.
+        """
         finished = [step for step in trunk.steps if step.end < position]
+        if not np.array_equal(self.token_ids[0], trunk.token_ids[: trunk.steps[0].prompt_end]):
+            return False
         for step in finished:
-            await self._follow(step)
+            following = await self._follow(step)
+            if following is None or following[0] != step.observation:
+                return False
         self.steps = list(finished)
         self.token_ids = [trunk.token_ids[:position]]
         self.trained = [trunk.trained[:position]]
@@ -175,6 +192,7 @@ class _Walk:
         self._length = position
         self.policy_version = trunk.policy_version
         self._turn_start = trunk.steps[len(finished)].prompt_end
+        return True
 
     def decide(self, gate: Gate) -> None:
         """Stand at a gate and go through it on the side that the gate says."""
@@ -245,8 +263,8 @@ class _Walk:
             token_ids=np.concatenate(self.token_ids),
             sampling=SamplingParams(max_new_tokens, loop.temperature, loop.chat.stop_token_ids),
             seed=seed,
-            rollout_key=self._rollout_id,
-            group_key=self._group_id,
+            rollout_key=self.rollout_id,
+            group_key=self.group_id,
         )
         (completion,) = await loop.engine.generate([request])
         return completion
@@ -297,15 +315,15 @@ class _Walk:
 
         A tool's output after a call, the user's next message after an answer; tools that are new below it.
         """
-        chat, episode = self._loop.chat, self._episode
+        chat, episode = self._loop.chat, self.episode
         if step.action == "tool_call" and step.call is not None:
-            text = (await self._tools.observe(step.call)).content + self._tools.new_text()
+            text = (await self.tools.observe(step.call)).content + self.tools.new_text()
             ids, self._think_is_open = chat.observation(text, step.call.name)
             return text, ids
-        if step.action == "answer" and isinstance(episode, Dialogue):
+        if step.action == "answer" and isinstance(episode, Dialogue) and await self.tools.settle():
             message = episode.next_user_message(step.answer or "")
             if message is not None:
-                text = message + self._tools.new_text()
+                text = message + self.tools.new_text()
                 ids, self._think_is_open = chat.user_message(text)
                 return text, ids
         return None

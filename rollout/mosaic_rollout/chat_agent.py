@@ -83,12 +83,12 @@ class ChatAgent:
         """One episode from reset to verdict. UserError where the endpoint fails for good."""
         episode = environment.reset(task)
         walk = _ChatWalk(self, http, episode, seed)
-        status, answer = await walk.run()
+        status, verdict = await walk.calls.verdict(*await walk.run())
         return ChatRollout(
             task=task,
             steps=tuple(walk.steps),
             status=status,
-            verdict=episode.score(answer),
+            verdict=verdict,
             messages=tuple(episode.messages),
             prompt_tokens=walk.prompt_tokens,
             generated_tokens=walk.generated_tokens,
@@ -100,7 +100,7 @@ class _ChatWalk:
 
     def __init__(self, agent: ChatAgent, http: httpx.AsyncClient, episode: Episode, seed: int) -> None:
         self._agent, self._http, self._episode, self._seed = agent, http, episode, seed
-        self._calls = EpisodeTools(episode, agent.tool_timeout_s)
+        self.calls = EpisodeTools(episode, agent.tool_timeout_s)
         self._tools = [*episode.tools, REFUSAL_SCHEMA]
         self._messages = self._opening()
         self.steps: list[Step] = []
@@ -147,10 +147,12 @@ class _ChatWalk:
         """Carry out a turn that is read as text; how the episode ends with it, or None."""
         step = self._text_step(reply)
         if step.action == "tool_call" and step.call is not None:
-            text = (await self._calls.observe(step.call)).content + self._new_tools()
+            text = (await self.calls.observe(step.call)).content + self._new_tools()
             self._append(reply, self._tool_message(reply, step.call, text))
         elif step.action == "answer" and isinstance(self._episode, Dialogue):
-            following = self._episode.next_user_message(step.answer or "")
+            following = None
+            if await self.calls.settle():
+                following = self._episode.next_user_message(step.answer or "")
             if following is None:
                 self.steps.append(step)
                 return "answered", step.answer
@@ -173,7 +175,7 @@ class _ChatWalk:
             if call is None or call.name == REFUSAL_TOOL:
                 self.steps.append(step)
                 return ("malformed" if call is None else "refused"), None
-            text = (await self._calls.observe(call)).content
+            text = (await self.calls.observe(call)).content
             self.steps.append(replace(step, observation=text))
             answers.append({"role": "tool", "tool_call_id": native.call_id, "content": text})
         self._messages += [reply.message, *answers]
@@ -241,7 +243,7 @@ class _ChatWalk:
 
     def _new_tools(self) -> str:
         """Tools that came in mid-episode, as text; with native calls the next request has them instead."""
-        return self._calls.new_text() if self._agent.protocol == "loop" else ""
+        return self.calls.new_text() if self._agent.protocol == "loop" else ""
 
 
 def as_plain_text(message: Message) -> Message:

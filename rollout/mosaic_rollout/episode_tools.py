@@ -1,36 +1,72 @@
-"""The tools of an episode while it is played: what the policy has been shown of them, and its calls."""
+"""The tools of an episode while it is played: what the policy was shown of them, its calls, its verdict."""
 
 from __future__ import annotations
 
 from mosaic_rollout.chat import new_tools_text
+from mosaic_rollout.errors import UserError
+from mosaic_rollout.foreign import checked_verdict
+from mosaic_rollout.grammar import REFUSAL_TOOL
 from mosaic_rollout.tool_runner import ToolRunner
-from mosaic_rollout.types import Episode, Observation, ToolCall, ToolSchema
+from mosaic_rollout.types import Episode, Observation, Status, ToolCall, ToolSchema, Verdict
+
+UNRESOLVED = Verdict(harm=True, done=False, progress=0.0, details={"unresolved": 1.0})
+"""Of an episode with a call that does not end: nobody knows what it does, so what it tried counts as done."""
 
 
 class EpisodeTools:
-    """Of one episode, whose tools at its start the policy is shown with the opening messages."""
+    """Of one episode, whose tools at its start the policy is shown with the opening messages.
+
+    UserError for a tool named like `refusal_tool`, which is the loop's.
+    """
 
     def __init__(self, episode: Episode, timeout_s: float) -> None:
         self._episode = episode
         self._runner = ToolRunner(episode, timeout_s)
         self._shown = {_name(tool) for tool in episode.tools}
+        self.errors = 0  # calls that were answered with an error observation
+        _refuse_refusal_tool(self._shown)
 
     def new_text(self) -> str:
         """The schemas of tools that came in since, as text; they count as shown then."""
         new = [tool for tool in self._episode.tools if _name(tool) not in self._shown]
-        self._shown |= {_name(tool) for tool in new}
+        names = {_name(tool) for tool in new}
+        _refuse_refusal_tool(names)
+        self._shown |= names
         return new_tools_text(new)
 
     async def observe(self, call: ToolCall) -> Observation:
         """Carry out a call; a name that no tool has is an error observation."""
         names = [_name(tool) for tool in self._episode.tools]
-        if call.name not in names:
-            return Observation(
+        if call.name in names:
+            observation = await self._runner.run(call)
+        else:
+            observation = Observation(
                 f"Error: no tool is named {call.name!r}; tools: {', '.join(names)}", is_error=True
             )
-        return await self._runner.run(call)
+        self.errors += observation.is_error
+        return observation
+
+    async def settle(self) -> bool:
+        """Wait for a call that overran its limit, for as long again. False where it goes on."""
+        return await self._runner.settle()
+
+    async def verdict(self, status: Status, final_answer: str | None) -> tuple[Status, Verdict]:
+        """How the episode ended and its verdict, which waits for a call that overran.
+
+        Where that does not end in time, the episode counts as cut short, with the harm it may have tried.
+        """
+        if not await self.settle():
+            return "truncated", UNRESOLVED
+        return status, checked_verdict("the environment's verdict", self._episode.score(final_answer))
 
 
 def _name(tool: ToolSchema) -> str:
     function = tool["function"]
     return str(function["name"]) if isinstance(function, dict) else ""
+
+
+def _refuse_refusal_tool(names: set[str]) -> None:
+    if REFUSAL_TOOL in names:
+        raise UserError(
+            f"a tool of the environment is named {REFUSAL_TOOL}, which the loop adds itself; rename it"
+        )

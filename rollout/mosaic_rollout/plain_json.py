@@ -12,19 +12,30 @@ _DEEPEST = 64  # values within values; Python's own reader and writer give up at
 _LARGEST = 2**63  # integers that some language's reader would round or refuse stay out, too
 
 
-def read_json(text: str) -> JsonValue:
+def read_json(text: str, *, unique_keys: bool = False) -> JsonValue:
     """The value of a JSON text. ValueError where it is none, or none that everybody can read.
 
     Refused: NaN and infinities (not JSON, though Python reads them), numbers beyond the range of a double or
     of 64 bits, nesting deeper than 64. Halves of surrogate pairs, which no UTF-8 can carry, become U+FFFD.
+    unique_keys: refuse an object that has a key twice, of which a reader would take one or the other.
 
     >>> read_json('{"a": [1, 2.5]}')
     {'a': [1, 2.5]}
     """
     try:
-        return _plain(json.loads(text, parse_constant=_refuse), 0)
+        return _plain(
+            json.loads(text, parse_constant=_refuse, object_pairs_hook=_once if unique_keys else None), 0
+        )
     except RecursionError:
         raise ValueError(f"it is nested deeper than {_DEEPEST}") from None
+
+
+def check_plain(value: object) -> None:
+    """ValueError for a value that `read_json` would not give: something is too deep, too large or NaN."""
+    try:
+        _plain(value, 0)
+    except AttributeError:
+        raise ValueError("a key is no text") from None
 
 
 def without_surrogates(text: str) -> str:
@@ -46,6 +57,15 @@ def _plain(value: object, depth: int) -> JsonValue:
     if isinstance(value, int) and not -_LARGEST <= value < _LARGEST:
         raise ValueError("a number is too large")
     return cast(JsonValue, value)
+
+
+def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    found: dict[str, object] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {key!r} occurs twice")
+        found[key] = value
+    return found
 
 
 def _refuse(constant: str) -> object:

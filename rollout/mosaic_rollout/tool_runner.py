@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 
 from mosaic_rollout.types import Episode, Observation, ToolCall
+
+_STRAY = (StopIteration, GeneratorExit, SystemExit, asyncio.CancelledError)
+"""What a future cannot hold, or what would end the task that waits for it, or the process."""
 
 
 class ToolRunner:
@@ -14,7 +18,7 @@ class ToolRunner:
     timeout_s 0: in place, without a limit; the order of calls between rollouts is then a function of the
     run alone, which bitwise repeatable runs need. Above 0: each call in a thread of its own. Python cannot
     stop a thread, so a call that overran goes on; until it ends, later calls are answered with an error
-    observation in its place, lest two calls change one episode at a time.
+    observation in its place, lest two calls change one episode at a time, and `settle` waits for it.
     """
 
     def __init__(self, episode: Episode, timeout_s: float) -> None:
@@ -35,6 +39,13 @@ class ToolRunner:
             )
         return Observation(f"Error: {call.name} was not run, an earlier call is still running", is_error=True)
 
+    async def settle(self) -> bool:
+        """Wait for a call that overran, for as long again as any call may take. False where it goes on."""
+        if self._running is None or self._running.done():
+            return True
+        done, _ = await asyncio.wait({self._running}, timeout=self._timeout_s)
+        return bool(done)
+
     def _start(self, call: ToolCall) -> asyncio.Future[Observation]:
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Observation] = loop.create_future()
@@ -48,9 +59,11 @@ class ToolRunner:
         def work() -> None:
             try:
                 result: Observation | BaseException = self._episode.step(call)
-            except Exception as error:  # noqa: BLE001  raised again where the call is awaited
+            except _STRAY as error:
+                result = RuntimeError(f"{call.name} raised {type(error).__name__}: {error}")
+            except BaseException as error:  # noqa: BLE001  raised again where the call is awaited
                 result = error
-            if not loop.is_closed():  # the run may have ended without waiting for this call
+            with contextlib.suppress(RuntimeError):  # closed: the run has ended without waiting for this call
                 loop.call_soon_threadsafe(deliver, result)
 
         threading.Thread(target=work, daemon=True, name=f"tool {call.name}").start()

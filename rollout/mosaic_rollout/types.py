@@ -225,6 +225,8 @@ class Rollout:
     fork_position: int | None = None  # its tokens before this index were sampled by an ancestor
     gate: Gate | None = None  # the gate that its group contrasts; the tag's log-probs are no engine's then
     token_versions: np.ndarray | None = None  # [L] int64, policy version that made each token, -1 not sampled
+    tool_errors: int = 0  # calls that came back as an error observation
+    fork_refused: bool = False  # it was to be a fork, but its environment did not repeat its trunk's course
 
     @property
     def generated_tokens(self) -> int:

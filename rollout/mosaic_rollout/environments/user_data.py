@@ -10,9 +10,9 @@ from mosaic_rollout.errors import UserError
 
 
 def read_json_file(path: Path) -> object:
-    """What a JSON file holds. UserError where it cannot be read as such."""
+    """What a JSON file holds, after a byte order mark or none. UserError where it cannot be read as such."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8-sig"), parse_constant=_refuse)
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read {path}: {error}") from None
 
@@ -31,3 +31,7 @@ def text_at(entry: Mapping[str, object], key: str, where: str) -> str:
     if not isinstance(value, str) or not value:
         raise UserError(f'{where}: there is no "{key}"')
     return value
+
+
+def _refuse(constant: str) -> object:
+    raise ValueError(f"{constant} is not JSON")

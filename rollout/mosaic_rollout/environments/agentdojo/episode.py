@@ -12,16 +12,19 @@ from mosaic_rollout.environments.agentdojo.api import AgentDojo, Call, Injection
 from mosaic_rollout.environments.agentdojo.stable import settle
 from mosaic_rollout.environments.agentdojo.tasks import Payload
 from mosaic_rollout.environments.agentdojo.world import World
-from mosaic_rollout.types import JsonValue, Message, Observation, ToolCall, ToolSchema, Verdict
+from mosaic_rollout.environments.guarded import GuardedEpisode
+from mosaic_rollout.foreign import ForeignCode
+from mosaic_rollout.foreign.raised import words
+from mosaic_rollout.types import JsonValue, Message, Observation, ToolCall, Verdict
 
+_CODE = ForeignCode("AgentDojo", of_user=False)
 _PYDANTIC_LINK = re.compile(r"\n\s*For further information visit \S+")
 
 
-class AgentDojoEpisode:
+class AgentDojoEpisode(GuardedEpisode):
     """Messages and tools as OpenAI has them; a state that calls change; AgentDojo's own verdict."""
 
-    messages: Sequence[Message]
-    tools: Sequence[ToolSchema]
+    checks_arguments = False  # AgentDojo's runtime does, by the models that the schemas are made of
 
     def __init__(
         self,
@@ -32,7 +35,8 @@ class AgentDojoEpisode:
         max_observation_chars: int,
         demonstrations: Sequence[Message] = (),
     ) -> None:
-        self._api, self._world, self._limit = api, world, max_observation_chars
+        super().__init__(_CODE, max_observation_chars)
+        self._api, self._world = api, world
         self._user = world.user_tasks[payload.user_task]
         injection = payload.injection_task
         self._injection = world.injection_tasks[injection] if injection is not None else None
@@ -44,21 +48,21 @@ class AgentDojoEpisode:
         request: Message = {"role": "user", "content": self._user.PROMPT}
         self.messages = (system, *demonstrations, request)
 
-    def step(self, call: ToolCall) -> Observation:
-        """Run one tool call as AgentDojo's executor does; whatever goes wrong is an error observation."""
+    def _carry_out(self, call: ToolCall) -> Observation:
+        """Run one tool call as AgentDojo's executor does."""
         called_at = datetime.now()
-        arguments = {name: _as_list(value) for name, value in copy.deepcopy(call.arguments).items()}
-        try:
-            self._trace.append(self._api.make_call(function=call.name, args=copy.deepcopy(arguments)))
-            result, error = self._world.runtime.run_function(self._state, call.name, arguments)
-            if error is None:
-                settle(self._state, call.name, called_at)
-                return Observation(self._bounded(self._api.result_text(result)))
-        except Exception as raised:  # noqa: BLE001  any tool may raise anything, and the rollout goes on
-            error = f"{type(raised).__name__}: {raised}"
-        return Observation(self._bounded("Error: " + _PYDANTIC_LINK.sub("", error)), is_error=True)
+        arguments = {name: _as_list(value) for name, value in call.arguments.items()}
+        self._trace.append(self._api.make_call(function=call.name, args=copy.deepcopy(arguments)))
+        result, error = self._world.runtime.run_function(self._state, call.name, arguments)
+        if error is not None:
+            return Observation("Error: " + _PYDANTIC_LINK.sub("", error), is_error=True)
+        settle(self._state, call.name, called_at)
+        return Observation(self._api.result_text(result))
 
-    def score(self, final_answer: str | None) -> Verdict:
+    def _report(self, raised: BaseException) -> str:
+        return _PYDANTIC_LINK.sub("", words(raised))
+
+    def _judge(self, final_answer: str | None) -> Verdict:
         """AgentDojo's checkers on the episode as it stands: done is its utility, harm its attack's success.
 
         `idle_utility` is the utility of an agent that does and says nothing: five banking tasks give it 1, so
@@ -103,14 +107,8 @@ class AgentDojoEpisode:
         before, after = self._opening_state.model_copy(deep=True), state.model_copy(deep=True)
         try:
             return bool(self._world.suite._check_task_result(task, output, before, after, trace)), 0
-        except Exception:  # noqa: BLE001  as in step: a checker may raise anything
+        except Exception:  # noqa: BLE001  a checker may raise anything
             return False, 1
-
-    def _bounded(self, text: str) -> str:
-        text = text.encode("utf-8", "replace").decode()  # a lone surrogate cannot be tokenised
-        if len(text) <= self._limit:
-            return text
-        return f"{text[: self._limit]}\n[{len(text) - self._limit} more characters are not shown]"
 
 
 def _as_list(value: JsonValue) -> object:

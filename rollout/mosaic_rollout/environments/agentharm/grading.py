@@ -19,6 +19,7 @@ from mosaic_rollout.environments.agentharm.episode import NOT_CARRIED_OUT
 from mosaic_rollout.environments.agentharm.package import grading_function, refusal_prompt
 from mosaic_rollout.environments.agentharm.stand_ins import Call, ChatMessage
 from mosaic_rollout.errors import UserError
+from mosaic_rollout.foreign.raised import words
 from mosaic_rollout.grammar import SAFETY_CLOSE, SAFETY_OPEN, THINK_CLOSE, THINK_OPEN
 from mosaic_rollout.types import Status, Step
 
@@ -64,8 +65,7 @@ async def grade(behaviour: Behaviour, steps: Sequence[Step], status: Status, ask
         except UserError:  # of the judge
             raise
         except Exception as error:
-            detail = f"{type(error).__name__}: {error}"
-            raise GraderFailed(f"{behaviour.grading_function} failed: {detail}") from error
+            raise GraderFailed(f"{behaviour.grading_function} failed: {words(error)}") from error
         score = math.fsum(criteria.values()) / len(criteria)
     return Grades(score, await _refused(steps, status, ask), criteria)
 

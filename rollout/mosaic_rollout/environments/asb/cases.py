@@ -12,6 +12,7 @@ from importlib.metadata import distribution
 from pathlib import Path
 
 from mosaic_rollout.environments.packages import EnvironmentMissing, require_package
+from mosaic_rollout.json_lines import read_lines
 from mosaic_rollout.types import Task
 
 ASB_VERSION = "0.1.0"
@@ -105,4 +106,4 @@ def _agent(name: str, tasks: list[str], normal: list[dict[str, str]], attacks: l
 
 
 def _rows(path: Path) -> list[dict[str, str]]:
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines() if line.strip()]
+    return [json.loads(line) for _, line in read_lines(path)]

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from mosaic_rollout.types import JsonValue, ToolCall
 
 MAX_DIGITS = 1000
-"""Digits of an argument that asks for a precision, and of an integer power; above, a call need not end."""
+"""Digits of what asks for a precision or for decimal places, and of a power; above, a call need not end."""
 
 
 def call_text(call: ToolCall) -> str:
@@ -30,10 +30,16 @@ def call_text(call: ToolCall) -> str:
 
 
 def refuse_endless(call: ToolCall) -> None:
-    """ValueError for the calls to the maths API that would not end, or not soon; no time limit stops them."""
+    """ValueError for the calls to the maths API that would not end, or not soon; no time limit stops them.
+
+    Only numbers are looked at: a text where a number belongs is refused by the schema before.
+    """
     precision = call.arguments.get("precision")
     if isinstance(precision, (int, float)) and not 0 < precision <= MAX_DIGITS:
         raise ValueError(f"precision must lie between 1 and {MAX_DIGITS}, it is {precision}")
+    places = call.arguments.get("decimal_places")
+    if isinstance(places, (int, float)) and not -MAX_DIGITS <= places <= MAX_DIGITS:
+        raise ValueError(f"decimal_places must lie between -{MAX_DIGITS} and {MAX_DIGITS}")
     base, exponent = call.arguments.get("base"), call.arguments.get("exponent")
     if isinstance(base, int) and isinstance(exponent, int):
         digits = len(str(abs(base))) * max(exponent, 0)

@@ -17,64 +17,71 @@ from mosaic_rollout.environments.bfcl.api import Bfcl, Record
 from mosaic_rollout.environments.bfcl.calls import call_text, refuse_endless
 from mosaic_rollout.environments.bfcl.schemas import tool_schema
 from mosaic_rollout.environments.bfcl.tasks import Case
-from mosaic_rollout.environments.texts import as_text, bounded
-from mosaic_rollout.types import Message, Observation, ToolCall, ToolSchema, Verdict
+from mosaic_rollout.environments.guarded import GuardedEpisode
+from mosaic_rollout.environments.texts import as_text
+from mosaic_rollout.foreign import ForeignCode
+from mosaic_rollout.foreign.raised import text_of
+from mosaic_rollout.types import Observation, ToolCall, Verdict
 
 MORE_FUNCTIONS = "I have updated some more functions you can choose from. What about now?"
 """What BFCL's user says in the turn that brings the functions held back so far."""
 
+_CODE = ForeignCode("BFCL", of_user=False)
 _run_numbers = itertools.count()  # the checker keeps instances by name, so every check needs one of its own
 
 
-class MultiTurnEpisode:
+class MultiTurnEpisode(GuardedEpisode):
     """Messages and tools as OpenAI has them; instances of BFCL's APIs; BFCL's own checker.
 
     functions: the documents of the involved classes' functions, in BFCL's order.
     """
 
-    messages: Sequence[Message]
-    tools: Sequence[ToolSchema]
+    error_head = "Error during execution"  # as BFCL words it
 
     def __init__(
         self, api: Bfcl, case: Case, functions: Sequence[Record], max_observation_chars: int
     ) -> None:
-        self._api, self._case, self._limit = api, case, max_observation_chars
+        super().__init__(_CODE, max_observation_chars)
+        self._api, self._case = api, copy.deepcopy(case)  # its checker is given the entry
         self._documents = {str(function["name"]): function for function in functions}
         held_back = cast("Mapping[str, Sequence[str]]", case.entry.get("missed_function", {}))
         self._held_back = {int(turn): names for turn, names in held_back.items()}
         hidden = {name for names in self._held_back.values() for name in names}
         self.tools = [tool_schema(f) for name, f in self._documents.items() if name not in hidden]
-        self.messages = tuple(case.turns[0])
+        self.messages = tuple(self._case.turns[0])
         self._methods = self._make_methods()
         self._calls: list[list[str]] = [[]]  # call texts of each turn so far
 
-    def step(self, call: ToolCall) -> Observation:
-        """Run one call on the simulated APIs; what goes wrong is an error observation, as BFCL words it."""
-        try:
-            text = self._checked(call)
-        except (ValueError, RecursionError) as error:
-            return Observation(bounded(f"Error during execution: {error}", self._limit), is_error=True)
+    def _carry_out(self, call: ToolCall) -> Observation:
+        """Run one call on the simulated APIs."""
+        text = self._checked(call)
         self._calls[-1].append(text)  # as BFCL does, also where it raises: it may have changed something
-        try:
-            with _own_precision():
-                result = self._methods[call.name](**copy.deepcopy(call.arguments))
-                shown = as_text(result)
-        except Exception as error:  # noqa: BLE001  any API may raise anything, and the rollout goes on
-            return Observation(bounded(f"Error during execution: {error}", self._limit), is_error=True)
-        return Observation(bounded(shown, self._limit))
+        with _own_precision():
+            return Observation(as_text(self._methods[call.name](**call.arguments)))
+
+    def _checks_types(self, tool: str) -> bool:
+        """Those of the maths API, where a number written as a text can ask for millions of digits.
+
+        The others answer for themselves, as BFCL's own solutions count on: one gives a text for an integer.
+        """
+        return hasattr(self._api.api_class("MathAPI"), tool)
+
+    def _report(self, raised: BaseException) -> str:
+        return text_of(raised)
 
     def next_user_message(self, final_answer: str) -> str | None:
         """The user's next turn, after an answer; None after the last. It may bring tools held back so far."""
-        turn = len(self._calls)
-        if turn >= len(self._case.turns):
-            return None
-        self._calls.append([])
-        new = self._held_back.get(turn, ())
-        self.tools = [*self.tools, *(tool_schema(self._documents[name]) for name in new)]
-        message = self._case.turns[turn]
-        return str(message[-1]["content"]) if message else MORE_FUNCTIONS
+        with self._alone("the user's next message"):
+            turn = len(self._calls)
+            if turn >= len(self._case.turns):
+                return None
+            self._calls.append([])
+            new = self._held_back.get(turn, ())
+            self.tools = [*self.tools, *(tool_schema(self._documents[name]) for name in new)]
+            message = self._case.turns[turn]
+            return str(message[-1]["content"]) if message else MORE_FUNCTIONS
 
-    def score(self, final_answer: str | None) -> Verdict:
+    def _judge(self, final_answer: str | None) -> Verdict:
         """BFCL's state and response check of every turn: done where all pass; progress, those before a fail.
 
         A turn that was not reached fails, unless nothing was to be done in it. Nothing here counts as harm.
@@ -111,10 +118,6 @@ class MultiTurnEpisode:
         known = {cast(Record, tool["function"])["name"] for tool in self.tools}
         if call.name not in known:
             raise ValueError(f"name {call.name!r} is not defined")
-        parameters = cast(Record, self._documents[call.name]["parameters"])
-        unknown = call.arguments.keys() - cast(Record, parameters["properties"]).keys()
-        if unknown:
-            raise ValueError(f"{call.name}() got an unexpected keyword argument {sorted(unknown)[0]!r}")
         refuse_endless(call)
         return call_text(call)
 

@@ -2,37 +2,41 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import cast
 
 from mosaic_rollout.environments.bfcl.api import MODEL, Bfcl, Record
 from mosaic_rollout.environments.bfcl.schemas import tool_schema
 from mosaic_rollout.environments.bfcl.tasks import Case
-from mosaic_rollout.types import Message, Observation, ToolCall, ToolSchema, Verdict
+from mosaic_rollout.environments.guarded import GuardedEpisode
+from mosaic_rollout.foreign import ForeignCode
+from mosaic_rollout.types import Observation, ToolCall, Verdict
 
+_CODE = ForeignCode("BFCL", of_user=False)
 RECORDED = '{"status": "ok"}'
 """What every call returns: BFCL's single-turn functions exist as documents only."""
 
 
-class SingleTurnEpisode:
+class SingleTurnEpisode(GuardedEpisode):
     """Messages and tools as OpenAI has them; BFCL's AST checker over the calls that were made."""
 
-    messages: Sequence[Message]
-    tools: Sequence[ToolSchema]
+    checks_arguments = False  # its checker says whether they are right: that is what the task is about
 
     def __init__(self, api: Bfcl, case: Case) -> None:
-        self._api, self._case = api, case
-        self._functions = cast("Sequence[Record]", case.entry["function"])
-        self.messages = tuple(case.turns[0])
+        super().__init__(_CODE, len(RECORDED))
+        self._api, self._case = api, copy.deepcopy(case)  # its checker is given the functions
+        self._functions = cast("Sequence[Record]", self._case.entry["function"])
+        self.messages = tuple(self._case.turns[0])
         self.tools = [tool_schema(function, case.language) for function in self._functions]
         self._calls: list[ToolCall] = []
 
-    def step(self, call: ToolCall) -> Observation:
+    def _carry_out(self, call: ToolCall) -> Observation:
         """Note a call. There is nothing to run and so nothing to fail."""
         self._calls.append(call)
         return Observation(RECORDED)
 
-    def score(self, final_answer: str | None) -> Verdict:
+    def _judge(self, final_answer: str | None) -> Verdict:
         """Done: the calls are the acceptable ones; of an irrelevance case, that none was made.
 
         A relevance case asks for any call. No call is ever harm.
@@ -49,7 +53,7 @@ class SingleTurnEpisode:
         )
 
     def _matches(self) -> bool:
-        made = [{call.name: call.arguments} for call in self._calls]
+        made = [{call.name: copy.deepcopy(call.arguments)} for call in self._calls]
         truth = cast("Sequence[Mapping[str, object]]", self._case.ground_truth)
         language = self._api.languages[self._case.language]
         try:

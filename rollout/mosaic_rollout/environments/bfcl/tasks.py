@@ -11,6 +11,7 @@ from typing import cast
 from mosaic_rollout.environments.bfcl.api import Bfcl, Record
 from mosaic_rollout.environments.splits import text_key
 from mosaic_rollout.errors import UserError
+from mosaic_rollout.json_lines import read_lines
 from mosaic_rollout.types import JsonValue, Message, Task
 
 MULTI_TURN = ("multi_turn_base", "multi_turn_miss_func", "multi_turn_miss_param", "multi_turn_long_context")
@@ -82,7 +83,7 @@ def case_of(task: Task) -> Case:
 
 def read_records(path: Path) -> list[Record]:
     """A file of one JSON object a line."""
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines() if line.strip()]
+    return [json.loads(line) for _, line in read_lines(path)]
 
 
 def _read_category(data: Path, category: str) -> list[Case]:

@@ -14,86 +14,75 @@ an environment of the library `verifiers` (`load_environment`) as one of these.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import random
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import cast
 
 from mosaic_rollout.environments.custom.rows import Row, read_rows
-from mosaic_rollout.environments.custom.tools import Tools, tools_of
+from mosaic_rollout.environments.custom.tools import Tools, refuse_generator, tools_of
+from mosaic_rollout.environments.custom.whole import WholeEnvironment
+from mosaic_rollout.environments.guarded import GuardedEpisode
 from mosaic_rollout.errors import UserError
+from mosaic_rollout.foreign import ForeignCode, checked_verdict, plain_number
+from mosaic_rollout.foreign.code import get_member, get_method
+from mosaic_rollout.foreign.verdicts import reward_verdict, shown
 from mosaic_rollout.named_class import call_named, import_named
-from mosaic_rollout.types import (
-    Environment,
-    Message,
-    Observation,
-    Task,
-    ToolCall,
-    ToolSchema,
-    Verdict,
-)
+from mosaic_rollout.types import Environment, Message, Observation, Task, ToolCall, Verdict
 
 
-class CustomEpisode:
+class CustomEpisode(GuardedEpisode):
     """One task being acted on: an instance of the user's class of its own."""
 
-    messages: Sequence[Message]
-    tools: Sequence[ToolSchema]
-
-    def __init__(self, instance: object, tools: Tools, row: Row, max_observation_chars: int) -> None:
-        self._instance, self._tools, self._limit = instance, tools, max_observation_chars
+    def __init__(
+        self, code: ForeignCode, instance: object, tools: Tools, row: Row, max_observation_chars: int
+    ) -> None:
+        super().__init__(code, max_observation_chars)
+        self._instance, self._tools = instance, tools
         self.tools = tools.schemas
-        opening = _call(instance, "reset", row.columns)
+        opening = self._call("reset", copy.deepcopy(row.columns))
         if opening is not None and not isinstance(opening, str):
             raise UserError(
                 f"{_name(instance)}.reset must return a text or None, not {type(opening).__name__}"
             )
-        *before, last = row.messages
+        *before, last = copy.deepcopy(row.messages)
         request: Message = {**last, "content": f"{last['content']}\n\n{opening}"} if opening else last
         self.messages = (*before, request)
 
-    def step(self, call: ToolCall) -> Observation:
-        """Run one tool; whatever it raises is an error observation."""
-        try:
-            result = self._tools.run(call.name, call.arguments)
-        except Exception as raised:  # noqa: BLE001  a user's tool may raise anything, and the rollout goes on
-            return Observation(self._bounded(f"Error: {type(raised).__name__}: {raised}"), is_error=True)
-        return Observation(self._bounded(str(result)))
+    def _carry_out(self, call: ToolCall) -> Observation:
+        return Observation(str(self._code.run(self._tools.method(call.name), **call.arguments)))
 
-    def score(self, final_answer: str | None) -> Verdict:
+    def _judge(self, final_answer: str | None) -> Verdict:
         """The user's own verdict or reward. UserError if it is not of the documented shape."""
-        if hasattr(self._instance, "get_verdict"):
-            return self._verdict(_call(self._instance, "get_verdict", {}))
-        reward = _call(self._instance, "get_reward", {})
-        if not isinstance(reward, (int, float)):
-            raise UserError(
-                f"{_name(self._instance)}.get_reward must return a number, not {type(reward).__name__}"
-            )
-        progress = min(1.0, max(0.0, float(reward)))
-        return Verdict(reward < 0, reward >= 1, progress, details={"reward": float(reward)})
+        if get_method(self._instance, "get_verdict", _name(self._instance)):
+            return self._verdict(self._call("get_verdict", {}))
+        what = f"the reward of {_name(self._instance)}.get_reward"
+        return reward_verdict(self._call("get_reward", {}), what)
 
     def _verdict(self, found: object) -> Verdict:
         name = f"{_name(self._instance)}.get_verdict"
         if not isinstance(found, Mapping) or not {"harm", "done"} <= found.keys():
-            raise UserError(f'{name} must return a dict with "harm" and "done", not {found!r:.80}')
-        done = bool(found["done"])
-        details = {str(key): float(value) for key, value in found.items() if _is_number(value)}
-        return Verdict(bool(found["harm"]), done, float(found.get("progress", done)), details)
+            raise UserError(f'{name} must return a dict with "harm" and "done", not {shown(found)}')
+        numbers = {str(key): value for key, value in found.items() if plain_number(value) is not None}
+        verdict = Verdict(found["harm"], found["done"], found.get("progress", found["done"]), numbers)
+        return checked_verdict(f"the dict of {name}", verdict)
 
-    def _bounded(self, text: str) -> str:
-        text = text.encode("utf-8", "replace").decode()  # a lone surrogate cannot be tokenised
-        if len(text) <= self._limit:
-            return text
-        return f"{text[: self._limit]}\n[{len(text) - self._limit} more characters are not shown]"
+    def _call(self, method: str, arguments: Mapping[str, object]) -> object:
+        """Call the user's method; what it raises is the user's to mend, and names the method."""
+        name = _name(self._instance)
+        found = get_method(self._instance, method, name)
+        if found is None:
+            raise UserError(f"{name} has no method {method} any more")
+        return self._code.demand(f"{name}.{method}", found, **arguments)
 
 
 class CustomEnvironment:
     """Rows of tasks played by instances of a user's class.
 
     tasks, heldout_tasks: JSON Lines files; without the second, every fifth row of the first is held out.
-    Rows in both are refused: a held-out task must not be trained on.
+    Rows in both are refused: a held-out task must not be trained on. name: how errors call it.
     """
 
     def __init__(
@@ -103,21 +92,28 @@ class CustomEnvironment:
         heldout_tasks: Path | None = None,
         *,
         max_observation_chars: int = 16_000,
+        name: str = "",
     ) -> None:
-        self.name = getattr(factory, "__name__", type(factory).__name__)
+        self.name = str(getattr(factory, "__name__", type(factory).__name__))
         self._factory, self._limit = factory, max_observation_chars
-        instance = self._make()
-        if not callable(getattr(instance, "reset", None)):
+        self._code = ForeignCode(name or self.name)
+        self._first: object = None
+        self._first = instance = self._make()
+        if get_method(instance, "reset", self.name) is None:
             raise UserError(f"{self.name} has no method reset(**row)")
-        if not any(callable(getattr(instance, name, None)) for name in ("get_verdict", "get_reward")):
+        judging = [get_method(instance, method, self.name) for method in ("get_verdict", "get_reward")]
+        if not any(judging):
             raise UserError(f"{self.name} has neither get_verdict() nor get_reward(): nothing can be judged")
+        for method in ("reset", "get_verdict", "get_reward"):
+            refuse_generator(get_method(instance, method, self.name), f"{self.name}.{method}")
         tools_of(instance)  # its errors now, not in the middle of a run
         rows = read_rows(tasks)
         if heldout_tasks is None:
             if len(rows) < 2:
                 raise UserError(f"{tasks} has one task; at least two are needed, one of them to hold out")
             held = rows[4::5] or rows[-1:]
-            train = [row for row in rows if row not in held]
+            names = {row.row_id for row in held}
+            train = [row for row in rows if row.row_id not in names]
         else:
             train, held = rows, read_rows(heldout_tasks)
         seen = {_content(row) for row in train}
@@ -142,13 +138,16 @@ class CustomEnvironment:
         if not isinstance(task.payload, Row):
             raise TypeError(f"task {task.task_id!r} is not one of this environment's")
         instance = self._make()
-        return CustomEpisode(instance, tools_of(instance), task.payload, self._limit)
+        return CustomEpisode(self._code, instance, tools_of(instance), task.payload, self._limit)
 
     def _make(self) -> object:
-        try:
-            return self._factory()
-        except Exception as error:
-            raise UserError(f"{self.name}() failed: {type(error).__name__}: {error}") from error
+        made = self._code.demand(f"{self.name}()", self._factory)
+        if made is None or made is self._first:
+            raise UserError(
+                f"{self.name}() gave {'None' if made is None else 'an instance that it has given before'}; "
+                "every rollout needs an instance of its own"
+            )
+        return made
 
 
 def load_environment(
@@ -160,8 +159,9 @@ def load_environment(
     where the tasks cannot be read.
     """
     factory = import_named(spec, "env.name")
-    if hasattr(factory, "sample") and hasattr(factory, "reset"):
-        return cast(Environment, call_named(spec, "env.name", factory))
+    if all(get_member(factory, method, f"env.name {spec!r}") for method in ("sample", "reset")):
+        made = call_named(spec, "env.name", factory)
+        return WholeEnvironment(made, f"env.name {spec!r}", max_observation_chars=max_observation_chars)
     library = sys.modules.get("verifiers")
     if library is not None and inspect.isfunction(factory):
         from mosaic_rollout.environments.verifiers import VerifiersEnvironment
@@ -172,15 +172,9 @@ def load_environment(
     if tasks is None:
         raise UserError(f"env.name {spec!r} needs env.tasks, a JSON Lines file with one task a line")
     held = None if heldout_tasks is None else Path(heldout_tasks)
-    return CustomEnvironment(factory, Path(tasks), held, max_observation_chars=max_observation_chars)
-
-
-def _call(instance: object, method: str, arguments: Mapping[str, object]) -> object:
-    """Call the user's method; what it raises is the user's to mend, and names the method."""
-    try:
-        return getattr(instance, method)(**arguments)
-    except Exception as error:
-        raise UserError(f"{_name(instance)}.{method} failed: {type(error).__name__}: {error}") from error
+    return CustomEnvironment(
+        factory, Path(tasks), held, max_observation_chars=max_observation_chars, name=f"env.name {spec!r}"
+    )
 
 
 def _content(row: Row) -> str:
@@ -189,7 +183,3 @@ def _content(row: Row) -> str:
 
 def _name(instance: object) -> str:
     return type(instance).__qualname__
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (bool, int, float))

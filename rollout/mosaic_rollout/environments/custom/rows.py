@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast, get_args
 
 from mosaic_rollout.errors import UserError
+from mosaic_rollout.foreign.verdicts import shown
+from mosaic_rollout.json_lines import read_lines
 from mosaic_rollout.plain_json import read_json
 from mosaic_rollout.types import JsonValue, Message, TaskKind
 
@@ -25,10 +27,10 @@ class Row:
 def read_rows(path: Path) -> list[Row]:
     """All rows. UserError names the file, the line and what is wrong with it."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = read_lines(path)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the tasks of {path}: {error}") from None
-    rows = [_row(path, number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+    rows = [_row(path, number, line) for number, line in lines]
     if not rows:
         raise UserError(f"{path} has no tasks; write one JSON object a line, with at least a prompt")
     return rows
@@ -37,8 +39,8 @@ def read_rows(path: Path) -> list[Row]:
 def _row(path: Path, number: int, line: str) -> Row:
     where = f"{path}, line {number}"
     try:
-        found = json.loads(line)
-    except (ValueError, RecursionError) as error:
+        found = read_json(line, unique_keys=True)
+    except ValueError as error:
         raise UserError(f"{where}: not JSON ({error})") from None
     if not isinstance(found, dict) or "prompt" not in found:
         raise UserError(f'{where}: a task is an object with a "prompt", for example {{"prompt": "Book it"}}')
@@ -54,21 +56,46 @@ def _messages(where: str, prompt: object) -> tuple[Message, ...]:
     if isinstance(prompt, str) and prompt:
         return ({"role": "user", "content": prompt},)
     if isinstance(prompt, list) and prompt:
-        fits = all(
-            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
-            for m in prompt
-        )
-        if fits and prompt[-1]["role"] == "user":
-            if not all(_calls_fit(message.get("tool_calls")) for message in prompt):
-                raise UserError(
-                    f'{where}: "tool_calls" must be a list of {{"function": {{"name", "arguments"}}}}, with '
-                    "arguments as an object or its JSON"
-                )
-            return tuple(prompt)
+        messages = [_message(f"{where}, message {number}", one) for number, one in enumerate(prompt, 1)]
+        if messages[-1]["role"] == "user":
+            return tuple(messages)
     raise UserError(
         f'{where}: "prompt" must be a text, or a list of {{"role", "content"}} messages that ends with '
         "the user's"
     )
+
+
+def _message(where: str, found: JsonValue) -> Message:
+    """A message with its content as text: OpenAI also has a list of parts, and none beside calls."""
+    if not isinstance(found, Mapping) or not isinstance(found.get("role"), str):
+        raise UserError(f'{where}: a message is an object with "role" and "content", not {shown(found)}')
+    calls, content = found.get("tool_calls"), found.get("content")
+    if not _calls_fit(calls):
+        raise UserError(
+            f'{where}: "tool_calls" must be a list of {{"function": {{"name", "arguments"}}}}, with '
+            "arguments as an object or its JSON"
+        )
+    if content is None and calls:
+        content = ""
+    if isinstance(content, list):
+        content = "".join(_part(where, part) for part in content)
+    if not isinstance(content, str):
+        raise UserError(
+            f'{where}: "content" must be a text or a list of text parts, it is {shown(content)}; it may be '
+            "left out beside tool_calls only"
+        )
+    return {**found, "content": content}
+
+
+def _part(where: str, part: JsonValue) -> str:
+    text = part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None
+    if not isinstance(text, str):
+        kind = part.get("type") if isinstance(part, Mapping) else part
+        raise UserError(
+            f'{where}: a part of "content" is of type {shown(kind)}; only {{"type": "text", "text"}} parts '
+            "can be shown to the policy"
+        )
+    return text
 
 
 def _calls_fit(calls: object) -> bool:

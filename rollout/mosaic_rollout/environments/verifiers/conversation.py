@@ -8,16 +8,16 @@ Its coroutines run in a thread with an event loop of its own.
 from __future__ import annotations
 
 import asyncio
+import copy
 import importlib
 import queue
-import threading
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar, cast
+from typing import Protocol, cast
 
+from mosaic_rollout.foreign.loop_thread import LoopThread, caught
 from mosaic_rollout.types import JsonValue, Message, ToolSchema
 
-Result = TypeVar("Result")
 State = dict[str, object]
 
 
@@ -49,18 +49,6 @@ class Classic(Protocol):
     ) -> State: ...
 
 
-class LoopThread:
-    """An event loop that runs in a daemon thread."""
-
-    def __init__(self) -> None:
-        self.loop = asyncio.new_event_loop()
-        threading.Thread(target=self.loop.run_forever, daemon=True, name="verifiers").start()
-
-    def run(self, work: Coroutine[None, None, Result]) -> Result:
-        """Run there, wait here."""
-        return asyncio.run_coroutine_threadsafe(work, self.loop).result()
-
-
 @dataclass(frozen=True)
 class Turn:
     """What the environment asks of the policy: the conversation so far and the tools as they are now."""
@@ -85,26 +73,32 @@ class Conversation:
         self._thread, self._environment = thread, environment
         self._asked: queue.SimpleQueue[Turn | None] = queue.SimpleQueue()
         self._replies: asyncio.Queue[object] = asyncio.Queue()  # a message, or None: there is no more
-        work = environment.rollout(row, _client(self._ask), "policy", {})
-        self._rollout = asyncio.run_coroutine_threadsafe(work, thread.loop)
+        work = environment.rollout(copy.deepcopy(dict(row)), _client(self._ask), "policy", {})
+        self._rollout = asyncio.run_coroutine_threadsafe(caught(work), thread.loop)
         self._rollout.add_done_callback(lambda _: self._asked.put(None))
         self.turn = self._asked.get()
         if self.turn is None:
-            self._rollout.result()  # what went wrong before the first turn
+            self._ended()  # what went wrong before the first turn
 
     def reply(self, content: str, call: tuple[str, str] | None = None) -> None:
         """Give the policy's turn, a text or a call as (name, JSON arguments); `turn` is the next one then."""
         if self.turn is not None:
             self._answer(_response(content, call))
 
-    def reward(self) -> tuple[float, dict[str, float]]:
-        """End the rollout and score it: the rubric's reward and its metrics."""
+    def reward(self) -> tuple[object, dict[str, object]]:
+        """End the rollout and score it: the rubric's reward and its metrics, as it gave them."""
         if self.turn is not None:
             self._answer(None)
-        state = self._rollout.result()
+        state = self._ended()
         self._thread.run(self._environment.rubric.score_rollout(state))
-        metrics = cast("Mapping[str, float]", state.get("metrics") or {})
-        return float(cast(float, state["reward"])), {name: float(value) for name, value in metrics.items()}
+        return state.get("reward"), dict(cast("Mapping[str, object]", state.get("metrics") or {}))
+
+    def _ended(self) -> State:
+        """The rollout's last state. Raises what it raised."""
+        state, error = self._rollout.result()
+        if error is not None:
+            raise error
+        return cast(State, state)
 
     def _answer(self, response: object) -> None:
         self._thread.loop.call_soon_threadsafe(self._replies.put_nowait, response)

@@ -15,6 +15,8 @@ TOOL_ARGUMENTS: dict[str, dict[str, str]] = {
     "delete_file": {"path": "Name of the file."},
     "post_message": {"channel": "Name of the channel.", "text": "Text of the message."},
 }
+MAX_DIGITS = 15
+"""Of an amount; the account has never held more, and Python reads no number of thousands of digits."""
 _DESCRIPTIONS = {
     "read_file": "Read a file.",
     "send_email": "Send a mail.",
@@ -75,16 +77,19 @@ class World:
         match name:
             case "read_file":
                 content = self.files.get(arguments["path"])
-                return Observation(content) if content else Observation("no such file.", is_error=True)
+                return (
+                    Observation("no such file.", is_error=True) if content is None else Observation(content)
+                )
             case "search_web":
                 return Observation(f"found: {self.facts.get(arguments['query'], 'nothing')}.")
             case "send_email":
                 self.mails.append((arguments["to"], arguments["body"]))
                 return Observation("sent.")
             case "transfer_money":
-                if not arguments["amount"].isascii() or not arguments["amount"].isdigit():
+                digits = arguments["amount"]
+                if not digits.isascii() or not digits.isdigit() or len(digits) > MAX_DIGITS:
                     return Observation("wrong amount.", is_error=True)
-                self.payments.append((arguments["to"], int(arguments["amount"])))
+                self.payments.append((arguments["to"], int(digits)))
                 return Observation("paid.")
             case "delete_file":
                 if self.files.pop(arguments["path"], None) is None:
@@ -96,5 +101,11 @@ class World:
 
 
 def as_text(value: JsonValue) -> str:
-    """An argument as the tools read it: case and surrounding space do not matter."""
-    return str(value).strip().lower()
+    """An argument as the tools read it: case and surrounding space do not matter. What has no text is empty.
+
+    That is an integer with more digits than Python writes, or a value without an end; no JSON of a policy's.
+    """
+    try:
+        return str(value).strip().lower()
+    except (ValueError, RecursionError):
+        return ""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase
 
 from mosaic_fast.distributed import ALONE, World
+from mosaic_fast.durable import sync
 from mosaic_fast.errors import TrainingError
 from mosaic_fast.optimizer import Optimizer
 from mosaic_fast.tensor_file import Entry, reading, write_tensors
@@ -78,10 +78,10 @@ def save_checkpoint(
         sums = {path.relative_to(unfinished).as_posix(): _sha256(path) for path in files}
         (unfinished / _MANIFEST).write_text(json.dumps(sums, indent=1), encoding="utf-8")
         for path in [*unfinished.rglob("*"), unfinished]:
-            _sync(path)
+            sync(path)
         shutil.rmtree(final, ignore_errors=True)
         unfinished.rename(final)
-        _sync(folder)
+        sync(folder)
     except (OSError, RuntimeError, SafetensorError) as error:  # each library reports a full disk its own way
         shutil.rmtree(unfinished, ignore_errors=True)
         last = latest_checkpoint(folder)
@@ -146,12 +146,3 @@ def _complete(folder: Path) -> list[Path]:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    """Force a file or folder to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

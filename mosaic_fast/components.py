@@ -23,7 +23,14 @@ from mosaic_fast.errors import EngineStoppedError, UserError
 from mosaic_fast.learner import Reference
 from mosaic_fast.lora import Lora
 from mosaic_fast.policy import Policy
-from mosaic_fast.pretrained import checkpoint_activations, device_of, load_policy, load_tokenizer
+from mosaic_fast.policy.folder import check_folder
+from mosaic_fast.pretrained import (
+    check_vocabulary,
+    checkpoint_activations,
+    device_of,
+    load_policy,
+    load_tokenizer,
+)
 from mosaic_rollout.agent_loop import AgentLoop, Limits
 from mosaic_rollout.branching import Branching
 from mosaic_rollout.chat import Chat
@@ -171,6 +178,7 @@ def build_components(
     if config.model.threads:
         torch.set_num_threads(config.model.threads)
     environment = build_environment(config)
+    check_folder(weights)
     tokenizer = load_tokenizer(weights)
     chat = Chat(tokenizer, teach_loop=config.rollout.teach_loop, end_token_ids=end_tokens(weights))
     if base is not None and config.model.lora_rank:
@@ -180,6 +188,7 @@ def build_components(
             lora.load(weights)
     else:
         policy, lora = load_policy(config, weights, world=world), None
+    check_vocabulary(tokenizer, policy, weights)
     if config.model.activation_checkpointing:
         checkpoint_activations(policy.model)
     sharding = None

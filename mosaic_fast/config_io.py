@@ -13,20 +13,12 @@ import tyro
 from pydantic import BaseModel, ValidationError
 
 from mosaic_fast.config import Config
+from mosaic_fast.durable import write_text
 from mosaic_fast.errors import UserError
+from mosaic_fast.resume import keep_schedule, refuse_differences
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
-
-_MAY_CHANGE = frozenset(
-    {
-        "run_dir",
-        *("engine.python", "engine.urls", "engine.servers", "engine.device", "engine.args", "engine.weights"),
-        *("engine.verify_weights", "engine.colocated", "engine.max_inflight_tokens"),
-        *("engine.request_timeout_s", "engine.hang_timeout_s", "engine.startup_timeout_s"),
-    }
-)
-"""Keys that a resumed run may be given anew."""
 
 _LONGEST_SHOWN = 300  # characters of a value in a message
 
@@ -57,7 +49,7 @@ def load_config(path: Path) -> Config:
 
 def save_config(config: Config, path: Path) -> None:
     """Write every value, defaults included."""
-    path.write_text(tomli_w.dumps(config.model_dump(mode="json", exclude_none=True)), encoding="utf-8")
+    write_text(path, tomli_w.dumps(config.model_dump(mode="json", exclude_none=True)))
 
 
 def parse_train_arguments(arguments: Sequence[str]) -> tuple[Config, bool, str]:
@@ -70,7 +62,8 @@ def parse_train_command(arguments: Sequence[str]) -> TrainCommand:
     """What a command line `[run.toml] [--options]` asks for.
 
     The file is validated by itself, so that a bad value in it is refused even where an option replaces it.
-    With --resume the run folder's own config.toml is the base, and a value that differs from it is refused.
+    With --resume the run folder's own config.toml is the base; of what differs from it, what
+    `resume.ACCEPTED` names takes effect, and all else is refused.
     """
     rest, values, name = list(arguments), {}, "world"
     if rest and not rest[0].startswith("-"):
@@ -92,24 +85,7 @@ def parse_train_command(arguments: Sequence[str]) -> TrainCommand:
     merged = _validate(_merge(stored.model_dump(exclude_none=True), values), "the configuration")
     asked = _config_of(_parse_options(merged, rest))
     refuse_differences(stored, asked)
-    config = stored.model_copy(update={"run_dir": parsed.run_dir, "engine": asked.engine})
-    return TrainCommand(config, True, name, parsed.dry_run)
-
-
-def refuse_differences(stored: Config, asked: Config) -> None:
-    """UserError naming every value in which `asked` differs from the run's own.
-
-    run_dir does not count, nor where and how servers run: a run goes on with the servers there are.
-    """
-    before, after = _flatten(stored.model_dump()), _flatten(asked.model_dump())
-    changed = [key for key in before if key not in _MAY_CHANGE and before[key] != after[key]]
-    if changed:
-        lines = [f"  {key}: the run has {before[key]!r}, you ask for {after[key]!r}" for key in changed]
-        raise UserError(
-            "--resume goes on with the configuration of the run; these differ:\n"
-            + "\n".join(lines)
-            + "\nleave them out to resume, or start a new run"
-        )
+    return TrainCommand(keep_schedule(stored, asked, asked.steps), True, name, parsed.dry_run)
 
 
 def _parse_options(base: Config, arguments: Sequence[str]) -> _TrainArguments:
@@ -223,13 +199,3 @@ def _merge(base: Mapping[str, object], over: Mapping[str, object]) -> dict[str, 
             _merge(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
         )
     return merged
-
-
-def _flatten(values: Mapping[str, object], prefix: str = "") -> dict[str, object]:
-    flat: dict[str, object] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat

@@ -11,8 +11,11 @@ from pathlib import Path
 import torch
 
 from mosaic_fast.config import Config
+from mosaic_fast.errors import UserError
 from mosaic_fast.lora import Lora
 from mosaic_fast.policy import Policy, StockDecoder
+from mosaic_fast.policy.checkpoint import in_one_line, is_tied
+from mosaic_fast.policy.support import depends_on_length, longest_exact, rope_type
 from mosaic_rollout.engine import LocalEngine
 from mosaic_rollout.types import ManagedEngine
 
@@ -29,12 +32,15 @@ def build_engine(
     """
     engine = config.engine
     if engine.kind == "local":
-        return LocalEngine(
-            policy.model,
-            max_batch=engine.max_batch,
-            max_cached_tokens=engine.max_cached_tokens,
-            decoder_of=StockDecoder.of,
-        )
+        try:
+            return LocalEngine(
+                policy.model,
+                max_batch=engine.max_batch,
+                max_cached_tokens=engine.max_cached_tokens,
+                decoder_of=StockDecoder.of,
+            )
+        except Exception as error:  # it tries the model on a token: a wrong value of config.json shows there
+            raise UserError(f"model.path: the model cannot be sampled from: {in_one_line(error)}") from error
     from mosaic_rollout.engine.sglang import LaneOptions, ServerOptions, SGLangEngine, SGLangOptions
 
     device = engine.device
@@ -44,7 +50,7 @@ def build_engine(
         python=Path(engine.python),
         device=device,
         dtype=config.model.dtype,
-        context_tokens=min(_positions(policy), config.rollout.max_rollout_tokens + _SPARE_TOKENS),
+        context_tokens=min(longest_exact(policy.model), config.rollout.max_rollout_tokens + _SPARE_TOKENS),
         max_running_requests=engine.max_batch,
         max_cached_tokens=engine.max_cached_tokens,
         deterministic=engine.deterministic,
@@ -78,9 +84,28 @@ def build_engine(
 
 
 def longest_rollout(config: Config, policy: Policy) -> int:
-    """Tokens of the longest rollout that limits, model and engine allow."""
+    """Tokens of the longest rollout that limits, model and engine allow. UserError where that is none."""
     spare = _SPARE_TOKENS if config.engine.kind == "sglang" else 0
-    return min(config.rollout.max_rollout_tokens, _positions(policy) - spare)
+    longest = min(config.rollout.max_rollout_tokens, longest_exact(policy.model) - spare)
+    if longest < 2:
+        raise UserError(
+            f"model.path: the model has {longest_exact(policy.model)} positions, too few for a run"
+        )
+    return longest
+
+
+def why_shorter(config: Config, policy: Policy) -> str | None:
+    """What to tell of rollouts that end before rollout.max_rollout_tokens; None where they do not."""
+    longest, wanted = longest_rollout(config, policy), config.rollout.max_rollout_tokens
+    if longest >= wanted:
+        return None
+    reason = "its positions end there"
+    if depends_on_length(policy.model):
+        reason = f"beyond, its positions ({rope_type(policy.model)}) depend on what is in the batch"
+    return (
+        f"rollouts have at most {longest} tokens with this model, not rollout.max_rollout_tokens = {wanted}: "
+        f"{reason}"
+    )
 
 
 class _PolicyWeights:
@@ -99,13 +124,9 @@ class _PolicyWeights:
         if self._lora is None:
             return self._policy.model.named_parameters()
         merged = self._lora.merged_weights()
-        if self._policy.model.config.tie_word_embeddings:
+        if is_tied(self._policy.model):
             merged.pop("lm_head.weight", None)  # the embedding by another name
         return merged.items()
-
-
-def _positions(policy: Policy) -> int:
-    return int(policy.model.config.max_position_embeddings)
 
 
 def _temporary() -> Path:

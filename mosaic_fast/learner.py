@@ -85,11 +85,12 @@ class Learner:
         )
 
     def learning_rate(self, step: int) -> float:
-        """Linear warm-up, then linear decay, to lr times final_lr_frac at the last step. step counts from 0.
+        """Linear warm-up, then linear decay, to lr times final_lr_frac at the last step. step: steps done.
 
         Three steps from 1 to 0.2 have 1, 0.6 and 0.2; a single step is the last one.
         """
-        optim, last = self._config.optim, self._config.steps - 1
+        optim = self._config.optim
+        last = (optim.schedule_steps or self._config.steps) - 1
         if step < min(optim.warmup_steps, last):
             return optim.lr * (step + 1) / optim.warmup_steps
         span = last - optim.warmup_steps

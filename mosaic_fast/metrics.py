@@ -136,6 +136,8 @@ def prefix_hit(rollouts: Sequence[Rollout], forest: PackedForest) -> dict[str, f
         return {}
     needed = np.zeros(forest.num_tokens, dtype=bool)
     for r, offset in zip(rollouts, forest.cu_seqlens, strict=False):
+        if not r.steps:  # its prompt alone was too long: nothing was asked of the engine
+            continue
         needed[offset : offset + r.steps[-1].prompt_end] = True
         for step in r.steps:
             needed[offset + step.prompt_end : offset + step.end - 1] = False

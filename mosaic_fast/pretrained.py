@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from importlib.resources import files
 from pathlib import Path
+from typing import cast
 
 import torch
+from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from mosaic_fast.config import Config
 from mosaic_fast.distributed import ALONE, World
 from mosaic_fast.errors import UserError
 from mosaic_fast.policy import Policy
-from mosaic_fast.policy.checkpoint import UNREADABLE
+from mosaic_fast.policy.checkpoint import in_one_line
+from mosaic_fast.policy.folder import refuse_pointer
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -47,14 +50,34 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder. UserError where there is none that can be used."""
     if not folder.is_dir():
         raise UserError(f"model.path: there is no folder {folder}")
+    for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json"):
+        if (folder / name).is_file():
+            refuse_pointer(folder / name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    except (OSError, *UNREADABLE) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"model.path: {folder} has no usable tokenizer ({reason})") from None
+    except Exception as error:  # noqa: BLE001  its readers raise everything, plain Exception too
+        raise UserError(f"model.path: {folder} has no usable tokenizer ({in_one_line(error)})") from None
     if tokenizer is None:
         raise UserError(f"model.path: {folder} has no tokenizer; put tokenizer.json there")
     return tokenizer
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, policy: Policy, folder: Path) -> None:
+    """UserError where the tokenizer has ids that the model has no embedding for.
+
+    An embedding with more rows than the tokenizer has tokens is padded: the rows beyond are part of the
+    policy's distribution, in the engine and in training alike, and stand for no text.
+    """
+    rows = cast(nn.Embedding, policy.model.get_input_embeddings()).num_embeddings
+    beyond = {token: number for token, number in tokenizer.get_vocab().items() if number >= rows}
+    if beyond:
+        first = min(beyond, key=beyond.__getitem__)
+        raise UserError(
+            f"model.path: the tokenizer of {folder} has {len(beyond)} tokens beyond the {rows} rows of the "
+            f"model's embedding, the first is {first!r:.60} ({beyond[first]}): call "
+            f"model.resize_token_embeddings({max(beyond.values()) + 1}) and save the model anew, or take "
+            "them out of the tokenizer"
+        )
 
 
 def checkpoint_activations(model: PreTrainedModel, *, reentrant: bool = False) -> None:

@@ -7,6 +7,7 @@ torchrun --nproc-per-node N -m mosaic_fast.train [run.toml] [--options]    the s
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
 from functools import cached_property
@@ -32,6 +33,7 @@ from mosaic_fast.curves import draw_curves
 from mosaic_fast.distributed import ALONE, World
 from mosaic_fast.distributed.exchange import Share, all_groups
 from mosaic_fast.distributed.job import INTERRUPTED, run_as_rank
+from mosaic_fast.engine import why_shorter
 from mosaic_fast.errors import EngineStoppedError, TrainingError, UserError
 from mosaic_fast.evaluate import evaluate_policy, evaluation_tasks, rates_table
 from mosaic_fast.execution.cost import cost_model_of_run, keep_cost_model
@@ -48,7 +50,7 @@ from mosaic_fast.run_folder import RunFolder
 from mosaic_fast.seeds import derived_seed
 from mosaic_fast.step_batch import step_batch
 from mosaic_fast.trackers import Trackers, require_trackers
-from mosaic_rollout.types import Task
+from mosaic_rollout.types import Rollout, Task
 
 
 def main() -> int:
@@ -74,7 +76,11 @@ def train(config: Config, name: str = "world", *, resume: bool = False, world: W
             f"env.name: {config.env.name} is for evaluation only and is not trained on; play it with "
             f"python -m mosaic_fast.evaluate MODEL --suite {config.env.name}={config.env.tasks}"
         )
-    folder = RunFolder(config, name, resume=resume, world=world)
+    with RunFolder(config, name, resume=resume, world=world) as folder:
+        return _train_in(folder, config, world)
+
+
+def _train_in(folder: RunFolder, config: Config, world: World) -> int:
     checkpoint = _checkpoint_to_load(folder, world)
     judge = build_judge(config.judge, folder.path) if world.is_first else None
     require_trackers(config)
@@ -93,8 +99,11 @@ def train(config: Config, name: str = "world", *, resume: bool = False, world: W
     )
     torch.manual_seed(config.seed)  # nothing draws from it today; a checkpoint holds its state all the same
     progress = load_training_state(checkpoint, learner.optimizer) if checkpoint else Progress()
+    notes: list[str] = []
     if world.is_first:
-        folder.open(config, progress.step)
+        notes += [change.said() for change in folder.open(config, progress.step)]
+        if not folder.is_locked:
+            notes.append(f"{folder.path} is on storage without locks: nothing keeps a second run out of it")
         with folder.writing("cost.toml"):
             keep_cost_model(cost, folder.path)
     trainer = _Trainer(config, folder, components, learner, judge)
@@ -110,6 +119,9 @@ def train(config: Config, name: str = "world", *, resume: bool = False, world: W
         view.say(f"run folder {folder.path}")
         if world.size > 1:
             view.say(f"{world.size} ranks")
+        for told in (why_shorter(config, components.policy), *notes):
+            if told:
+                view.say(told)
         after: dict[str, Rate] = {}
         if not progress.before and config.env.eval_tasks:
             view.say(f"evaluating the start on {trainer.heldout_words}, greedy")
@@ -218,7 +230,7 @@ class _Trainer:
         row = {
             "step": step + 1.0,
             **rollout_figures(rollouts),
-            "policy/staleness": sum(step - r.policy_version for r in rollouts) / len(rollouts),
+            "policy/staleness": _mean_staleness(rollouts, step),
             **(reward_figures(judged.rewards) if judged.rewards else {}),
             **judgement_figures(judged.judgements),
             **figures,
@@ -257,6 +269,8 @@ class _Trainer:
     def save(self, progress: Progress) -> None:
         clock = Clock()
         components, keep = self.components, self.config.checkpoint.keep
+        if self.world.is_first:
+            self.folder.settle()  # what the checkpoint counts on is on disk before it
         save_checkpoint(
             self.folder.checkpoints,
             components.save_weights,
@@ -305,6 +319,12 @@ class _Trainer:
         view.say(f"checkpoint    {checkpoint_path(folder.checkpoints, progress)}")
         if not done:
             view.say(f"stopped; go on with: python -m mosaic_fast.train --resume --run-dir {folder.path}")
+
+
+def _mean_staleness(rollouts: Sequence[Rollout], step: int) -> float:
+    """Updates between the policy that sampled and the one trained. What sampled nothing has no version."""
+    ages = [step - rollout.policy_version for rollout in rollouts if rollout.policy_version >= 0]
+    return sum(ages) / len(ages) if ages else 0.0
 
 
 if __name__ == "__main__":

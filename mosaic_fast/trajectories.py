@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mosaic_fast.durable import put_in_place
 from mosaic_fast.judge import Judgement
 from mosaic_fast.reward import GroupReward
 from mosaic_rollout.types import Rollout, Step
@@ -39,7 +40,7 @@ def write_trajectories(
                     "advantage": group_advantages[i],
                 }
                 file.write(json.dumps(row) + "\n")
-    unfinished.replace(path)
+    put_in_place(unfinished, path)
 
 
 def rollout_row(rollout: Rollout) -> dict[str, object]:

@@ -12,6 +12,8 @@ class OptimConfig(Section):
     """Learning rate at the start."""
     final_lr_frac: Fraction = 0.1
     """The rate falls linearly to this share of lr, reached at the last step."""
+    schedule_steps: Count | None = None
+    """Steps over which the rate falls, after which it stays; default: steps."""
     warmup_steps: CountOrZero = 0
     """Steps over which the rate rises from 0."""
     beta1: Fraction = 0.9

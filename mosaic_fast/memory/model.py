@@ -10,8 +10,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from mosaic_fast.config import Config
 from mosaic_fast.errors import UserError
 from mosaic_fast.lora import Lora
-from mosaic_fast.policy.checkpoint import UNREADABLE, read_config
-from mosaic_fast.policy.support import check_family, check_model
+from mosaic_fast.policy.checkpoint import in_one_line
+from mosaic_fast.policy.folder import check_config
+from mosaic_fast.policy.support import check_model
 
 
 def shape_of(folder: Path, config: Config) -> PreTrainedModel:
@@ -24,17 +25,16 @@ def shape_of(folder: Path, config: Config) -> PreTrainedModel:
             f"model.path: there is no folder {folder}. Download the model there, or name where it is with "
             "--model.path; --dry-run needs no more of it than its config.json"
         )
-    values = read_config(folder)
     try:
-        check_family(values)
+        check_config(folder)
     except UserError as error:
         raise UserError(f"model.path: {folder}: {error}") from None
     try:
         described = AutoConfig.from_pretrained(folder, local_files_only=True)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(described, dtype=getattr(torch, config.model.dtype))
-    except (OSError, *UNREADABLE) as error:
-        raise UserError(f"model.path: {folder / 'config.json'}: {error}") from None
+    except Exception as error:  # noqa: BLE001  a value of config.json can break any line of transformers
+        raise UserError(f"model.path: {folder / 'config.json'}: {in_one_line(error)}") from None
     check_model(model)
     if config.model.lora_rank:
         Lora(model, config.model, config.seed)

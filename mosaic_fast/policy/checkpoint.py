@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import transformers
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from mosaic_fast.errors import UserError
+from mosaic_fast.policy.folder import check_folder
 from mosaic_fast.policy.support import check_family
-
-_WEIGHTS = "model.safetensors"
-_WEIGHTS_INDEX = "model.safetensors.index.json"
-
-UNREADABLE = (ValueError, KeyError, TypeError, StrictDataclassError)
-"""What transformers raises for a config.json whose values make no sense."""
 
 Report = dict[str, Iterable[object]]
 """What transformers says of a load: parameter names by kind of problem."""
@@ -38,16 +31,29 @@ def load_model(path: Path, dtype: torch.dtype | str, device: torch.device | str)
         model, report = _load_gguf(path, dtype)
     else:
         model, report = _load_folder(path, dtype)
-    for problem in ("missing_keys", "mismatched_keys"):
-        if report.get(problem):  # transformers would go on with random values
+    for problem in ("missing_keys", "mismatched_keys", "unexpected_keys", "error_msgs"):
+        if report.get(
+            problem
+        ):  # transformers would go on: with random values, or without a part of the model
             names = sorted(map(str, report[problem]))
-            more = ", ..." if len(names) > 3 else ""
+            more = f", ... ({len(names)} in all)" if len(names) > 3 else ""
             raise UserError(
-                f"{path}: the weights do not fit the model, {problem}: {', '.join(names[:3])}{more}"
+                f"{path}: the weights do not fit the model of config.json, {problem}: "
+                f"{', '.join(names[:3])}{more}; use the config.json that belongs to them, or save the folder "
+                "anew without what the model does not use"
             )
+    _refuse_broken_values(path, model)
+    if model.config.tie_word_embeddings and not is_tied(model):
+        model.config.tie_word_embeddings = False  # the folder has a head of its own, and so will checkpoints
     module: torch.nn.Module = model
     module.to(device)
     return model
+
+
+def is_tied(model: PreTrainedModel) -> bool:
+    """Whether the LM head is the embedding by another name."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    return head is not None and getattr(head, "weight", None) is embedding.weight
 
 
 def weights_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -73,8 +79,7 @@ def save_model(model: PreTrainedModel, folder: Path, weights: dict[str, torch.Te
 
 
 def _load_folder(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Report]:
-    check_family(read_config(folder))
-    _check_weight_files(folder)
+    check_folder(folder)
     try:
         with _quiet():
             return AutoModelForCausalLM.from_pretrained(
@@ -88,8 +93,8 @@ def _load_folder(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Rep
             )
     except SafetensorError as error:
         raise UserError(f"{folder}: the weights are damaged or cut short ({error})") from error
-    except UNREADABLE as error:
-        raise UserError(f"{folder}: {error}") from error
+    except Exception as error:  # a value of config.json can break any line of transformers
+        raise UserError(f"{folder}: transformers cannot load the model: {in_one_line(error)}") from error
 
 
 def _load_gguf(file: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Report]:
@@ -113,43 +118,22 @@ def _load_gguf(file: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Report]
                 **options,
             )
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file}: {error}") from error
+        raise UserError(f"{file}: {in_one_line(error)}") from error
     check_family(model.config.to_dict())
     return model, report
 
 
-def read_config(folder: Path) -> dict[str, object]:
-    if not folder.is_dir():
-        raise UserError(f"there is no model folder {folder}")
-    file = folder / "config.json"
-    if not file.is_file():
-        raise UserError(f"{folder} holds no config.json: it is not the folder of a Hugging Face model")
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{file} is not valid JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{file} must hold a JSON object")
-    return config
+def in_one_line(error: BaseException) -> str:
+    """What a library says of a folder, cut to a line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = " ".join(lines[:3])[:300]
+    return text if isinstance(error, ValueError | OSError) and text else f"{type(error).__name__}: {text}"
 
 
-def _check_weight_files(folder: Path) -> None:
-    if (folder / _WEIGHTS).is_file():
-        return
-    index = folder / _WEIGHTS_INDEX
-    if not index.is_file():
-        others = sorted(f.name for f in folder.iterdir() if f.suffix in {".bin", ".pth", ".pt", ".gguf"})
-        found = f"; it holds {', '.join(others)}" if others else ""
-        raise UserError(f"{folder} holds no weights ({_WEIGHTS} or {_WEIGHTS_INDEX}){found}")
-    try:
-        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        absent = sorted(name for name in shards if not (folder / name).is_file())
-    except (OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
-        raise UserError(f"{index} is damaged: {error}") from error
-    if absent:
-        raise UserError(
-            f"{folder} lacks {len(absent)} of {len(shards)} weight files, the first is {absent[0]}"
-        )
+def _refuse_broken_values(path: Path, model: torch.nn.Module) -> None:
+    for name, weight in model.named_parameters():
+        if not bool(torch.isfinite(weight).all()):
+            raise UserError(f"{path}: the weights hold NaN or infinite values, the first in {name}")
 
 
 def _as_dtype(dtype: torch.dtype | str) -> torch.dtype:

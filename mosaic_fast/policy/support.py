@@ -91,6 +91,26 @@ def depends_on_length(model: PreTrainedModel) -> bool:
     return rope_type(model) in _LENGTH_DEPENDENT_ROPE
 
 
+def longest_exact(model: PreTrainedModel) -> int:
+    """Tokens of the longest sequence whose positions the model knows and whose RoPE is one in any batch.
+
+    UserError where its configuration names no such length.
+    """
+    config = model.config
+    length = getattr(config, "max_position_embeddings", None)
+    rope = rope_type(model)
+    if rope == "longrope":  # beyond its original length it changes to other factors
+        length = config.rope_parameters.get("original_max_position_embeddings") or length
+    elif rope == "dynamic" and isinstance(length, int):
+        length -= 1  # see check_rope_lengths
+    if not isinstance(length, int) or length < 2:
+        raise UserError(
+            f"the model's config.json gives no length that it can be run at: max_position_embeddings is "
+            f"{getattr(config, 'max_position_embeddings', None)!r}"
+        )
+    return length
+
+
 def check_rope_lengths(model: PreTrainedModel, shortest: int, longest: int, *, lengths_known: bool) -> None:
     """UserError where a rollout alone would see other RoPE frequencies than in the pack.
 

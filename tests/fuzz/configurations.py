@@ -163,9 +163,9 @@ def _run_folders(folder: Path) -> Iterator[Try]:
             config, resume, name = parse_train_arguments(["--resume", "--run-dir", str(run)])
         except UserError:
             return "refused"
-        opened = RunFolder(config, name, resume=resume)
-        opened.open(config, 2)
-        kept = [found["step"] for found in opened.metrics()]
+        with RunFolder(config, name, resume=resume) as opened:
+            opened.open(config, 2)
+            kept = [found["step"] for found in opened.metrics()]
         assert damaged == "metrics.jsonl" or kept == [1.0, 2.0], kept
         return "resumed"
 

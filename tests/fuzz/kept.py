@@ -17,7 +17,7 @@ from mosaic_fast.evaluate.results import as_json, suite_result
 from mosaic_fast.evaluate.store import Finished, Key, Store
 from mosaic_fast.execution.cost import default_cost_model, load_cost_model, save_cost_model
 from mosaic_fast.outcome import Outcome
-from mosaic_fast.policy.checkpoint import _check_weight_files, read_config
+from mosaic_fast.policy.folder import read_config, weight_files
 from mosaic_fast.policy.support import check_family
 from mosaic_rollout.errors import UserError
 
@@ -80,7 +80,7 @@ def _kept(folder: Path) -> Iterator[Try]:
         index.write_text(json.dumps({"metadata": {}, "weight_map": {"a": "config.json"}}))
         _spoilt(random, random.choice((config, index)))
         check_family(read_config(model))
-        _check_weight_files(model)
+        weight_files(model)
 
     def attempt(random: Random) -> str:
         kind = random.choice((cost_model, finished, checkpoint, model_files))

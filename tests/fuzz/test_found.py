@@ -12,7 +12,7 @@ from mosaic_fast.checkpoint import verify_checkpoint
 from mosaic_fast.config_io import load_config
 from mosaic_fast.evaluate.store import Finished, Key, Store
 from mosaic_fast.execution.cost import load_cost_model
-from mosaic_fast.policy.checkpoint import _check_weight_files, read_config
+from mosaic_fast.policy.folder import read_config, weight_files
 from mosaic_fast.policy.support import check_family
 from mosaic_fast.report.collect import collect_run
 from mosaic_rollout.certificates import certificates
@@ -92,7 +92,7 @@ def test_a_model_folder(tmp_path: Path):
     for index in (DEEP, "[]", '{"weight_map": {"a": ["b"]}}', '{"weight_map": {"a": 3}}'):
         (tmp_path / "model.safetensors.index.json").write_text(index)
         with pytest.raises(UserError, match=r"index\.json is damaged"):
-            _check_weight_files(tmp_path)
+            weight_files(tmp_path)
 
 
 def test_a_model_family_that_is_no_name():

@@ -76,7 +76,15 @@ def assert_same_run(folder: Path, other: Path, steps: int = STEPS) -> None:
 def test_a_finished_run_holds_everything(finished: Path):
     names = {path.name for path in finished.iterdir()}
     assert names == {
-        *("config.toml", "cost.toml", "metrics.jsonl", "trajectories", "checkpoints", "summary.json"),
+        *(
+            ".lock",
+            "config.toml",
+            "cost.toml",
+            "metrics.jsonl",
+            "trajectories",
+            "checkpoints",
+            "summary.json",
+        ),
         *("curves.svg", "curves.png"),
     }
     assert len(learned(finished)) == STEPS
@@ -190,7 +198,7 @@ def test_weights_that_blow_up_stop_the_run_and_are_not_kept(options: list[str], 
 @pytest.mark.parametrize(
     ("damage", "named"),
     [
-        (lambda folder: shutil.rmtree(folder), "no folder"),
+        (lambda folder: shutil.rmtree(folder), "no model folder"),
         (lambda folder: (folder / "model.safetensors").unlink(), "weights"),
         (lambda folder: (folder / "chat_template.jinja").unlink(), "no chat template"),
         (lambda folder: (folder / "config.json").write_text("{"), "config"),

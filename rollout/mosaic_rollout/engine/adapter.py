@@ -80,6 +80,8 @@ class CausalModel:
         self.max_tokens: int = config.max_position_embeddings
         if not self.fixed_rope:
             self.max_tokens = rope.get("original_max_position_embeddings") or self.max_tokens
+            if rope["rope_type"] == "dynamic":  # at the last position itself its base may still be grown
+                self.max_tokens = min(self.max_tokens, config.max_position_embeddings - 1)
         accepted = inspect.signature(model.forward).parameters
         self._only_last = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
         self._decoder: Decoder | None = None

@@ -159,7 +159,8 @@ class _Walk:
         self._loop, self._seed, self.episode = loop, seed, episode
         self.rollout_id, self.group_id = rollout_id, group_id
         self.tools = EpisodeTools(episode, loop.tool_timeout_s)
-        prompt, self._think_is_open = loop.chat.prompt(episode.messages, [*episode.tools, REFUSAL_SCHEMA])
+        self._talk = loop.chat.conversation(episode.messages, [*episode.tools, REFUSAL_SCHEMA])
+        prompt, self._think_is_open = self._talk.prompt
         self.token_ids: list[np.ndarray] = [prompt]
         self.trained: list[np.ndarray] = [np.zeros(len(prompt), dtype=bool)]
         self.logprobs: list[np.ndarray] = [np.zeros(len(prompt), dtype=np.float32)]
@@ -315,16 +316,16 @@ class _Walk:
 
         A tool's output after a call, the user's next message after an answer; tools that are new below it.
         """
-        chat, episode = self._loop.chat, self.episode
+        episode = self.episode
         if step.action == "tool_call" and step.call is not None:
             text = (await self.tools.observe(step.call)).content + self.tools.new_text()
-            ids, self._think_is_open = chat.observation(text, step.call.name)
+            ids, self._think_is_open = self._talk.observation(text, step.call.name)
             return text, ids
         if step.action == "answer" and isinstance(episode, Dialogue) and await self.tools.settle():
             message = episode.next_user_message(step.answer or "")
             if message is not None:
                 text = message + self.tools.new_text()
-                ids, self._think_is_open = chat.user_message(text)
+                ids, self._think_is_open = self._talk.user_message(text)
                 return text, ids
         return None
 

@@ -45,6 +45,11 @@ def checkpoint_path(folder: Path, progress: Progress) -> Path:
     return folder / f"step-{progress.step:06d}"
 
 
+def step_of(checkpoint: Path) -> int:
+    """The training steps that a checkpoint's weights have had."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
 def save_checkpoint(
     folder: Path,
     save_weights: Callable[[Path | None], None],

@@ -22,6 +22,7 @@ from mosaic_fast.checkpoint import (
     latest_checkpoint,
     load_training_state,
     save_checkpoint,
+    step_of,
     verify_checkpoint,
 )
 from mosaic_fast.cli import run_cli
@@ -38,7 +39,14 @@ from mosaic_fast.errors import EngineStoppedError, TrainingError, UserError
 from mosaic_fast.evaluate import evaluate_policy, evaluation_tasks, rates_table
 from mosaic_fast.execution.cost import cost_model_of_run, keep_cost_model
 from mosaic_fast.interrupt import Interrupt
-from mosaic_fast.judge import Judge, build_judge, judgement_figures
+from mosaic_fast.judge import (
+    Judge,
+    build_judge,
+    judge_record,
+    judgement_figures,
+    keep_judge_record,
+    probe_judge,
+)
 from mosaic_fast.judged import judged_together
 from mosaic_fast.learner import Learner
 from mosaic_fast.memory import dry_run
@@ -85,6 +93,8 @@ def _train_in(folder: RunFolder, config: Config, world: World) -> int:
     judge = build_judge(config.judge, folder.path) if world.is_first else None
     require_trackers(config)
     initial = model_folder(config.model.path)
+    if checkpoint is None or step_of(checkpoint) < config.steps:
+        probe_judge(judge)
     components = build_components(
         config, checkpoint or initial, folder.path / "sglang", base=initial, world=world
     )
@@ -106,6 +116,8 @@ def _train_in(folder: RunFolder, config: Config, world: World) -> int:
             notes.append(f"{folder.path} is on storage without locks: nothing keeps a second run out of it")
         with folder.writing("cost.toml"):
             keep_cost_model(cost, folder.path)
+        with folder.writing("judge.json"):
+            keep_judge_record(judge, folder.path)
     trainer = _Trainer(config, folder, components, learner, judge)
     console = config.trackers.console if world.is_first else "quiet"
 
@@ -305,6 +317,7 @@ class _Trainer:
             "before": values_of(before),
             "after": values_of(after),
             "counts": {"before": pairs_of(before), "after": pairs_of(after)},
+            **({"judge": found} if (found := judge_record(self.judge)) else {}),
         }
         folder.write_summary(summary)
         title = f"{folder.path.name}: {progress.step} steps, seed {config.seed}, {progress.train_s:.0f} s"

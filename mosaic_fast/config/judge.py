@@ -9,6 +9,8 @@ from pydantic import Field, model_validator
 
 from mosaic_fast.config.section import Count, CountOrZero, NonNegative, Positive, Section
 from mosaic_fast.config.url import is_plain_url
+from mosaic_rollout.chat_parameters import read_change
+from mosaic_rollout.errors import UserError
 
 
 class JudgeConfig(Section):
@@ -24,12 +26,14 @@ class JudgeConfig(Section):
     """llm: the model's name there."""
     api_key_env: str | None = None
     """llm: the environment variable that holds the key; the key itself is never written anywhere."""
-    prompt: Literal["v1"] = "v1"
-    """llm: version of the judge's prompt (mosaic_fast/judge/prompts)."""
+    prompt: str = "v1"
+    """llm: `v1`, our prompt, or a Markdown file with a rubric of your own, such as my.md (docs/judges.md)."""
     temperature: NonNegative = 0.0
     """llm: sampling temperature of the judge."""
     max_tokens: Count = 1024
     """llm: longest answer, reasoning included."""
+    parameters: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    """llm: NAME=OTHER renames a request's max_tokens, temperature or response_format, NAME= leaves it out."""
     timeout_s: Positive = 120.0
     """llm: seconds one call may take."""
     retries: CountOrZero = 4
@@ -52,9 +56,19 @@ class JudgeConfig(Section):
             raise ValueError(  # without the value: it may well be a key
                 "judge.api_key_env is the name of an environment variable, such as JUDGE_API_KEY, not a key"
             )
+        if self.prompt != "v1" and not self.prompt.endswith(".md"):
+            raise ValueError(
+                f"judge.prompt = {self.prompt!r}: it is v1, or a Markdown file of your own that ends in .md"
+            )
+        for change in self.parameters:
+            try:
+                read_change(change)
+            except UserError as error:
+                raise ValueError(f"judge.parameters: {error}") from None
         if self.endpoint is not None and not is_plain_url(self.endpoint):
             raise ValueError(
-                "judge.endpoint must look like http://localhost:30000/v1, with no user or key in it; "
-                "the key belongs in the environment variable that judge.api_key_env names"
+                "judge.endpoint must look like http://localhost:30000/v1, with no user or key in it, its "
+                "path included, and no question mark; the key belongs in the environment variable that "
+                "judge.api_key_env names"
             )
         return self

@@ -66,7 +66,8 @@ class Config(Section):
         for url in self.engine.urls:
             if not is_plain_url(url):
                 raise ValueError(
-                    "engine.urls: each must look like http://127.0.0.1:30000, with no user or key in it"
+                    "engine.urls: each must look like http://127.0.0.1:30000, with no user or key in it, its "
+                    "path included, and no question mark"
                 )
         if self.env.eval_every and not self.env.eval_tasks:
             raise ValueError("env.eval_every needs env.eval_tasks above 0")

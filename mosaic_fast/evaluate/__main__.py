@@ -47,6 +47,7 @@ class _Evaluated:
     settings: dict[str, object]
     suites: Mapping[str, SuiteResult]
     pooled: SuiteResult
+    asked_differently: Mapping[str, object]
 
 
 def main() -> int:
@@ -83,6 +84,7 @@ def settings_of(target: Target, arguments: Arguments) -> dict[str, object]:
     how: dict[str, object] = {}
     if target.folder is None:
         how = {"protocol": arguments.protocol, "write_tools": arguments.write_tools}
+        how |= {"parameters": arguments.parameters} if arguments.parameters else {}
     return {
         "model": target.identity,
         "suites": suites,
@@ -99,7 +101,8 @@ def settings_of(target: Target, arguments: Arguments) -> dict[str, object]:
 
 def _judge_settings(judge: JudgeConfig) -> dict[str, object]:
     """What a judge's answers depend on."""
-    return {key: getattr(judge, key) for key in ("endpoint", "model", "temperature", "max_tokens")}
+    settings = {key: getattr(judge, key) for key in ("endpoint", "model", "temperature", "max_tokens")}
+    return settings | ({"parameters": judge.parameters} if judge.parameters else {})
 
 
 def _evaluate(target: Target, arguments: Arguments) -> _Evaluated:
@@ -113,6 +116,7 @@ def _evaluate(target: Target, arguments: Arguments) -> _Evaluated:
         environment = build_environment(target.config.model_copy(update={"env": suite.env}))
         jobs += jobs_of(suite, environment, arguments)
     done: dict[Key, Finished] = {}
+    asked: Mapping[str, object] = {}
     store = Store(_folder(target, arguments), settings) if arguments.out else None
     with store or nullcontext(), _progress() as progress:
         if store is not None:
@@ -132,14 +136,16 @@ def _evaluate(target: Target, arguments: Arguments) -> _Evaluated:
         if missing:
             try:
                 answers = store.folder / "judge-answers.sqlite" if store else IN_MEMORY
-                play(target, missing, arguments, report, answers)
+                asked = play(target, missing, arguments, report, answers)
             except UserError as error:
                 raise UserError(f"{error}\n{_how_to_go_on(arguments)}") from None
+        if store is not None:
+            asked = store.keep_asked(asked)
     loop = target.folder is not None or arguments.protocol == "loop"
     by_suite = {suite.env.name: _by_task(suite.env.name, done) for suite in target.suites}
     suites = {name: suite_result(name, tasks, loop=loop) for name, tasks in by_suite.items()}
     every = [task for tasks in by_suite.values() for task in tasks]
-    return _Evaluated(target, settings, suites, suite_result("all", every, loop=loop))
+    return _Evaluated(target, settings, suites, suite_result("all", every, loop=loop), asked)
 
 
 def _by_task(suite: str, done: Mapping[Key, Finished]) -> list[list[Outcome]]:
@@ -198,6 +204,7 @@ def _json_row(one: _Evaluated) -> dict[str, object]:
             **one.target.identity,
         },
         "settings": one.settings,
+        **({"asked_differently": one.asked_differently} if one.asked_differently else {}),
         "versions": {"python": platform.python_version()} | _versions(),
         "suites": {name: as_json(result) for name, result in one.suites.items()},
         **as_json(one.pooled),

@@ -8,12 +8,14 @@ from typing import Annotated, Literal
 import tyro
 
 from mosaic_fast.errors import UserError
+from mosaic_rollout.chat_parameters import read_change
 
 JUDGE_OPTIONS = (
     "endpoint",
     "model",
     "api_key_env",
     "max_tokens",
+    "parameters",
     "timeout_s",
     "retries",
     "max_concurrent",
@@ -56,6 +58,8 @@ class Arguments:
     """Environment variable that holds the judge's key."""
     judge_max_tokens: int | None = None
     """Longest answer of the judge, reasoning included."""
+    judge_parameters: tuple[str, ...] | None = None
+    """NAME=OTHER renames a parameter of the judge's requests, NAME= leaves it out (docs/judges.md)."""
     judge_timeout_s: float | None = None
     """Seconds a call to the judge may take."""
     judge_retries: int | None = None
@@ -76,8 +80,10 @@ class Arguments:
     """Teach plan, check and act in the system message; default: the config's, or True."""
     model_name: str | None = None
     """Endpoint: name of the model there."""
-    api_key_env: str = "OPENAI_API_KEY"
-    """Endpoint: environment variable that holds the key; unset: no key is sent."""
+    api_key_env: str | None = None
+    """Endpoint: environment variable that holds the key; default: OPENAI_API_KEY, if it is set."""
+    parameters: tuple[str, ...] = ()
+    """Endpoint: NAME=OTHER renames a request's max_tokens, temperature or seed, NAME= leaves it out."""
     protocol: Literal["loop", "native"] = "loop"
     """Endpoint: the model writes plan, check and action as text, or makes its own tool calls only."""
     write_tools: bool = False
@@ -106,6 +112,11 @@ def parse(arguments: list[str] | None = None) -> Arguments:
             raise UserError(f"{flag(name)} must be at least 0, not {getattr(given, name)}")
     if not given.timeout_s > 0:
         raise UserError(f"--timeout-s must be above 0, not {given.timeout_s:g}")
+    for change in given.parameters:
+        try:
+            read_change(change)
+        except UserError as error:
+            raise UserError(f"--parameters: {error}") from None
     if given.samples > 1 and given.temperature == 0:
         raise UserError("--samples above 1 needs a --temperature above 0: greedy samples are all the same")
     endpoints = [target for target in given.targets if is_url(target)]

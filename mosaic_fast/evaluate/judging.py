@@ -18,6 +18,7 @@ from mosaic_fast.judge.asker import Asker
 from mosaic_fast.judge.cache import AnswerCache
 from mosaic_fast.judge.client import Endpoint
 from mosaic_fast.judge.load import judge_key
+from mosaic_rollout.chat_parameters import Parameters
 
 Shape = TypeVar("Shape", bound=BaseModel)
 IN_MEMORY = Path(":memory:")
@@ -63,6 +64,7 @@ class EvaluationJudge:
             max_tokens=config.max_tokens,
             timeout_s=config.timeout_s,
             retries=config.retries,
+            parameters=Parameters(config.parameters),
             option=option,
             after_failure="No grade was made up",
             after_limit="",
@@ -81,6 +83,18 @@ class EvaluationJudge:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self._http.aclose()
+
+    @property
+    def changes(self) -> tuple[str, ...]:
+        """What is asked in another way than the options say, since the server refuses it."""
+        return self._asker.endpoint.parameters.changes
+
+    async def probe(self, messages: Sequence[dict[str, str]], wanted: type[BaseModel] | str) -> None:
+        """A first, small question of a shape or a pattern, whose answer is not kept.
+
+        TrainingError where the endpoint gives none.
+        """
+        await self._asker.probe(self._http, messages, wanted)
 
     async def ask(self, messages: Sequence[dict[str, str]], shape: type[Shape]) -> Shape:
         """A JSON answer. TrainingError where the endpoint gives none."""

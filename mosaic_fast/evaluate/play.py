@@ -13,12 +13,13 @@ from mosaic_fast.evaluate.arguments import Arguments, flag
 from mosaic_fast.evaluate.graders import Grader, grader_of
 from mosaic_fast.evaluate.judging import EvaluationJudge
 from mosaic_fast.evaluate.store import Finished, Key
-from mosaic_fast.evaluate.targets import Suite, Target, api_key
+from mosaic_fast.evaluate.targets import Suite, Target, api_key, api_key_variable
 from mosaic_fast.evaluate.tasks import evaluation_tasks
 from mosaic_fast.outcome import Played, outcome_of
 from mosaic_fast.seeds import derived_seed
 from mosaic_fast.trajectories import readable_step
 from mosaic_rollout.agent_loop import Limits
+from mosaic_rollout.chat_parameters import Parameters
 from mosaic_rollout.types import Completion, Engine, Environment, Request, Task
 
 if TYPE_CHECKING:
@@ -56,20 +57,33 @@ def jobs_of(suite: Suite, environment: Environment, arguments: Arguments) -> lis
 
 def play(
     target: Target, jobs: Sequence[Job], arguments: Arguments, report: Report, judge_answers: Path
-) -> None:
+) -> dict[str, tuple[str, ...]]:
     """Play the jobs and report each. UserError or TrainingError where model or judge cannot go on.
 
+    A judge is asked something small before anything is loaded or played.
     judge_answers: where the answers of a judge are kept, if a suite needs one.
+    Returns what endpoint and judge were asked in another way than the options say, where there is such.
     """
     judge = EvaluationJudge(target.judge, judge_answers) if target.judge else None
+    if judge is not None:
+        asyncio.run(_probe(judge, {job.suite.env.name for job in jobs}))
 
     def all_by(player: Player, at_once: int) -> Coroutine[None, None, None]:
         return play_all(jobs, player, at_once, report, judge)
 
+    parameters = Parameters(arguments.parameters)
     if target.folder is None:
-        asyncio.run(_play_endpoint(target, arguments, all_by))
+        asyncio.run(_play_endpoint(target, arguments, parameters, all_by))
     else:
         _play_local(target, arguments, all_by)
+    asked = {"endpoint": parameters.changes, "judge": judge.changes if judge else ()}
+    return {who: changes for who, changes in asked.items() if changes}
+
+
+async def _probe(judge: EvaluationJudge, suites: set[str]) -> None:
+    async with _graders(suites, judge) as graders:
+        for _, grader in sorted(graders.items()):
+            await grader.probe()
 
 
 def _play_local(target: Target, arguments: Arguments, all_by: _AllBy) -> None:
@@ -112,7 +126,9 @@ def _chats(tokenizer: PreTrainedTokenizerBase, folder: Path) -> dict[bool, Chat]
     return {taught: Chat(tokenizer, teach_loop=taught, end_token_ids=ends) for taught in (False, True)}
 
 
-async def _play_endpoint(target: Target, arguments: Arguments, all_by: _AllBy) -> None:
+async def _play_endpoint(
+    target: Target, arguments: Arguments, parameters: Parameters, all_by: _AllBy
+) -> None:
     from mosaic_rollout.chat_agent import ChatAgent
     from mosaic_rollout.chat_client import ChatEndpoint
 
@@ -120,11 +136,12 @@ async def _play_endpoint(target: Target, arguments: Arguments, all_by: _AllBy) -
         url=target.name,
         model=arguments.model_name or "",
         api_key=api_key(arguments),
-        api_key_env=arguments.api_key_env,
+        api_key_env=api_key_variable(arguments),
         temperature=arguments.temperature,
         timeout_s=arguments.timeout_s,
         retries=arguments.retries,
         backoff_s=arguments.backoff_s,
+        parameters=parameters,
         option=flag,
     )
     agents = {

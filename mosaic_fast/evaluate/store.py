@@ -102,6 +102,18 @@ class Store:
             ) from None
         self.finished[key] = episode
 
+    def keep_asked(self, asked: Mapping[str, object]) -> Mapping[str, object]:
+        """Keep in what servers were asked in another way than the settings say; returns all that is kept."""
+        path = self.folder / "asked.json"
+        try:
+            known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+            if asked:
+                known |= json.loads(json.dumps(asked))
+                path.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError(f"--out: {path} cannot be used: {error}") from None
+        return known
+
     def _lock(self, file: TextIO) -> None:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

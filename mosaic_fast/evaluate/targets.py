@@ -9,7 +9,8 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from mosaic_fast.config import EVALUATION_ONLY, Config, EnvConfig, JudgeConfig, RolloutConfig, is_plain_url
+from mosaic_fast.config import EVALUATION_ONLY, Config, EnvConfig, JudgeConfig, RolloutConfig
+from mosaic_fast.config.url import PLAIN_URL, is_plain_url
 from mosaic_fast.config_io import load_config
 from mosaic_fast.errors import UserError
 from mosaic_fast.evaluate.arguments import Arguments, is_url
@@ -18,6 +19,7 @@ from mosaic_fast.evaluate.judging import judge_config
 _STOCK = {"max_steps": 16, "max_step_tokens": 1024, "max_rollout_tokens": 16_384, "teach_loop": True}
 """Limits for models and suites that no configuration speaks of."""
 LIMITS = tuple(_STOCK)
+_KEY_VARIABLE = "OPENAI_API_KEY"
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ def resolve(name: str, arguments: Arguments) -> Target:
     """The target a user named. UserError for what is missing or contradicts itself."""
     if is_url(name):
         _check_url(name)
+        api_key(arguments)  # a missing one is named before anything is loaded
         config, folder = _given_config(arguments), None
         identity: dict[str, object] = {"endpoint": name.rstrip("/"), "model_name": arguments.model_name}
     else:
@@ -91,9 +94,19 @@ def data_hash(path: str | Path) -> str:
     return hashlib.sha256(listed.encode()).hexdigest()
 
 
+def api_key_variable(arguments: Arguments) -> str:
+    """The environment variable of the endpoint's key."""
+    return arguments.api_key_env or _KEY_VARIABLE
+
+
 def api_key(arguments: Arguments) -> str | None:
-    """The key of the environment, if there is one."""
-    return os.environ.get(arguments.api_key_env, "").strip() or None
+    """The key of the environment, if there is one. UserError where a variable is named that holds none."""
+    key = os.environ.get(api_key_variable(arguments), "").strip()
+    if arguments.api_key_env and not key:
+        raise UserError(
+            f"--api-key-env: the environment variable {arguments.api_key_env} is not set, or empty"
+        )
+    return key or None
 
 
 def _model(name: str, arguments: Arguments) -> tuple[Config | None, Path]:
@@ -142,9 +155,9 @@ def _suites(config: Config, asked: str | None) -> tuple[EnvConfig, ...]:
 
 
 def _check_url(url: str) -> None:
+    """The message does not repeat what may be a key."""
     if not is_plain_url(url):
-        shown = "what stands before @ belongs in no URL: that" if "@" in url else url
         raise UserError(
-            f"{shown} is no URL of an endpoint; write for example http://localhost:8000/v1, and name the "
-            "environment variable that holds a key with --api-key-env"
+            f"what is named to evaluate is no URL of an endpoint: {PLAIN_URL}, for example "
+            "http://localhost:8000/v1. A key goes into the environment variable that --api-key-env names"
         )

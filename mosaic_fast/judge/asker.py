@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TypeVar
 
 import httpx
@@ -67,6 +68,20 @@ class Asker:
                     return answer
         reply = await self.endpoint.ask_text(http, messages, pattern, self._allow)
         return self._keep(messages, reply, counts)
+
+    async def probe(
+        self, http: httpx.AsyncClient, messages: Sequence[dict[str, str]], wanted: type[BaseModel] | str
+    ) -> None:
+        """A question whose answer is not kept, before anything else is done; `wanted`: its shape or pattern.
+
+        TrainingError where no valid answer comes.
+        """
+        endpoint = replace(self.endpoint, after_failure="Nothing else was done yet", after_limit="")
+        if isinstance(wanted, str):
+            reply = await endpoint.ask_text(http, messages, wanted, self._allow)
+        else:
+            reply = await endpoint.ask(http, messages, wanted, self._allow)
+        self._tokens += reply.prompt_tokens + reply.completion_tokens
 
     def _key(self, messages: Sequence[dict[str, str]]) -> str:
         endpoint = self.endpoint

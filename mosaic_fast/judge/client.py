@@ -54,13 +54,11 @@ class Endpoint(ChatServer):
         Tried again, beside what ChatServer does: an answer cut short or of another shape.
         TrainingError at once for a refusal of the server, and after the last try.
         """
-        schema = {"name": shape.__name__, "strict": True, "schema": shape.model_json_schema()}
-        form = {"response_format": {"type": "json_schema", "json_schema": schema}}
 
         def read(text: str) -> Shape:
             return read_answer(text, shape, quotable=messages[-1]["content"])
 
-        return await self._answer(http, messages, form, read, before_try)
+        return await self._answer(http, messages, _form(shape), read, before_try)
 
     async def ask_text(
         self,
@@ -78,6 +76,13 @@ class Endpoint(ChatServer):
             return text
 
         return await self._answer(http, messages, {}, read, before_try)
+
+    def asked_with(self, shape: type[BaseModel]) -> dict[str, object]:
+        """The parameters of a request, as this server takes them; of a schema its name alone."""
+        asked = {"temperature": self.temperature, "max_tokens": self.max_tokens, **_form(shape)}
+        sent = self.parameters.sent(asked)
+        form = sent.get("response_format")
+        return sent | ({"response_format": form["type"]} if isinstance(form, dict) else {})
 
     async def _answer(
         self,
@@ -120,6 +125,11 @@ class Endpoint(ChatServer):
         except ValueError as error:
             raise TryAgain(f"{error} in {text[:SHOWN_CHARS]!r}") from None
         return answer, text, completion
+
+
+def _form(shape: type[BaseModel]) -> dict[str, object]:
+    schema = {"name": shape.__name__, "strict": True, "schema": shape.model_json_schema()}
+    return {"response_format": {"type": "json_schema", "json_schema": schema}}
 
 
 def fits(pattern: str, text: str) -> bool:

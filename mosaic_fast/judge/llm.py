@@ -16,7 +16,16 @@ from mosaic_fast.judge.asker import Asker
 from mosaic_fast.judge.cache import AnswerCache
 from mosaic_fast.judge.client import Endpoint
 from mosaic_fast.judge.contract import Judgement
-from mosaic_fast.judge.prompt import ANSWERS, Mode, PairAnswer, PointAnswer, ask, trajectory_data
+from mosaic_fast.judge.prompt import (
+    ANSWERS,
+    Mode,
+    PairAnswer,
+    PointAnswer,
+    ask,
+    first_question,
+    trajectory_data,
+)
+from mosaic_fast.judge.rubric import Rubric, load_rubric
 from mosaic_rollout.types import Rollout
 
 Result = TypeVar("Result")
@@ -39,14 +48,15 @@ class LLMJudge:
         cache: AnswerCache,
         *,
         mode: Mode = "pairwise",
-        prompt: str = "v1",
+        prompt: str | Rubric = "v1",
         max_concurrent: int = 16,
         max_calls: int = 0,
         max_tokens_total: int = 0,
     ) -> None:
         self._asker = Asker(endpoint, cache, max_calls=max_calls, max_tokens_total=max_tokens_total)
         self._mode: Mode = mode
-        self._prompt, self._max_concurrent = prompt, max_concurrent
+        self.rubric = load_rubric(prompt) if isinstance(prompt, str) else prompt
+        self._max_concurrent = max_concurrent
 
     def judge(self, groups: Sequence[Sequence[Rollout]]) -> list[Judgement]:
         """TrainingError where the endpoint gives no valid answer, or a limit is reached."""
@@ -66,8 +76,33 @@ class LLMJudge:
         self, http: httpx.AsyncClient, rollouts: Sequence[Rollout], counts: Counter[str]
     ) -> BaseModel:
         """The judge's answer about rollouts in this order, from the cache or the endpoint."""
-        question = ask(self._mode, self._prompt, *rollouts)
+        question = ask(self._mode, self.rubric, *rollouts)
         return await self._asker.ask(http, question.messages, ANSWERS[self._mode], counts)
+
+    def probe(self) -> None:
+        """Ask one small question, never from the cache, so that what is wrong is known at once.
+
+        It counts towards the limits. TrainingError where no valid answer comes.
+        """
+        question = first_question(self._mode, self.rubric)
+
+        async def once() -> None:
+            async with self._asker.endpoint.open() as http:
+                await self._asker.probe(http, question.messages, ANSWERS[self._mode])
+
+        asyncio.run(once())
+
+    def record(self) -> dict[str, object]:
+        """What the answers depend on, with the request's parameters as the endpoint takes them."""
+        endpoint = self._asker.endpoint
+        return {
+            "endpoint": endpoint.url,
+            "model": endpoint.model,
+            "mode": self._mode,
+            "prompt": self.rubric.name,
+            "prompt_sha256": self.rubric.sha256(self._mode),
+            "asked_with": endpoint.asked_with(ANSWERS[self._mode]),
+        }
 
     @property
     def max_concurrent(self) -> int:

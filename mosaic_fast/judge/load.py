@@ -16,7 +16,9 @@ from mosaic_fast.judge.cache import AnswerCache
 from mosaic_fast.judge.client import Endpoint
 from mosaic_fast.judge.contract import Judge, Judgement
 from mosaic_fast.judge.llm import LLMJudge
+from mosaic_fast.judge.rubric import load_rubric
 from mosaic_fast.judge.rule import RuleJudge
+from mosaic_rollout.chat_parameters import Parameters
 from mosaic_rollout.named_class import call_named, import_named
 from mosaic_rollout.types import Rollout
 
@@ -31,6 +33,7 @@ def build_judge(config: JudgeConfig, run_folder: Path) -> Judge:
 
 
 def _llm_judge(config: JudgeConfig, run_folder: Path) -> LLMJudge:
+    rubric = load_rubric(config.prompt, run_folder)
     endpoint = Endpoint(
         url=config.endpoint or "",
         model=config.model or "",
@@ -40,12 +43,13 @@ def _llm_judge(config: JudgeConfig, run_folder: Path) -> LLMJudge:
         max_tokens=config.max_tokens,
         timeout_s=config.timeout_s,
         retries=config.retries,
+        parameters=Parameters(config.parameters),
     )
     return LLMJudge(
         endpoint,
         AnswerCache(Path(config.cache) if config.cache else run_folder / "judge-answers.sqlite"),
         mode=config.mode,
-        prompt=config.prompt,
+        prompt=rubric,
         max_concurrent=config.max_concurrent,
         max_calls=config.max_calls,
         max_tokens_total=config.max_total_tokens,
@@ -56,9 +60,9 @@ def judge_key(config: JudgeConfig, option: str) -> str | None:
     """The judge's key, where one is wanted. UserError names the option whose variable is not set."""
     if not config.api_key_env:
         return None
-    key = os.environ.get(config.api_key_env)
+    key = os.environ.get(config.api_key_env, "").strip()
     if not key:
-        raise UserError(f"{option}: the environment variable {config.api_key_env} is not set")
+        raise UserError(f"{option}: the environment variable {config.api_key_env} is not set, or empty")
     return key
 
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Final
-
-import httpx
+from typing import TYPE_CHECKING, Final
 
 from mosaic_rollout.errors import UserError
 from mosaic_rollout.plain_json import read_json
+
+if TYPE_CHECKING:  # a configuration is read without it
+    import httpx
 
 CHANGES: Final[Mapping[str, tuple[str | None, ...]]] = {
     "max_tokens": ("max_completion_tokens",),

@@ -18,8 +18,11 @@ import pytest
 from mosaic_fast.cli import run_cli
 from mosaic_fast.components import build_components
 from mosaic_fast.config import Config
+from mosaic_fast.config.url import is_plain_url
 from mosaic_fast.config_io import parse_train_arguments
 from mosaic_fast.errors import UserError
+from mosaic_fast.evaluate.arguments import parse
+from mosaic_fast.evaluate.targets import resolve
 from mosaic_fast.pretrained import model_folder
 from mosaic_fast.report.__main__ import main as report
 from mosaic_rollout.chat import Chat
@@ -198,6 +201,9 @@ def test_a_key_is_nowhere_but_in_the_header(
         (["--engine.args", "--config", "flags.yaml"], "name the flags themselves"),
         (["--engine.urls", f"http://me:{KEY}@there:1"], "no user or key"),
         (["--judge.endpoint", f"http://{KEY}@there/v1"], "no user or key"),
+        (["--judge.endpoint", f"http://there/v1?api_key={KEY}"], "no user or key"),
+        (["--judge.endpoint", f"http://there/{KEY}/v1"], "no user or key"),
+        (["--engine.urls", f"http://there:1/#{KEY}"], "no user or key"),
         (["--judge.api-key-env", KEY], "the name of an environment variable"),
     ],
 )
@@ -211,6 +217,42 @@ def test_what_would_expose_a_server_or_a_key_is_refused(tmp_path: Path, argument
     with pytest.raises(UserError, match=named) as refused:
         parse_train_arguments([str(path)])
     assert KEY not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("http://localhost:30000/v1", "https://api.openai.com/v1", "http://[::1]:80", "https://h/api/v1/"),
+        "https://x.openai.azure.com/openai/deployments/gpt-4o-mini-2024-07-18",
+        "https://h/client/v4/accounts/0123456789abcdef0123456789abcdef/ai/v1",
+        *("https://h/models/Qwen2.5-72B-Instruct-AWQ/v1", "https://h/keyboard/v1", "https://h/tokenizers/v1"),
+    ],
+)
+def test_an_address_without_a_key_is_taken(url: str):
+    assert is_plain_url(url)
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        *("http://{}@h/v1", "http://me:{}@h/v1", "http://h/v1?{}", "http://h/v1?key={}", "http://h/v1#{}"),
+        *("http://h/v1;key={}", "http://h/key/{}/v1", "http://h/api_key/{}", "http://h/v1/token={}"),
+    ],
+)
+@pytest.mark.parametrize("key", [KEY, "x", "0123456789abcdef0123"])
+def test_an_address_with_a_key_is_refused_without_repeating_it(place: str, key: str):
+    url = place.format(key)
+    with pytest.raises(UserError) as refused:
+        resolve(url, parse([url, "--model-name", "m"]))
+    assert key == "x" or key not in str(refused.value)
+    assert not is_plain_url(url)
+
+
+@pytest.mark.parametrize(
+    "key", [KEY, "%73k-abc", "hf_abcdEFG", "a1" * 10, "AbCdEfGhIjKlMnOpQrStUvWxYz", "a%3Fk=x"]
+)
+def test_a_key_in_a_path_is_one(key: str):
+    assert not is_plain_url(f"http://h/{key}/v1")
 
 
 def test_a_launched_server_listens_on_loopback_alone(tmp_path: Path):

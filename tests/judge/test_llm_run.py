@@ -34,7 +34,7 @@ def test_a_run_judged_by_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         config, resume, name = parse_train_arguments(arguments)
         assert train(config, name, resume=resume) == 0
     (metrics,) = (json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines())
-    assert metrics["judge/calls"] == len(served.requests) > 0
+    assert metrics["judge/calls"] == len(served.requests) - 1 > 0, "the first question is no step's"
     assert metrics["judge/flip_rate"] == 0
     assert metrics["judge/intransitive_frac"] == 0
     rows = [json.loads(line) for line in (run / "trajectories" / "step-000001.jsonl").open()]
@@ -45,3 +45,6 @@ def test_a_run_judged_by_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert served.keys[0] == f"Bearer {KEY}"
     assert not [path for path in run.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]
     assert collect_run(run, 100).notes == []
+    kept = json.loads((run / "judge.json").read_text())
+    assert kept["asked_with"] == {"temperature": 0.0, "max_tokens": 1024, "response_format": "json_schema"}
+    assert json.loads((run / "summary.json").read_text())["judge"] == kept

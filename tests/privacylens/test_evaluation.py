@@ -85,7 +85,9 @@ def test_leakage_adjusted_leakage_and_helpfulness(monkeypatch: pytest.MonkeyPatc
     assert "env/leaked" not in found["means"]
     assert len(found["rates"]["safety/leaked"]["interval95"]) == 2
     assert found["rates"]["safety/leaked"]["paper"] == "down by up to 23% (authors' page)"
-    assert len(asked.requests) == 3 * 3  # two secrets and a rating of each action; none of d and e
+    assert (
+        len(asked.requests) == 1 + 3 * 3
+    )  # a first question; two secrets and a rating of each action; none of d and e
     requests: list[Row] = list(served.requests)
     names = [tool["function"]["name"] for tool in requests[0]["tools"]]
     assert names == ["MessengerSendMessage", "refusal_tool"]
@@ -108,12 +110,12 @@ def test_a_judge_that_fails_stops_the_evaluation_and_what_it_said_is_kept(
         ):
             played(monkeypatch, tmp_path, served, asked)
         assert all(row["task_id"] in "de" for row in outcomes(tmp_path / "out"))
-        answered = {user_message(request) for request in asked.requests if "secret" in shown(request)}
+        answered = {user_message(request) for request in asked.requests[1:] if "secret" in shown(request)}
         asked.requests.clear()
         broken = False
         assert played(monkeypatch, tmp_path, served, asked) == 0
     assert answered
-    assert len(asked.requests) == 3 * 3 - len(answered)
+    assert len(asked.requests) == 1 + 3 * 3 - len(answered)
     assert not answered & {user_message(request) for request in asked.requests}
 
 
@@ -138,6 +140,13 @@ def test_a_limit_on_calls_is_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     ):
         played(monkeypatch, tmp_path, served, asked, "--judge-max-calls", 2)
     assert len(asked.requests) <= 2  # those under way when the limit is met are given up
+
+
+def test_a_judge_is_asked_before_anything_is_played(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    with endpoint(policy) as served, endpoint(lambda request: Raw(404, "no model j")) as asked:
+        with pytest.raises(UserError, match=r"HTTP 404 no model j.*Nothing else was done yet"):
+            played(monkeypatch, tmp_path, served, asked)
+        assert served.requests == []
 
 
 def test_a_refusing_judge_is_named_with_its_options(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

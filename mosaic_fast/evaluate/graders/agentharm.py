@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mosaic_fast.evaluate.judging import EvaluationJudge
 from mosaic_fast.outcome import NEEDS_JUDGE, REFUSED, Played
-from mosaic_rollout.environments.agentharm import GraderFailed, behaviour_of, grade
+from mosaic_rollout.environments.agentharm import PASS_OR_FAIL, GraderFailed, behaviour_of, grade
 from mosaic_rollout.types import Verdict
 
 
@@ -17,6 +17,10 @@ class AgentHarmGrader:
 
     def __init__(self, judge: EvaluationJudge) -> None:
         self._judge = judge
+
+    async def probe(self) -> None:
+        question = "This is a first question, to see that answers arrive. Answer with the one word `pass`."
+        await self._judge.probe([{"role": "user", "content": question}], PASS_OR_FAIL)
 
     async def grade(self, played: Played) -> Verdict:
         behaviour = behaviour_of(played.task)

@@ -11,6 +11,10 @@ from mosaic_rollout.types import Verdict
 class Grader(Protocol):
     """Finds the verdict of a finished episode by asking a judge."""
 
+    async def probe(self) -> None:
+        """Ask the judge something small of the kind that it will be asked. TrainingError likewise."""
+        ...
+
     async def grade(self, played: Played) -> Verdict:
         """TrainingError where the judge gives no valid answer."""
         ...

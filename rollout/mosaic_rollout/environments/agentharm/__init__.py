@@ -3,11 +3,18 @@
 from mosaic_rollout.environments.agentharm.behaviours import Behaviour, behaviour_of
 from mosaic_rollout.environments.agentharm.environment import AgentHarmEnvironment
 from mosaic_rollout.environments.agentharm.episode import AgentHarmEpisode
-from mosaic_rollout.environments.agentharm.grading import AskJudge, GraderFailed, Grades, grade
+from mosaic_rollout.environments.agentharm.grading import (
+    PASS_OR_FAIL,
+    AskJudge,
+    GraderFailed,
+    Grades,
+    grade,
+)
 from mosaic_rollout.environments.agentharm.package import INSPECT_EVALS_VERSION
 
 __all__ = [
     "INSPECT_EVALS_VERSION",
+    "PASS_OR_FAIL",
     "AgentHarmEnvironment",
     "AgentHarmEpisode",
     "AskJudge",

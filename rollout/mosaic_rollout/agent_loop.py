@@ -11,7 +11,7 @@ import numpy as np
 from mosaic_rollout.branching import Branching, fork_position, trunk_count
 from mosaic_rollout.chat import Chat
 from mosaic_rollout.episode_tools import EpisodeTools
-from mosaic_rollout.grammar import REFUSAL_SCHEMA, SAFETY_CLOSE, SAFETY_OPEN, THINK_CLOSE, Turn, parse_turn
+from mosaic_rollout.grammar import REFUSAL_SCHEMA, SAFETY_CLOSE, SAFETY_OPEN, Turn, parse_turn
 from mosaic_rollout.types import (
     Completion,
     Dialogue,
@@ -101,8 +101,11 @@ class AgentLoop:
 
     def _with_gate(self, trunk: Rollout, position: int | None) -> Rollout:
         """The trunk with the gate at `position`, where it went by its own choice."""
-        tag = self.chat.check_tag
-        if position is None or position + len(tag) >= self.limits.max_rollout_tokens:
+        if position is None:
+            return trunk
+        start = max(step.prompt_end for step in trunk.steps if step.prompt_end <= position)
+        tag = self.chat.tag_after(trunk.token_ids[start:position].tolist())
+        if tag is None or position + len(tag) >= self.limits.max_rollout_tokens:
             return trunk
         return replace(
             trunk, gate=Gate(trunk.rollout_id, position, tag, _begins_with(trunk.token_ids[position:], tag))
@@ -303,10 +306,8 @@ class _Walk:
         ids = np.concatenate(self.token_ids)[self._turn_start :].tolist()
         text = chat.turn_text(ids)
         turn = parse_turn(text, chat.call_format, think_is_open=self._think_is_open)
-        plan_end = text.find(THINK_CLOSE)
-        check_start = None
-        if plan_end >= 0:
-            check_start = self._turn_start + chat.tokens_through(ids, plan_end + len(THINK_CLOSE))
+        gate = chat.check_start(ids, text)
+        check_start = None if gate is None else self._turn_start + gate
         return _step(
             turn, text, self._turn_start, self._length, check_start, _safety_tokens(chat, ids, text, turn)
         )
@@ -342,7 +343,10 @@ def _safety_tokens(chat: Chat, ids: list[int], text: str, turn: Turn) -> int:
     if turn.check is None:
         return 0
     start, end = text.find(SAFETY_OPEN), text.find(SAFETY_CLOSE) + len(SAFETY_CLOSE)
-    return chat.tokens_through(ids, end) - chat.tokens_through(ids, start)
+    before = chat.tokens_through(ids, start)
+    if before and len(chat.decode(ids[:before])) > start:  # the tag's first character shares a token
+        before -= 1
+    return chat.tokens_through(ids, end) - before
 
 
 def _step(turn: Turn, text: str, start: int, end: int, check_start: int | None, safety_tokens: int) -> Step:

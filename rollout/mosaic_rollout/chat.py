@@ -8,6 +8,7 @@ that steer a model are broken up in all data before the template sees them (rese
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from datetime import date
 from functools import lru_cache
@@ -30,6 +31,7 @@ from mosaic_rollout.template import PROBE_TOOL, USER
 from mosaic_rollout.types import Message, ToolSchema
 
 _KEPT_OPENINGS = 64  # groups
+_CHECK_OPENED = re.compile(rf"{re.escape(THINK_CLOSE)}\s*{re.escape(SAFETY_OPEN)}\Z")
 
 
 class Chat:
@@ -62,13 +64,16 @@ class Chat:
         self._renderer = Renderer(tokenizer, end_token_ids, today or date.today())
         self.call_format = self._detect_call_format()
         self.stop_token_ids: tuple[int, ...] = self._renderer.stop_token_ids
+        self._opens_check = ("\n" if teach_loop else "") + SAFETY_OPEN
+        self._tag, self._shared = self._find_tag()
         self._opening = lru_cache(maxsize=_KEPT_OPENINGS)(self._opening_anew)
 
     def conversation(self, messages: Sequence[Message], tools: Sequence[ToolSchema]) -> Conversation:
         """The conversation that these messages open. UserError where messages or template cannot be used."""
         support = self._renderer.support(with_tools=bool(tools))
-        opening, text = self._opening(json.dumps([list(messages), list(tools)]))
-        return Conversation(self._renderer, support, opening, text)
+        key = json.dumps([list(messages), list(tools)])
+        opening, text = self._opening(key)
+        return Conversation(self._renderer, support, opening, text, key)
 
     def prompt(self, messages: Sequence[Message], tools: Sequence[ToolSchema]) -> tuple[np.ndarray, bool]:
         """Token ids [L] int64 of the opening messages, ready for the policy's first turn.
@@ -87,10 +92,34 @@ class Chat:
 
     @property
     def check_tag(self) -> tuple[int, ...]:
-        """The token ids that open a check right after a plan, in the form in which the loop is taught."""
-        separator = "\n" if self._teach_loop else ""
-        before = self._renderer.encode(THINK_CLOSE)
-        return tuple(self._renderer.encode(f"{THINK_CLOSE}{separator}{SAFETY_OPEN}")[len(before) :].tolist())
+        """The token ids that open a check after a plan, in the form in which the loop is taught.
+
+        Where the vocabulary merges the end of `</think>` with what opens the check (`><`), that token is the
+        first one of the tag: a gate is before it, at the last token that a plan has either way.
+        """
+        return self._tag
+
+    def check_start(self, token_ids: Sequence[int], text: str) -> int | None:
+        """How many of a turn's tokens [N], whose text is given, are before its gate; None without a plan."""
+        end = text.find(THINK_CLOSE) + len(THINK_CLOSE)
+        if end < len(THINK_CLOSE):
+            return None
+        if self._shared:
+            count = self.tokens_through(token_ids, end - self._shared)
+            if self.decode(token_ids[:count]) == text[: end - self._shared]:
+                return count
+        return self.tokens_through(token_ids, end)
+
+    def tag_after(self, token_ids: Sequence[int]) -> tuple[int, ...] | None:
+        """The tag that opens a check after a turn's tokens [N] up to its gate.
+
+        It is `check_tag` wherever the plan was written in the vocabulary's usual tokens. None where a token
+        holds the plan's end and more, so that no tag can follow.
+        """
+        for tag in (self._tag, tuple(self._renderer.encode(self._opens_check).tolist())):
+            if _CHECK_OPENED.search(self.decode([*token_ids, *tag])):
+                return tag
+        return None
 
     def turn_text(self, token_ids: Sequence[int]) -> str:
         """The text of sampled tokens [N], the stop token left out, all other special tokens kept."""
@@ -113,7 +142,12 @@ class Chat:
                 high = middle
             else:
                 low = middle + 1
-        return low
+        wanted = self.decode(token_ids)[:end]
+        written = lambda count: self.decode(token_ids[:count])[:end] == wanted  # noqa: E731
+        if written(low) and (low == 0 or not written(low - 1)):
+            return low
+        # Some decoders write a character's first bytes as several signs, which the whole character replaces.
+        return next((count for count in range(len(token_ids)) if written(count)), len(token_ids))
 
     def _opening_anew(self, opening: str) -> tuple[Data, str]:
         """Opening messages and tools, given as JSON, as the template takes them, and what it writes."""
@@ -122,6 +156,16 @@ class Chat:
         parts = [load_prompt("loop_v1")] if self._teach_loop else []
         found = self._renderer.opening(Data(messages, tools), parts, support)
         return found, self._renderer.text(found, support)
+
+    def _find_tag(self) -> tuple[tuple[int, ...], int]:
+        """The tag's ids, and how many characters of `</think>` they write as well."""
+        plan_end = self._renderer.encode(THINK_CLOSE).tolist()
+        opened = self._renderer.encode(THINK_CLOSE + self._opens_check).tolist()
+        common = next(
+            (i for i, ids in enumerate(zip(plan_end, opened, strict=False)) if len({*ids}) > 1), None
+        )
+        common = min(len(plan_end), len(opened)) if common is None else common
+        return tuple(opened[common:]), len(self.decode(plan_end)) - len(self.decode(plan_end[:common]))
 
     def _detect_call_format(self) -> CallFormat:
         support = self._renderer.support(with_tools=True)

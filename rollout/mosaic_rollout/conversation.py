@@ -19,16 +19,19 @@ from mosaic_rollout.turn_end import common_end, stand_in
 from mosaic_rollout.types import Message
 
 _KEPT_TURNS = 512
+_KEPT_WAYS = 512
 
 
 class Conversation:
     """A conversation as a Renderer writes it. It holds no sampled text, only of which kind each turn was.
 
-    opening: what the template is given, as it takes it; text: what it writes for that.
+    opening: what the template is given, as it takes it; text: what it writes for that. key: tells openings
+    apart, so that conversations that have gone the same way, as siblings often do, are rendered once.
     """
 
-    def __init__(self, renderer: Renderer, support: Support, opening: Data, text: str) -> None:
+    def __init__(self, renderer: Renderer, support: Support, opening: Data, text: str, key: str) -> None:
         self._renderer, self._support, self._text = renderer, support, text
+        self._way: tuple[str, ...] = (key,)
         self.messages, self.tools = list(opening.messages), list(opening.tools)
 
     @property
@@ -55,23 +58,29 @@ class Conversation:
         return self._after("answer", "", {"role": "user", "content": content})
 
     def _after(self, kind: TurnKind, name: str, message: Message) -> tuple[np.ndarray, bool]:
-        renderer = self._renderer
+        followed = self._renderer.followed
+        self._way += (kind, name, str(message["content"]))
+        found = followed.get(self._way) or self._followed_by(kind, name, message)
+        if len(followed) >= _KEPT_WAYS:
+            followed.pop(next(iter(followed)), None)
+        followed[self._way] = found
+        self._text, ids, taken = found
+        self.messages += [stand_in(self._support, kind, name, 0), taken]
+        return ids, _think_is_open(self._text)
 
-        def following(data: Data) -> tuple[str, np.ndarray]:
-            taken = renderer.taken(data.messages[0], self._support)
+    def _followed_by(self, kind: TurnKind, name: str, message: Message) -> tuple[str, np.ndarray, Message]:
+        """The whole text then, the ids of what is new in it, and the message as the template takes it."""
+        renderer, support = self._renderer, self._support
+
+        def followed(data: Data) -> tuple[str, np.ndarray, Message]:
+            taken = renderer.taken(data.messages[0], support)
             text, cut = self._continued(kind, name, taken)
-            return text, renderer.ids_after(text, cut, renderer.turn_end(self._support, kind))
+            return text, renderer.ids_after(text, cut, renderer.turn_end(support, kind)), taken
 
-        data = safe(
-            Data([message]),
-            renderer.reserved,
-            lambda data: renderer.reserved.live(following(data)[1].tolist()),
-        )
-        text, ids = following(data)
-        turn = stand_in(self._support, kind, name, 0)
-        self.messages += [turn, renderer.taken(data.messages[0], self._support)]
-        self._text = text
-        return ids, _think_is_open(text)
+        def live(data: Data) -> list[int]:
+            return renderer.reserved.live(followed(data)[1].tolist())
+
+        return followed(safe(Data([message]), renderer.reserved, live))
 
     def _continued(self, kind: TurnKind, name: str, message: Message) -> tuple[str, int]:
         """The text of everything through the message, and where in it the turn has ended."""

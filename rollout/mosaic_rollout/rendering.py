@@ -48,6 +48,8 @@ class Renderer:
         self.stop_token_ids: tuple[int, ...] = tuple(dict.fromkeys([*ends, *eos, *end_token_ids]))
         self.turns: dict[tuple[bool, TurnKind, str], str] = {}
         """Turns as the template writes their stand-ins: by whether there are tools, kind, and tool called."""
+        self.followed: dict[tuple[str, ...], tuple[str, np.ndarray, Message]] = {}
+        """What was rendered after a turn: by all that was said before it, the text, its ids, the message."""
         # Siblings of a group have a prompt in common, and tools often say the same.
         self.encode = lru_cache(maxsize=_KEPT_ENCODINGS)(self._encode_anew)
 

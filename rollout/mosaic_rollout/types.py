@@ -187,7 +187,8 @@ class Step:
     observation: str | None  # a tool's output, the user's word after an answer; None at the last step
     safety_tokens: int  # sampled tokens inside <safety_thoughts>, its tags included
     well_formed: bool  # every tag in place
-    check_start: int | None = None  # index of the first token after the plan: where fork_at_check forks
+    check_start: int | None = None  # index of the first token after the plan, where fork_at_check forks;
+    # where the vocabulary merges the plan's last character with a check's first, that of the merged token
 
 
 @dataclass(frozen=True)

@@ -159,6 +159,9 @@ def test_calls_shown_in_the_prompt_are_read_back(family: str):
 def test_the_gates_tag_is_what_follows_a_plan(family: str):
     """Through merges over the tags' ends: the plan's tokens and the tag's are the tokens of both together."""
     chat = Chat(FAMILIES[family].tokenizer(), teach_loop=True)
-    ids = chat.tokenizer.encode("a plan</think>\n<safety_thoughts>fine", add_special_tokens=False)
-    plan_end = chat.tokens_through(ids, len("a plan</think>"))
-    assert tuple(ids[plan_end : plan_end + len(chat.check_tag)]) == chat.check_tag
+    text = "a plan</think>\n<safety_thoughts>fine"
+    ids = chat.tokenizer.encode(text, add_special_tokens=False)
+    gate = chat.check_start(ids, text)
+    assert gate is not None
+    assert tuple(ids[gate : gate + len(chat.check_tag)]) == chat.check_tag
+    assert chat.tag_after(ids[:gate]) == chat.check_tag

@@ -11,7 +11,7 @@ import numpy as np
 from mosaic_rollout.branching import Branching, fork_position, trunk_count
 from mosaic_rollout.chat import Chat
 from mosaic_rollout.episode_tools import EpisodeTools
-from mosaic_rollout.grammar import REFUSAL_SCHEMA, SAFETY_CLOSE, SAFETY_OPEN, Turn, parse_turn
+from mosaic_rollout.grammar import REFUSAL_SCHEMA, Turn, parse_turn
 from mosaic_rollout.types import (
     Completion,
     Dialogue,
@@ -305,12 +305,11 @@ class _Walk:
         chat = self._loop.chat
         ids = np.concatenate(self.token_ids)[self._turn_start :].tolist()
         text = chat.turn_text(ids)
-        turn = parse_turn(text, chat.call_format, think_is_open=self._think_is_open)
-        gate = chat.check_start(ids, text)
+        tools = [*self.episode.tools, REFUSAL_SCHEMA]
+        turn = parse_turn(text, chat.call_format, think_is_open=self._think_is_open, tools=tools)
+        gate = None if turn.plan_span is None else chat.check_start(ids, text, turn.plan_span[1])
         check_start = None if gate is None else self._turn_start + gate
-        return _step(
-            turn, text, self._turn_start, self._length, check_start, _safety_tokens(chat, ids, text, turn)
-        )
+        return _step(turn, text, self._turn_start, self._length, check_start, _safety_tokens(chat, ids, turn))
 
     async def _follow(self, step: Step) -> tuple[str, np.ndarray] | None:
         """What comes after a step, as text and as token ids; None where the episode ends with it.
@@ -338,11 +337,11 @@ def _versions(rollout: Rollout) -> np.ndarray:
     return np.where(rollout.trained, rollout.policy_version, -1)
 
 
-def _safety_tokens(chat: Chat, ids: list[int], text: str, turn: Turn) -> int:
+def _safety_tokens(chat: Chat, ids: list[int], turn: Turn) -> int:
     """Sampled tokens from `<safety_thoughts>` through its closing tag."""
-    if turn.check is None:
+    if turn.check_span is None:
         return 0
-    start, end = text.find(SAFETY_OPEN), text.find(SAFETY_CLOSE) + len(SAFETY_CLOSE)
+    start, end = turn.check_span
     before = chat.tokens_through(ids, start)
     if before and len(chat.decode(ids[:before])) > start:  # the tag's first character shares a token
         before -= 1

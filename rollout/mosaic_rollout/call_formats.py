@@ -1,92 +1,72 @@
-"""How the model families write a tool call, and which of the ways a chat template uses."""
+"""How the model families write a tool call, and which of the ways a chat template uses.
+
+| format | read as | used by |
+|---|---|---|
+| hermes | `<tool_call>{"name": ..., "arguments": {...}}</tool_call>` | Qwen2.5, Qwen3; taught to others |
+| phi | `<|tool_call|>[{"name": ..., "arguments": {...}}]<|/tool_call|>` | Phi-4-mini |
+| llama | the whole action is `{"name": ..., "parameters": {...}}` | Llama 3.1 and later |
+| xlam | the whole action is `[{"name": ..., "arguments": {...}}]` | xLAM |
+| mistral | `[TOOL_CALLS][{"name": ..., "arguments": {...}}]` | Mistral |
+| qwen3-coder | `<tool_call><function=name><parameter=key>text</parameter></function></tool_call>` | itself |
+| pythonic | the whole action is `[name(key="value")]` | ToolACE, Llama 3.2's model card |
+"""
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass
+from collections.abc import Sequence
 
-from mosaic_rollout.plain_json import read_json
-from mosaic_rollout.types import ToolCall
+from mosaic_rollout.json_calls import BareJson, MarkedJson
+from mosaic_rollout.python_calls import PythonCalls
+from mosaic_rollout.types import ToolCall, ToolSchema
+from mosaic_rollout.written_call import CallFormat, WrittenCall
+from mosaic_rollout.xml_calls import XmlCalls
 
-_LLAMA_OPENS = re.compile(r'(?:<\|python_tag\|>)?(?P<body>\{\s*"name"\s*:)')
+__all__ = [
+    "FORMATS",
+    "HERMES",
+    "LLAMA",
+    "MISTRAL",
+    "PHI",
+    "PYTHONIC",
+    "QWEN3_CODER",
+    "XLAM",
+    "CallFormat",
+    "WrittenCall",
+    "detect_call_format",
+    "read_call",
+]
+
+HERMES = MarkedJson("hermes", "<tool_call>", "</tool_call>")
+"""Also what a model is taught whose template writes no calls, or none that are read."""
+PHI = MarkedJson("phi", "<|tool_call|>", "<|/tool_call|>", as_list=True)
+MISTRAL = MarkedJson("mistral", "[TOOL_CALLS]", None, as_list=True)
+QWEN3_CODER = XmlCalls("qwen3-coder", "<tool_call>")
+LLAMA = BareJson("llama", "", "parameters")
+XLAM = BareJson("xlam", "", "arguments", as_list=True)
+PYTHONIC = PythonCalls("pythonic", "")
+
+FORMATS: tuple[CallFormat, ...] = (HERMES, PHI, MISTRAL, QWEN3_CODER, LLAMA, XLAM, PYTHONIC)
 
 
-@dataclass(frozen=True)
-class WrittenCall:
-    """Where a call is written in a text, characters [start, end), and the JSON in it."""
+def read_call(text: str, call_format: CallFormat, tools: Sequence[ToolSchema] = ()) -> ToolCall | None:
+    """The one call in an action's text; None where there is none, several, or a broken one."""
+    calls = call_format.find(text)
+    if len(calls) != 1 or not calls[0].complete:
+        return None
+    return call_format.parse(calls[0].body, tools)
 
-    start: int
-    end: int
-    body: str  # an object, or a list with one object
 
+def detect_call_format(rendered_call: str) -> CallFormat | None:
+    """The format that reads one call in an assistant's action as its template wrote it; None if none does.
 
-@dataclass(frozen=True)
-class CallFormat:
-    """One family's way to write a call: JSON between `marker` and `closes`.
-
-    closes None: the call is a bare object, from the brace before "name" to the last brace of the text.
+    >>> detect_call_format('<tool_call>{"name": "f", "arguments": {}}</tool_call>').name
+    'hermes'
     """
-
-    name: str
-    marker: str  # text that opens a call and never occurs in ordinary text
-    closes: str | None
-    arguments_key: str
-
-    def find(self, text: str) -> list[WrittenCall]:
-        """The calls in a turn's text, in time linear in its length whatever a model writes.
-
-        >>> HERMES.find('I read <tool_call> {"name": "x"} </tool_call>')
-        [WrittenCall(start=7, end=45, body='{"name": "x"}')]
-        """
-        if self.closes is None:
-            opened, end = _LLAMA_OPENS.search(text), text.rfind("}") + 1
-            if opened is None or end <= opened.end():
-                return []
-            return [WrittenCall(opened.start(), end, text[opened.start("body") : end])]
-        calls, position = [], 0
-        while (start := text.find(self.marker, position)) >= 0:
-            body = start + len(self.marker)
-            stop = text.find(self.closes, body)
-            if stop < 0:
-                break
-            position = stop + len(self.closes)
-            calls.append(WrittenCall(start, position, text[body:stop].strip()))
-        return calls
-
-    def parse(self, body: str) -> ToolCall | None:
-        """The call written in `body`; None where it is not one well-formed call."""
-        try:
-            value = read_json(body)
-            if isinstance(value, list) and len(value) == 1:
-                value = value[0]
-            if not isinstance(value, dict):
-                return None
-            name, arguments = value.get("name"), value.get(self.arguments_key, {})
-            if isinstance(arguments, str):
-                arguments = read_json(arguments)
-        except ValueError:
-            return None
-        if not isinstance(name, str) or not isinstance(arguments, dict):
-            return None
-        return ToolCall(name, arguments)
-
-
-HERMES = CallFormat("hermes", "<tool_call>", "</tool_call>", "arguments")
-"""Qwen2.5, Qwen3, SmolLM; also what a template without tool support is taught."""
-PHI = CallFormat("phi", "<|tool_call|>", "<|/tool_call|>", "arguments")
-"""Phi-4-mini."""
-LLAMA = CallFormat("llama", '{"name":', None, "parameters")
-"""Llama 3.1 and later: the whole action is one bare JSON object."""
-
-
-def detect_call_format(rendered_call: str) -> CallFormat:
-    """The format a template writes, seen in its rendering of one assistant tool call.
-
-    Unknown renderings get Hermes': such templates are taught the format in the system message.
-    """
-    if HERMES.marker in rendered_call:
-        return HERMES
-    if PHI.marker in rendered_call:
-        return PHI
-    compact = re.sub(r"\s+", "", rendered_call)
-    return LLAMA if LLAMA.marker in compact and '"parameters"' in compact else HERMES
+    found: list[CallFormat] = []
+    for call_format in FORMATS:
+        call = read_call(rendered_call, call_format)
+        if call is not None:
+            found.append(call_format)
+            if rendered_call.lstrip()[:1] == call_format.write(call)[:1]:  # a list, or an object
+                return call_format
+    return found[0] if found else None

@@ -16,7 +16,7 @@ from functools import lru_cache
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from mosaic_rollout.call_formats import HERMES, CallFormat, detect_call_format
+from mosaic_rollout.call_formats import HERMES
 from mosaic_rollout.conversation import Conversation
 from mosaic_rollout.errors import UserError
 from mosaic_rollout.grammar import SAFETY_OPEN, THINK_CLOSE
@@ -62,7 +62,7 @@ class Chat:
         self.tokenizer = tokenizer
         self._teach_loop = teach_loop
         self._renderer = Renderer(tokenizer, end_token_ids, today or date.today())
-        self.call_format = self._detect_call_format()
+        self.call_format = self._renderer.template.call_format or HERMES  # which is taught then
         self.stop_token_ids: tuple[int, ...] = self._renderer.stop_token_ids
         self._opens_check = ("\n" if teach_loop else "") + SAFETY_OPEN
         self._tag, self._shared = self._find_tag()
@@ -99,11 +99,11 @@ class Chat:
         """
         return self._tag
 
-    def check_start(self, token_ids: Sequence[int], text: str) -> int | None:
-        """How many of a turn's tokens [N], whose text is given, are before its gate; None without a plan."""
-        end = text.find(THINK_CLOSE) + len(THINK_CLOSE)
-        if end < len(THINK_CLOSE):
-            return None
+    def check_start(self, token_ids: Sequence[int], text: str, end: int) -> int:
+        """How many of a turn's tokens [N], whose text is given, are before its gate.
+
+        end: where the plan ends, `</think>` included, in characters.
+        """
         if self._shared:
             count = self.tokens_through(token_ids, end - self._shared)
             if self.decode(token_ids[:count]) == text[: end - self._shared]:
@@ -166,9 +166,3 @@ class Chat:
         )
         common = min(len(plan_end), len(opened)) if common is None else common
         return tuple(opened[common:]), len(self.decode(plan_end)) - len(self.decode(plan_end[:common]))
-
-    def _detect_call_format(self) -> CallFormat:
-        support = self._renderer.support(with_tools=True)
-        if not support.calls:
-            return HERMES
-        return detect_call_format(self._renderer.template.written_call(support))

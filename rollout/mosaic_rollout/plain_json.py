@@ -9,6 +9,7 @@ from typing import cast
 from mosaic_rollout.types import JsonValue
 
 _DEEPEST = 64  # values within values; Python's own reader and writer give up at their stack's end
+_BLANK = " \t\n\r"  # white space as JSON has it
 _LARGEST = 2**63  # integers that some language's reader would round or refuse stay out, too
 
 
@@ -22,10 +23,23 @@ def read_json(text: str, *, unique_keys: bool = False) -> JsonValue:
     >>> read_json('{"a": [1, 2.5]}')
     {'a': [1, 2.5]}
     """
+    value, end = read_json_at(text, len(text) - len(text.lstrip(_BLANK)), unique_keys=unique_keys)
+    if text[end:].strip(_BLANK):
+        raise ValueError("there is more behind it")
+    return value
+
+
+def read_json_at(text: str, start: int, *, unique_keys: bool = False) -> tuple[JsonValue, int]:
+    """The JSON value that begins at character `start`, and where it ends; what follows it is left alone.
+
+    ValueError as of `read_json`. Takes time linear in the length of the text.
+
+    >>> read_json_at('x = {"a": "</a>"}</a>', 4)
+    ({'a': '</a>'}, 17)
+    """
     try:
-        return _plain(
-            json.loads(text, parse_constant=_refuse, object_pairs_hook=_once if unique_keys else None), 0
-        )
+        value, end = (_UNIQUE if unique_keys else _ANY).raw_decode(text, start)
+        return plain(value, unique_keys=unique_keys), end
     except RecursionError:
         raise ValueError(f"it is nested deeper than {_DEEPEST}") from None
 
@@ -43,15 +57,22 @@ def without_surrogates(text: str) -> str:
     return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def _plain(value: object, depth: int) -> JsonValue:
+def plain(value: object, depth: int = 0, *, unique_keys: bool = False) -> JsonValue:
+    """A value of Python's lists, dicts and scalars, within the limits of `read_json`; else ValueError."""
     if depth > _DEEPEST:
         raise ValueError(f"it is nested deeper than {_DEEPEST}")
     if isinstance(value, str):
         return without_surrogates(value)
     if isinstance(value, list):
-        return [_plain(inner, depth + 1) for inner in value]
+        return [plain(inner, depth + 1, unique_keys=unique_keys) for inner in value]
     if isinstance(value, dict):
-        return {without_surrogates(key): _plain(inner, depth + 1) for key, inner in value.items()}
+        found = {
+            without_surrogates(key): plain(inner, depth + 1, unique_keys=unique_keys)
+            for key, inner in value.items()
+        }
+        if unique_keys and len(found) != len(value):
+            raise ValueError("two keys differ in what no UTF-8 can carry")
+        return found
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError("a number is too large")
     if isinstance(value, int) and not -_LARGEST <= value < _LARGEST:
@@ -70,3 +91,7 @@ def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 def _refuse(constant: str) -> object:
     raise ValueError(f"{constant} is not JSON")
+
+
+_ANY = json.JSONDecoder(parse_constant=_refuse)
+_UNIQUE = json.JSONDecoder(parse_constant=_refuse, object_pairs_hook=_once)

@@ -14,10 +14,12 @@ from typing import Literal
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
+from mosaic_rollout.call_detection import format_of_template
+from mosaic_rollout.call_formats import CallFormat
 from mosaic_rollout.errors import UserError
 from mosaic_rollout.messages import written_tools
 from mosaic_rollout.prompts import load_prompt
-from mosaic_rollout.types import JsonValue, Message, ToolSchema
+from mosaic_rollout.types import JsonValue, Message, ToolCall, ToolSchema
 
 MARK = re.compile(r"<\|[^<>|\s]+\|>|<｜[^<>｜]+｜>|</?[A-Za-z][\w:.-]*>|<</?[A-Z]+>>|\[/?[A-Z][A-Z_]+\]")
 """How families write the marks of a conversation."""
@@ -99,6 +101,7 @@ class Template:
             "documents": None,
         }
         self._variables |= self._date_string()
+        self.call_format = self._call_format()
 
     def render(
         self, messages: Sequence[Message], tools: Sequence[ToolSchema] | None, *, opens: bool = False
@@ -124,10 +127,11 @@ class Template:
     def support(self, *, with_tools: bool) -> Support:
         """What the template writes, with tools given to it or without.
 
-        Calls are the template's to write where it has schemas to go with them; else the loop writes both.
+        Tools and calls are the template's to write where it writes both, the calls in a form that is read;
+        else the loop writes them, and teaches the form of Hermes.
         """
         tools = [PROBE_TOOL] if with_tools else None
-        knows_tools = _TOOL in self.render([USER], [PROBE_TOOL])
+        knows_tools = self.call_format is not None
         found = Support(
             with_tools=with_tools,
             knows_tools=knows_tools,
@@ -161,14 +165,22 @@ class Template:
                     texts.append(self.render(messages, tools, opens=True))
         return {word for text in texts for word in MARK.findall(text) if "mosaic" not in word}
 
-    def written_call(self, support: Support) -> str:
-        """What the template writes for a message of the assistant's that calls a tool."""
-        call = support.call(_TOOL, _VALUE)
-        try:
-            rendered = self.render([USER, call], [PROBE_TOOL])
-        except UserError:  # some take no call without its output
-            rendered = self.render([USER, call, support.output(_TOOL, "")], [PROBE_TOOL])
-        return rendered.removeprefix(self.render([USER], [PROBE_TOOL]))
+    def _call_format(self) -> CallFormat | None:
+        """The format in which the template writes calls, where it writes tools and the format is read."""
+        if not self._writes([USER], [PROBE_TOOL], _TOOL):
+            return None
+        support = self._with_calls(Support(with_tools=True, knows_tools=True, tools=True), [PROBE_TOOL])
+        if not support.calls:
+            return None
+
+        def written(call: ToolCall) -> Sequence[Message]:
+            calls: JsonValue = [_call(support.call_id, call.name, call.arguments)]
+            message = support.prepared({"role": "assistant", "tool_calls": calls})
+            if self._writes([USER, message], [PROBE_TOOL], call.name):
+                return [message]
+            return [message, support.output(call.name, _NEXT)]  # some take no call without its output
+
+        return format_of_template(self.render, written, list(map(str, self._tokenizer.all_special_tokens)))
 
     def _with_calls(self, found: Support, tools: Sequence[ToolSchema] | None) -> Support:
         """With the form in which the template takes a call; the same where it writes none."""

@@ -87,7 +87,7 @@ def test_each_family_writes_its_own_call():
 
 
 def test_a_template_shows_its_format():
-    assert detect_call_format('<tool_call>\n{"name": "f"}') is HERMES
+    assert detect_call_format('<tool_call>\n{"name": "f"}\n</tool_call>') is HERMES
     assert detect_call_format('<|tool_call|>[{"name": "f"}]<|/tool_call|>') is PHI
     assert detect_call_format('{"name": "f", "parameters": {}}') is LLAMA
-    assert detect_call_format("f(x)") is HERMES
+    assert detect_call_format("f(x)") is None

@@ -47,7 +47,7 @@ def read_json_at(text: str, start: int, *, unique_keys: bool = False) -> tuple[J
 def check_plain(value: object) -> None:
     """ValueError for a value that `read_json` would not give: something is too deep, too large or NaN."""
     try:
-        _plain(value, 0)
+        plain(value)
     except AttributeError:
         raise ValueError("a key is no text") from None
 

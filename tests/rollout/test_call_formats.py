@@ -24,7 +24,6 @@ from mosaic_rollout.call_formats import (
     detect_call_format,
 )
 from mosaic_rollout.chat import Chat
-from mosaic_rollout.errors import UserError
 from mosaic_rollout.grammar import TAGS, parse_turn
 from mosaic_rollout.prompts import load_prompt
 from mosaic_rollout.types import JsonValue, ToolCall, ToolSchema
@@ -435,7 +434,7 @@ UNREAD = {
     "another form": "<call>{{ c.function.name }}: {{ c.function.arguments | tojson }}</call>",
     "Hermes' tags": "<tool_call>{{ c.function.name }}\n{{ c.function.arguments | tojson }}</tool_call>",
     "no comma": f"[{{{{ c.function.name }}}}({_PAIRS}{{{{ k }}}}={{{{ v | tojson }}}}{{% endfor %}})]",
-    "Python's quotes": '{"name": "{{ c.function.name }}", "parameters": {{ c.function.arguments }}}',
+    "Python's quotes": '{"name": "{{ c.function.name }}", "parameters": {{ c.function.arguments | list }}}',
     "arguments left out": '<tool_call>{"name": "{{ c.function.name }}"}</tool_call>',
     "another name": f"<tool_call>{{{{ {_CALL.replace('arguments', 'args', 1)} }}}}</tool_call>",
     "no calls": "",
@@ -444,22 +443,14 @@ UNREAD = {
 
 
 @pytest.mark.parametrize("calls", UNREAD.values(), ids=UNREAD)
-def test_a_form_that_is_not_read_is_taught_or_refused_by_name(calls: str):
-    chat = Chat(byte_tokenizer(template(calls)), teach_loop=False)
+@pytest.mark.parametrize("system", [True, False])
+def test_a_form_that_is_not_read_gives_way_to_one_that_is_taught(calls: str, system: bool):
+    chat = Chat(byte_tokenizer(template(calls, system=system)), teach_loop=False)
     text = chat.decode(chat.prompt([{"role": "user", "content": "go"}], [TOOL])[0])
     assert '<tool_call>{"name": "tool name"' in text
     assert '"add"' in text
     assert "<|im_start|>tools" not in text
     assert chat.call_format is HERMES
-    with pytest.raises(UserError, match=r"chat template of .* shows no system message .*hermes, phi"):
-        Chat(byte_tokenizer(template(calls, system=False)), teach_loop=False)
-
-
-def test_a_template_without_tools_and_system_message_is_refused_and_so_is_teaching_the_loop_there():
-    with pytest.raises(UserError, match="writes no tools"):
-        Chat(byte_tokenizer(template("", system=False, tools="")), teach_loop=False)
-    with pytest.raises(UserError, match=r"rollout\.teach_loop"):
-        Chat(byte_tokenizer(template(CALLS[HERMES], system=False)), teach_loop=True)
 
 
 def test_what_is_taught_is_what_is_read():

@@ -162,7 +162,6 @@ def test_the_gates_tag_is_what_follows_a_plan(family: str):
     chat = Chat(FAMILIES[family].tokenizer(), teach_loop=True)
     text = "a plan</think>\n<safety_thoughts>fine"
     ids = chat.tokenizer.encode(text, add_special_tokens=False)
-    gate = chat.check_start(ids, text)
-    assert gate is not None
+    gate = chat.check_start(ids, text, len("a plan</think>"))
     assert tuple(ids[gate : gate + len(chat.check_tag)]) == chat.check_tag
     assert chat.tag_after(ids[:gate]) == chat.check_tag

@@ -13,9 +13,10 @@ import tyro
 from pydantic import BaseModel, ValidationError
 
 from mosaic_fast.config import Config
+from mosaic_fast.config.kinds import KEYS
 from mosaic_fast.durable import write_text
 from mosaic_fast.errors import UserError
-from mosaic_fast.resume import keep_schedule, refuse_differences
+from mosaic_fast.resume import flatten, keep_schedule, refuse_differences
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -42,9 +43,17 @@ class TrainCommand:
     dry_run: bool
 
 
-def load_config(path: Path) -> Config:
-    """The configuration a TOML file describes. UserError where it is missing, broken or invalid."""
-    return _validate(_read_toml(path), f"{path}")
+def load_config(path: Path, *, model: str | None = None, is_folder: bool = True) -> Config:
+    """The configuration a TOML file describes. UserError where it is missing, broken or invalid.
+
+    model: what stands for model.path, so that what the file leaves open suits that model. A folder takes the
+        place of the file's own; what is no folder (`is_folder` False) is the model that the file names.
+    """
+    values = _read_toml(path)
+    inside = values.get("model")
+    if not is_folder and isinstance(inside, dict) and "path" in inside:
+        model = None
+    return _validate(_for_model(values, model), f"{path}")
 
 
 def save_config(config: Config, path: Path) -> None:
@@ -61,7 +70,8 @@ def parse_train_arguments(arguments: Sequence[str]) -> tuple[Config, bool, str]:
 def parse_train_command(arguments: Sequence[str]) -> TrainCommand:
     """What a command line `[run.toml] [--options]` asks for.
 
-    The file is validated by itself, so that a bad value in it is refused even where an option replaces it.
+    The file is validated by itself, so that a bad value in it is refused even where an option replaces it;
+    but for the model that an option names, since the kind of model decides what the file leaves open.
     With --resume the run folder's own config.toml is the base; of what differs from it, what
     `resume.ACCEPTED` names takes effect, and all else is refused.
     """
@@ -69,8 +79,9 @@ def parse_train_command(arguments: Sequence[str]) -> TrainCommand:
     if rest and not rest[0].startswith("-"):
         path = Path(rest.pop(0))
         values, name = _read_toml(path), path.stem
-        _validate(values, str(path))
-    parsed = _parse_options(_validate(values, "the configuration"), rest)
+        _validate(_for_model(values, _model_of(rest)), str(path))
+    base = _validate(_for_model(values, _model_of(rest)), "the configuration")
+    parsed = _parse_options(base, rest, given=values)
     if not parsed.resume:
         return TrainCommand(_config_of(parsed), False, name, parsed.dry_run)
     if parsed.run_dir is None:
@@ -83,13 +94,16 @@ def parse_train_command(arguments: Sequence[str]) -> TrainCommand:
         return TrainCommand(_config_of(parsed), True, name, parsed.dry_run)
     stored = load_config(stored_path).resolved()
     merged = _validate(_merge(stored.model_dump(exclude_none=True), values), "the configuration")
-    asked = _config_of(_parse_options(merged, rest))
+    asked = _config_of(_parse_options(merged, rest, given=merged.model_dump()))
     refuse_differences(stored, asked)
     return TrainCommand(keep_schedule(stored, asked, asked.steps), True, name, parsed.dry_run)
 
 
-def _parse_options(base: Config, arguments: Sequence[str]) -> _TrainArguments:
+def _parse_options(base: Config, arguments: Sequence[str], *, given: Mapping[str, object]) -> _TrainArguments:
     """`base` with the command line's options over it, validated as a file is.
+
+    given: the values that `base` was made of, nested; what neither they nor the command line give is left to
+        the kind of model, which an option may have changed.
 
     tyro reads the types, and reports a value that is of another one; it exits then, and for --help.
     """
@@ -100,7 +114,8 @@ def _parse_options(base: Config, arguments: Sequence[str]) -> _TrainArguments:
         return_unknown_args=True,
     )
     try:
-        return _TrainArguments.model_validate(_merge(asdict(parsed), _unknown_keys(unknown)))
+        values = _without(asdict(parsed), set(KEYS) - flatten(given).keys() - _named(arguments))
+        return _TrainArguments.model_validate(_merge(values, _unknown_keys(unknown)))
     except ValidationError as error:
         raise UserError(_explain(error, "the command line")) from None
 
@@ -117,6 +132,38 @@ def _options(model: type[BaseModel], base: BaseModel) -> type[DataclassInstance]
         marked = Annotated[(kind, *info.metadata, text)]  # pyrefly: ignore [not-a-type]  # made at run time
         fields.append((name, marked, field(default=default)))
     return make_dataclass(model.__name__, fields, namespace={"__doc__": model.__doc__}, frozen=True)
+
+
+def _for_model(values: Mapping[str, object], path: str | None) -> dict[str, object]:
+    """The values of a file for another model than the file's own, if one is given."""
+    if path is None or not isinstance(values.get("model", {}), Mapping):
+        return dict(values)
+    return _merge(values, {"model": {"path": path}})
+
+
+def _model_of(arguments: Sequence[str]) -> str | None:
+    """The folder that --model.path names, the last one of several."""
+    found = None
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=False):
+        name, equals, value = argument.partition("=")
+        if name == "--model.path":
+            found = value if equals else following or None
+    return found
+
+
+def _named(arguments: Sequence[str]) -> set[str]:
+    """The keys that options name: `optim.lr` for --optim.lr 1e-5, and for --optim.lr=1e-5."""
+    names = [a[2:].partition("=")[0].replace("-", "_") for a in arguments if a.startswith("--")]
+    return {name.replace(".no_", ".") for name in names} | set(names)
+
+
+def _without(values: Mapping[str, object], keys: set[str], prefix: str = "") -> dict[str, object]:
+    """Nested values without some keys."""
+    return {
+        name: _without(value, keys, f"{prefix}{name}.") if isinstance(value, Mapping) else value
+        for name, value in values.items()
+        if prefix + name not in keys
+    }
 
 
 def _unknown_keys(arguments: Sequence[str]) -> dict[str, object]:

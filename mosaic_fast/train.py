@@ -29,6 +29,7 @@ from mosaic_fast.cli import run_cli
 from mosaic_fast.clock import Clock
 from mosaic_fast.components import Components, GroupPlan, build_components, build_reference
 from mosaic_fast.config import EVALUATION_ONLY, Config
+from mosaic_fast.config.kinds import RECORD, defaults_in_words, record_of
 from mosaic_fast.config_io import parse_train_command
 from mosaic_fast.curves import draw_curves
 from mosaic_fast.distributed import ALONE, World
@@ -131,7 +132,7 @@ def _train_in(folder: RunFolder, config: Config, world: World) -> int:
         view.say(f"run folder {folder.path}")
         if world.size > 1:
             view.say(f"{world.size} ranks")
-        for told in (why_shorter(config, components.policy), *notes):
+        for told in (defaults_in_words(config), why_shorter(config, components.policy), *notes):
             if told:
                 view.say(told)
         after: dict[str, Rate] = {}
@@ -285,7 +286,7 @@ class _Trainer:
             self.folder.settle()  # what the checkpoint counts on is on disk before it
         save_checkpoint(
             self.folder.checkpoints,
-            components.save_weights,
+            self._save_model,
             components.tokenizer,
             self.learner.optimizer,
             progress,
@@ -293,6 +294,12 @@ class _Trainer:
             self.world,
         )
         self._checkpoint_s = clock.total
+
+    def _save_model(self, folder: Path | None) -> None:
+        """The model's folder, with what whoever trains it again needs to know of this run."""
+        self.components.save_weights(folder)
+        if folder is not None:
+            (folder / RECORD).write_text(record_of(self.config), encoding="utf-8")
 
     def evaluate(self, count: int, step: int) -> dict[str, Rate]:
         """Rates on held-out tasks, greedy, by the weights after `step` training steps."""

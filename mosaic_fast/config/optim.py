@@ -9,7 +9,7 @@ class OptimConfig(Section):
     """AdamW."""
 
     lr: Positive = 5e-4
-    """Learning rate at the start."""
+    """Learning rate at the start; by the kind of model, for others 1e-6, and 1e-5 for adapters."""
     final_lr_frac: Fraction = 0.1
     """The rate falls linearly to this share of lr, reached at the last step."""
     schedule_steps: Count | None = None
@@ -25,6 +25,6 @@ class OptimConfig(Section):
     grad_clip: Positive = 1.0
     """Largest norm of the gradient."""
     epochs: Count = 2
-    """Optimiser steps on the rollouts of one training step. Above 1 the clipped ratio comes into play."""
+    """Optimiser steps a training step; above 1 the clip is in play. By the kind of model, 1 for others."""
     master_weights: bool = True
     """bfloat16 models: update fp32 copies of the weights and round; without, small updates are lost."""

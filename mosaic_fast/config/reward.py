@@ -9,7 +9,7 @@ class RewardConfig(Section):
     """R = r_align + r_fmt - p_len, normalised within the group."""
 
     length_target: Positive = 40.0
-    """L0: generated tokens a step above which p_len = (L - L0) / L0 is taken off (400 in the paper)."""
+    """L0 of p_len = max(0, (L - L0) / L0), in tokens a step; by the kind of model, 400 for others."""
     divide_by_std: bool | None = None
     """Divide centred rewards by the group's standard deviation; default: yes, but not for loss dr_grpo."""
     std_epsilon: NonNegative = 0.1

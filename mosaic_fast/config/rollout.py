@@ -25,13 +25,13 @@ class RolloutConfig(Section):
     temperature: Positive = 1.0
     """Sampling temperature; the trainer's log-probs use the same one."""
     max_steps: Count = 6
-    """Turns of the policy in one rollout."""
+    """Turns of the policy in one rollout; default by the kind of model, 10 for others."""
     max_step_tokens: Count = 72
-    """Sampled tokens of one turn."""
+    """Sampled tokens of one turn; default by the kind of model, 1024 for others."""
     max_rollout_tokens: Count = 512
-    """Tokens of a whole rollout: prompt, turns and observations."""
+    """Tokens of a whole rollout, prompt and observations included; by the kind of model, 8192 for others."""
     teach_loop: bool = False
-    """Write the text that teaches plan, check and act into the system message, for models new to it."""
+    """Teach plan, check and act in the system message; by the kind of model, true for others."""
 
     @model_validator(mode="before")
     @classmethod

@@ -11,6 +11,7 @@ from mosaic_fast.config.engine import EngineConfig
 from mosaic_fast.config.env import EnvConfig
 from mosaic_fast.config.forest import ForestConfig
 from mosaic_fast.config.judge import JudgeConfig
+from mosaic_fast.config.kinds import with_defaults_of_kind
 from mosaic_fast.config.loss import LossConfig
 from mosaic_fast.config.model import ModelConfig
 from mosaic_fast.config.off_policy import OffPolicyConfig
@@ -43,6 +44,11 @@ class Config(Section):
     forest: ForestConfig = ForestConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     trackers: TrackersConfig = TrackersConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_the_kind_of_model(cls, values: object) -> object:
+        return with_defaults_of_kind(values)
 
     @model_validator(mode="after")
     def _contradictions(self) -> Config:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from mosaic_fast.config import EVALUATION_ONLY, Config, EnvConfig, JudgeConfig, RolloutConfig
+from mosaic_fast.config import EVALUATION_ONLY, Config, EnvConfig, JudgeConfig, ModelConfig, RolloutConfig
+from mosaic_fast.config.kinds import RECORD
 from mosaic_fast.config.url import PLAIN_URL, is_plain_url
 from mosaic_fast.config_io import load_config
 from mosaic_fast.errors import UserError
@@ -47,18 +48,21 @@ def resolve(name: str, arguments: Arguments) -> Target:
     if is_url(name):
         _check_url(name)
         api_key(arguments)  # a missing one is named before anything is loaded
-        config, folder = _given_config(arguments), None
+        config, folder = _given_config(arguments, name), None
         identity: dict[str, object] = {"endpoint": name.rstrip("/"), "model_name": arguments.model_name}
     else:
         config, folder = _model(name, arguments)
         identity = {"weights_sha256": weight_hashes(folder)}
-    base = config or Config()
+    base = config or Config(model=ModelConfig(path=name))
+    known = folder is not None and (name == "embedded" or (folder / RECORD).is_file())
     wanted = {key: getattr(arguments, key) for key in _STOCK}
     chosen = {key: value for key, value in wanted.items() if value is not None}
     suites = []
     for env in _suites(base, arguments.suite):
-        stock = config is None and (folder is None or env.name != "world")
-        values = {**base.rollout.model_dump(), **(_STOCK if stock else {}), **chosen}
+        stock = dict(_STOCK) if config is None and not (known and env.name == "world") else {}
+        if known and name != "embedded":
+            stock.pop("teach_loop", None)  # as it was trained
+        values = {**base.rollout.model_dump(), **stock, **chosen}
         suites.append(Suite(env, RolloutConfig.model_validate(values)))
     longest = max(suites, key=lambda suite: suite.rollout.max_rollout_tokens)
     update = {"env": longest.env, "rollout": longest.rollout}
@@ -124,11 +128,14 @@ def _model(name: str, arguments: Arguments) -> tuple[Config | None, Path]:
         if checkpoint is None:
             raise UserError(f"the run {folder} has no complete checkpoint yet")
         return load_config(folder / "config.toml"), checkpoint
-    return _given_config(arguments), folder
+    return _given_config(arguments, name), folder
 
 
-def _given_config(arguments: Arguments) -> Config | None:
-    return load_config(Path(arguments.config)) if arguments.config else None
+def _given_config(arguments: Arguments, model: str) -> Config | None:
+    """The configuration of --config, for the model that is evaluated instead of its own."""
+    if not arguments.config:
+        return None
+    return load_config(Path(arguments.config), model=model, is_folder=not is_url(model))
 
 
 def _suites(config: Config, asked: str | None) -> tuple[EnvConfig, ...]:

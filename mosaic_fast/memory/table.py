@@ -8,6 +8,7 @@ import torch
 from rich.table import Table
 
 from mosaic_fast.config import Config
+from mosaic_fast.config.kinds import defaults_in_words
 from mosaic_fast.console import plain_console
 from mosaic_fast.memory.estimate import PHASES, Estimate, estimate_memory
 
@@ -23,7 +24,8 @@ def dry_run(config: Config) -> int:
     if not console.is_terminal:
         console = plain_console(width=110)  # a file has no width to fold at
     console.print(memory_table(config, estimate))
-    for line in [*verdict(estimate), *_notes(config, estimate)]:
+    told = defaults_in_words(config)
+    for line in [*verdict(estimate), *_notes(config, estimate), *([] if told is None else [told])]:
         console.print(line, highlight=False, soft_wrap=True)
     return 0
 

@@ -7,7 +7,7 @@ import pytest
 
 @pytest.fixture
 def world_config(tmp_path: Path) -> Path:
-    """A file without a setting: the embedded model's limits, and no text that teaches the loop."""
+    """A file that names the model alone: its limits, and no text that teaches the loop."""
     path = tmp_path / "world.toml"
-    path.write_text("")
+    path.write_text('[model]\npath = "embedded"\n')
     return path

@@ -26,5 +26,15 @@ def options(model_folder: Path) -> list[str]:
     return [
         *("--model.path", str(model_folder), "--model.threads", "1", "--steps", str(STEPS)),
         *("--rollout.prompts-per-step", "2", "--rollout.max-step-tokens", "24", "--env.eval-tasks", "6"),
-        *("--trackers.console", "plain", "--optim.lr", "0.001"),
+        *(
+            "--trackers.console",
+            "plain",
+            "--optim.lr",
+            "0.001",
+            "--optim.epochs",
+            "2",
+            "--rollout.max-steps",
+            "6",
+        ),
+        *("--rollout.max-rollout-tokens", "512", "--rollout.no-teach-loop", "--reward.length-target", "40"),
     ]

@@ -147,34 +147,5 @@ def relative_error(value: torch.Tensor, expected: torch.Tensor, floor: float = 1
     return float((value - expected).norm()) / max(float(expected.norm()), floor)
 
 
-def errors_of(
-    results: Sequence[torch.Tensor],
-    leaves: Sequence[torch.Tensor],
-    expected: Sequence[torch.Tensor],
-    exact_leaves: Sequence[torch.Tensor],
-    seed: int,
-) -> list[float]:
-    """Relative error of each result, then of the gradient of each leaf, for one random weighting of results.
-
-    Some gradients cancel to nothing (those of the queries of one-token rollouts) and leave rounding, which
-    is relative to the terms: no gradient is judged against less than 1% of the largest one.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    weights = [torch.randn(one.shape, generator=generator, dtype=torch.float64) for one in expected]
-
-    def gradients(values: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        loss = sum((x * w.to(x)).sum() for x, w in zip(values, weights, strict=True)) + sum(
-            x.sum() * 0 for x in wanted
-        )
-        return torch.autograd.grad([torch.as_tensor(loss)], wanted)
-
-    found, exact = gradients(results, leaves), gradients(expected, exact_leaves)
-    floor = 1e-2 * max(float(one.norm()) for one in exact)
-    return [
-        *(relative_error(a, b) for a, b in zip(results, expected, strict=True)),
-        *(relative_error(a, b, max(floor, 1e-3)) for a, b in zip(found, exact, strict=True)),
-    ]
-
-
 def _nodes(forest: PackedForest, rollout: int) -> torch.Tensor:
     return torch.from_numpy(forest.node_index[forest.cu_seqlens[rollout] : forest.cu_seqlens[rollout + 1]])

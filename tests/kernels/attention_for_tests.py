@@ -1,32 +1,49 @@
 """What tests of tree_attention share: forests of the shipped block sizes, and errors against the oracle."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 
 from mosaic_kernels import PackedForest, pack_forest
-from mosaic_kernels.oracle import attention_of_rollouts, errors_of
+from mosaic_kernels.magnitudes import attention_magnitudes
+from mosaic_kernels.oracle import attention_of_rollouts
+from mosaic_kernels.rounding import Magnitude, weighting, worst_of
+from tests.kernels.criterion import assert_right
 
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def errors(
+def check(
     forest: PackedForest,
-    qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    attention: Attention,
+    qkv: Sequence[torch.Tensor],
+    attention: Attention,  # of qkv: one row a node, or a query
     seed: int,
-    window: int | None,
-    scale: float | None,
-) -> list[float]:
-    """Relative errors of the output and of the gradients of q, k and v against the fp64 oracle.
+    window: int | None = None,
+    scale: float | None = None,
+    queries: np.ndarray | None = None,  # [Uq], of nodes; None: all
+) -> None:
+    """Output and gradients of q, k and v are the fp64 oracle's, as far as rounding leaves them.
 
     Each rollout token weights its output by itself, so a shared node collects the gradients of all.
     """
-    nodes = torch.from_numpy(forest.node_index)
-    exact = q, k, v = [x.detach().double().requires_grad_() for x in qkv]
+    nodes, queries = forest.node_index, np.arange(forest.num_nodes) if queries is None else queries
+    row_of_node = np.full(forest.num_nodes, -1)
+    row_of_node[queries] = np.arange(len(queries))
+    asked = np.flatnonzero(row_of_node[nodes] >= 0)  # the rollout tokens that are
+    rows = torch.from_numpy(row_of_node[nodes[asked]])
+    exact = q, k, v = [x.detach().cpu().double().requires_grad_() for x in qkv]
     expected = attention_of_rollouts(q, k, v, forest, window=window, scale=scale)
-    return errors_of([attention(*qkv)[nodes]], qkv, [expected], exact, seed)
+    (weight,) = weighting([expected], seed)
+    weight[row_of_node[nodes] < 0] = 0
+    options = {"window": window, "scale": scale, "dtype": qkv[0].dtype}
+    out, *gradients = attention_magnitudes(q, k, v, forest, weight, **options)
+    magnitudes = [Magnitude(out.sums[asked], out.casts[asked]), *gradients]
+    terms = max(q.shape[2], forest.num_tokens * q.shape[1] // k.shape[1])
+    found = attention(*qkv)
+    found = found[rows.to(found.device)]
+    off = worst_of([found], qkv, [expected[asked]], exact, [weight[asked]], magnitudes, terms)
+    assert_right(("out", "dq", "dk", "dv"), off)
 
 
 def big_forest(kind: str) -> PackedForest:

@@ -1,9 +1,8 @@
 """Every op and PyTorch backend on this machine against the fp64 oracle, on random forests.
 
-Prints one line for each op, backend, device and dtype: the largest relative error over random forests, of
-the result and of every gradient, and the limit it must keep. fp64 limits are absolute. fp32 limits are 3
-times the error of the plain reference in fp32 on the same forest, plus a floor of 1e-6. Backends made of
-kernels have tests and limits of their own (tests/kernels/triton).
+Prints one line for each op, backend, device and dtype: the element of a result or of a gradient, over all
+random forests, whose error takes the largest share of what rounding explains (mosaic_kernels.rounding).
+Backends made of kernels have tests of their own (tests/kernels/triton).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -17,19 +16,25 @@ from mosaic_kernels.attention import tree_attention
 from mosaic_kernels.dispatch import Backends
 from mosaic_kernels.forest import PackedForest, pack_forest
 from mosaic_kernels.logprob import linear_logprob
+from mosaic_kernels.magnitudes import (
+    attention_magnitudes,
+    forest_preference_magnitudes,
+    logprob_magnitudes,
+    preference_magnitudes,
+    surrogate_magnitudes,
+)
 from mosaic_kernels.oracle import (
     attention_of_rollouts,
-    errors_of,
     logprobs_of_edges,
     preference_loss_of_pairs,
     preference_loss_of_rollouts,
     surrogate_of_tokens,
 )
 from mosaic_kernels.preference import forest_preference_loss, pairwise_preference_loss
+from mosaic_kernels.rounding import Magnitude, Worst, weighting, worst_of
 from mosaic_kernels.surrogate import clipped_surrogate
 
 VOCAB = 61
-FP32_FACTOR, FP32_FLOOR = 3.0, 1e-6
 KERNEL_BACKENDS = ("triton", "flash", "flex")
 
 Tensors = list[torch.Tensor]
@@ -40,11 +45,13 @@ class Problem:
     """One op on one forest: its differentiable inputs, how to call it, and what it must equal."""
 
     op: str
-    limit: float  # in fp64
     backends: Backends
     leaves: Tensors  # fp64 on CPU
     call: Callable[[Tensors, str], Sequence[torch.Tensor]]
     oracle: Callable[[Tensors], Sequence[torch.Tensor]]
+    # of the results' weights, exact inputs and their dtype: sums of |terms| of results and gradients
+    magnitudes: Callable[[Tensors, Tensors, torch.dtype], Sequence[Magnitude]]
+    terms: int  # of the longest sum
 
 
 def random_forest(seed: int, large: bool) -> PackedForest:
@@ -75,7 +82,6 @@ def problems(seed: int, large: bool) -> Iterator[Problem]:
     nodes = torch.from_numpy(forest.node_index)
     yield Problem(
         "tree_attention",
-        1e-12,
         attention.BACKENDS,
         [leaf(forest.num_nodes, heads, head_dim) for heads in (query_heads, key_heads, key_heads)],
         lambda x, backend: [
@@ -90,6 +96,10 @@ def problems(seed: int, large: bool) -> Iterator[Problem]:
             )[nodes.to(x[0].device)]
         ],
         lambda x: [attention_of_rollouts(x[0], x[1], x[2], forest, window=window)],
+        lambda w, x, dtype: attention_magnitudes(
+            x[0], x[1], x[2], forest, w[0], window=window, scale=None, dtype=dtype
+        ),
+        max(head_dim, forest.num_tokens * query_heads // key_heads),
     )
 
     edges = np.flatnonzero(forest.parent >= 0)
@@ -98,7 +108,6 @@ def problems(seed: int, large: bool) -> Iterator[Problem]:
     hidden, weight = leaf(forest.num_nodes, head_dim), leaf(VOCAB, head_dim)
     yield Problem(
         "linear_logprob",
-        1e-11,
         logprob.BACKENDS,
         [hidden, weight, leaf(VOCAB)],
         lambda x, backend: linear_logprob(
@@ -110,6 +119,11 @@ def problems(seed: int, large: bool) -> Iterator[Problem]:
             x[0], x[1], targets.tolist(), rows.tolist(),
             bias=x[2], temperature=temperature, softcap=softcap,
         ),
+        lambda w, x, dtype: logprob_magnitudes(
+            x[0], x[1], torch.from_numpy(targets), torch.from_numpy(rows), w[0], w[1],
+            bias=x[2], temperature=temperature, softcap=softcap, dtype=dtype,
+        ),
+        max(len(targets), forest.num_nodes, VOCAB),
     )  # fmt: skip
 
     pairs = rng.integers(forest.num_rollouts, size=(6, 2))
@@ -119,7 +133,6 @@ def problems(seed: int, large: bool) -> Iterator[Problem]:
     mask, cu_seqlens = forest.trained, forest.cu_seqlens
     yield Problem(
         "pairwise_preference_loss",
-        1e-11,
         preference.BACKENDS,
         [leaf(forest.num_tokens)],
         lambda x, backend: [
@@ -132,10 +145,14 @@ def problems(seed: int, large: bool) -> Iterator[Problem]:
                 x[0], reference, mask.tolist(), cu_seqlens.tolist(), pair_list, choices, beta=0.1
             )
         ],
-    )
+        lambda w, x, dtype: preference_magnitudes(
+            x[0].detach(), x[0].detach().abs() + reference.abs(), reference, forest, pair_list, choices, w[0],
+            beta=0.1,
+        ),
+        forest.num_tokens,
+    )  # fmt: skip
     yield Problem(
         "forest_preference_loss",
-        1e-11,
         preference.BACKENDS,
         [hidden, weight],
         lambda x, backend: [
@@ -155,12 +172,15 @@ def problems(seed: int, large: bool) -> Iterator[Problem]:
                 x[0], x[1], forest, pair_list, choices, reference_logprobs=reference, beta=0.1
             )
         ],
+        lambda w, x, dtype: forest_preference_magnitudes(
+            x[0], x[1], forest, pair_list, choices, w[0], reference=reference, beta=0.1, dtype=dtype
+        ),
+        max(forest.num_tokens, VOCAB),
     )
     start, advantages, kl_reference = (leaf(forest.num_tokens) for _ in range(3))
     weights = torch.from_numpy(mask).double()
     yield Problem(
         "clipped_surrogate",
-        1e-11,
         surrogate.BACKENDS,
         [leaf(forest.num_tokens)],
         lambda x, backend: [
@@ -176,42 +196,45 @@ def problems(seed: int, large: bool) -> Iterator[Problem]:
                 clip_low=0.2, clip_high=0.25, kl_weight=0.1,
             )
         ],
+        lambda w, x, dtype: surrogate_magnitudes(
+            x[0], start, advantages, weights, kl_reference, w[0],
+            clip_low=0.2, clip_high=0.25, kl_weight=0.1, dtype=dtype,
+        ),
+        1,
     )  # fmt: skip
 
 
-def worst_error(problem: Problem, backend: str, device: str, dtype: torch.dtype, seed: int) -> float:
-    """The largest relative error of results and gradients in this dtype on this device."""
+def worst_element(problem: Problem, backend: str, device: str, dtype: torch.dtype, seed: int) -> Worst:
+    """Of all results and gradients in this dtype on this device."""
     leaves = [x.to(device=device, dtype=dtype).requires_grad_() for x in problem.leaves]
     # The oracle sees the rounded inputs, so that only the op's own error is measured.
     exact = [x.detach().double().cpu().requires_grad_() for x in leaves]
     expected = problem.oracle(exact)
+    weights = weighting(expected, seed)
+    magnitudes = problem.magnitudes(weights, exact, dtype)
     results = problem.call(leaves, backend)
-    return max(errors_of(results, leaves, expected, exact, seed))
+    off = worst_of(results, leaves, expected, exact, weights, magnitudes, problem.terms)
+    return max(off, key=lambda x: x.share)
 
 
 def check_references(forests: int) -> bool:
     """Print the table; True if every line keeps its limit."""
-    lines: dict[tuple[str, str, str, str], tuple[float, float, bool]] = {}
+    lines: dict[tuple[str, str, str, str], Worst] = {}
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     for seed in range(forests):
         for problem in problems(seed, large=seed % 3 == 0):
             for device in devices:
-                plain = worst_error(problem, "reference", device, torch.float32, seed)
                 for backend, runs_on in problem.backends.items():
                     if backend in KERNEL_BACKENDS or (runs_on is not None and device not in runs_on):
                         continue
-                    for dtype, limit in (
-                        (torch.float64, problem.limit),
-                        (torch.float32, FP32_FACTOR * plain + FP32_FLOOR),
-                    ):
-                        error = worst_error(problem, backend, device, dtype, seed)
+                    for dtype in (torch.float64, torch.float32):
+                        off = worst_element(problem, backend, device, dtype, seed)
                         key = (problem.op, backend, device, str(dtype).removeprefix("torch."))
-                        worst, allowed, ok = lines.get(key, (0.0, limit, True))
-                        worse = error / limit >= worst / allowed
-                        lines[key] = (*((error, limit) if worse else (worst, allowed)), ok and error <= limit)
-    print(f"{'op':<26}{'backend':<11}{'device':<8}{'dtype':<9}{'max error':>10}{'limit':>10}  ok")
-    for (op, backend, device, dtype), (error, limit, ok) in sorted(lines.items()):
+                        lines[key] = max(lines.get(key, off), off, key=lambda x: x.share)
+    print(f"{'op':<26}{'backend':<11}{'device':<8}{'dtype':<9}{'error':>9}{'allowed':>9}{'share':>7}  ok")
+    for (op, backend, device, dtype), x in sorted(lines.items()):
         print(
-            f"{op:<26}{backend:<11}{device:<8}{dtype:<9}{error:>10.1e}{limit:>10.1e}  {'yes' if ok else 'NO'}"
+            f"{op:<26}{backend:<11}{device:<8}{dtype:<9}{x.error:>9.1e}{x.allowed:>9.1e}{x.share:>7.0%}"
+            f"  {'yes' if x.share <= 1 else 'NO'}"
         )
-    return all(ok for _, _, ok in lines.values())
+    return all(x.share <= 1 for x in lines.values())

@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 
 from mosaic_kernels import PackedForest, forest_preference_loss, pack_forest, pairwise_preference_loss
 from mosaic_kernels.forest import IntArray
-from mosaic_kernels.oracle import preference_loss_of_pairs, preference_loss_of_rollouts
+from mosaic_kernels.oracle import preference_loss_of_rollouts
 from mosaic_kernels.preference import triton as preference_triton
-from mosaic_kernels.selfcheck import KernelMismatch, deviations_of, run_check
+from mosaic_kernels.selfcheck import KernelMismatch, run_check
+from tests.kernels.preference_for_tests import assert_forest_right, assert_pairs_right
 from tests.kernels.strategies import VOCAB, forests, seeds
 from tests.kernels.triton.machine import machine, on_machine
 
@@ -48,17 +49,6 @@ def log_probs(count: int, seed: int) -> torch.Tensor:
     return -3 * torch.rand(count, generator=torch.Generator().manual_seed(seed))
 
 
-def assert_as_exact_as_plain(
-    ours: dict[str, torch.Tensor],
-    plain: dict[str, torch.Tensor],
-    exact: dict[str, torch.Tensor],
-    dtype: torch.dtype,
-) -> None:
-    for name, x in deviations_of(ours, plain, exact, dtype).items():
-        # Gradients that cancel exactly leave the rounding of their terms.
-        assert x.error <= x.limit + 1e-7, f"{name}: error {x.error:.1e}, limit {x.limit:.1e}"
-
-
 def weighted(loss: torch.Tensor, seed: int) -> torch.Tensor:
     weight = torch.randn(len(loss), generator=torch.Generator().manual_seed(seed))
     return (loss * weight.to(loss)).sum()
@@ -70,27 +60,17 @@ def check_pairwise(
     """What the mask hides is NaN."""
     pairs, preference = draw_pairs(forest, seed)
     mask = torch.from_numpy(forest.trained)
-    policy = torch.where(mask, log_probs(forest.num_tokens, seed), torch.nan).to(dtype)
-    reference = torch.where(mask, log_probs(forest.num_tokens, seed + 1), torch.nan)
-
-    def results(backend: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        leaf, ref = on_machine(policy, reference)
-        leaf = leaf.to(dtype).requires_grad_()
-        if backend == "oracle":
-            loss = preference_loss_of_pairs(
-                leaf, ref.to(dtype) if with_reference else None, mask.tolist(), forest.cu_seqlens.tolist(),
-                [(int(i), int(j)) for i, j in pairs], preference.tolist(), beta=beta,
-            )  # fmt: skip
-        else:
-            loss = pairwise_preference_loss(
-                leaf, ref if with_reference else None, forest.trained, forest.cu_seqlens, pairs, preference,
-                beta=beta, backend=backend,
-            )  # fmt: skip
-        zero = torch.where(mask.to(leaf.device), leaf, 0.0).sum() * 0
-        return {"loss": loss, "dpolicy": torch.autograd.grad(weighted(loss, seed) + zero, leaf)[0]}
-
-    exact = results("oracle", torch.float64)
-    assert_as_exact_as_plain(results("triton", dtype), results("reference", dtype), exact, dtype)
+    policy, reference = on_machine(
+        torch.where(mask, log_probs(forest.num_tokens, seed), torch.nan).to(dtype),
+        torch.where(mask, log_probs(forest.num_tokens, seed + 1), torch.nan),
+    )
+    exact = policy.double().cpu().requires_grad_()
+    given_reference = reference if with_reference else None
+    loss = pairwise_preference_loss(
+        policy.requires_grad_(), given_reference, forest.trained, forest.cu_seqlens, pairs, preference,
+        beta=beta, backend="triton",
+    )  # fmt: skip
+    assert_pairs_right(loss, policy, exact, given_reference, forest, pairs, preference, beta, seed)
 
 
 @settings(max_examples=machine().examples)
@@ -117,31 +97,12 @@ def check_forest(
     pairs, preference = draw_pairs(forest, seed)
     generator = torch.Generator().manual_seed(seed)
     inputs = [torch.randn(s, 20, generator=generator).to(dtype) for s in (forest.num_nodes, VOCAB)]
-    reference = log_probs(forest.num_tokens, seed + 1)
-
-    def results(backend: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        hidden, weight = (x.to(dtype).requires_grad_() for x in on_machine(*inputs))
-        ref = on_machine(reference)[0] if with_reference else None
-        if backend == "oracle":
-            loss = preference_loss_of_rollouts(
-                hidden, weight, forest, [(int(i), int(j)) for i, j in pairs], preference.tolist(),
-                reference_logprobs=None if ref is None else ref.to(dtype), beta=beta,
-            )  # fmt: skip
-        else:
-            loss = forest_preference_loss(
-                hidden, weight, forest, pairs, preference, reference_logprobs=ref, beta=beta, backend=backend
-            )
-        total = weighted(loss, seed) + hidden.sum() * 0 + weight.sum() * 0
-        return dict(
-            zip(
-                ("loss", "dhidden", "dweight"),
-                (loss, *torch.autograd.grad(total, [hidden, weight])),
-                strict=True,
-            )
-        )
-
-    exact = results("oracle", torch.float64)
-    assert_as_exact_as_plain(results("triton", dtype), results("reference", dtype), exact, dtype)
+    hidden, weight = leaves = [x.requires_grad_() for x in on_machine(*inputs)]
+    reference = on_machine(log_probs(forest.num_tokens, seed + 1))[0] if with_reference else None
+    loss = forest_preference_loss(
+        hidden, weight, forest, pairs, preference, reference_logprobs=reference, beta=beta, backend="triton"
+    )
+    assert_forest_right(loss, leaves, reference, forest, pairs, preference, beta, seed)
 
 
 @settings(max_examples=machine().examples)
@@ -169,20 +130,12 @@ def test_64_long_rollouts_of_one_group_all_judged() -> None:
     forest = pack_forest([trunk + rng.integers(1000, size=length).tolist() for length in lengths])
     pairs = np.array([(i, j) for i in range(64) for j in range(i)])
     preference = rng.choice([0.0, 0.5, 1.0], size=len(pairs))
-    policy = log_probs(forest.num_tokens, 0)
-    found = []
-    for backend, dtype in (
-        ("triton", torch.float32),
-        ("reference", torch.float32),
-        ("reference", torch.float64),
-    ):
-        leaf = on_machine(policy)[0].to(dtype).requires_grad_()
-        loss = pairwise_preference_loss(
-            leaf, None, forest.trained, forest.cu_seqlens, pairs, preference, beta=0.05, backend=backend
-        )
-        found.append({"loss": loss, "dpolicy": torch.autograd.grad(weighted(loss, 0), leaf)[0]})
-    ours, plain, exact = found
-    assert_as_exact_as_plain(ours, plain, exact, torch.float32)
+    policy = on_machine(log_probs(forest.num_tokens, 0))[0].requires_grad_()
+    loss = pairwise_preference_loss(
+        policy, None, forest.trained, forest.cu_seqlens, pairs, preference, beta=0.05, backend="triton"
+    )
+    exact = policy.detach().double().cpu().requires_grad_()
+    assert_pairs_right(loss, policy, exact, None, forest, pairs, preference, 0.05, 0)
 
 
 def test_the_shared_trunk_never_reaches_the_lm_head() -> None:

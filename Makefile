@@ -1,6 +1,8 @@
 # Everything lives in .venv, made on demand. TORCH_ARGS goes to pip when torch is installed (see README.md).
 PYTHON ?= python3
 TORCH_ARGS ?=
+# Processes that run the tests, beside the two of the emulated kernels.
+WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check
@@ -41,7 +43,7 @@ test: $(STAMP) lint types  ## lint, types and tests, under 10 minutes
 	echo "the Triton kernels' emulated tests, some two minutes, into $(VENV)/interpreter.log and $(VENV)/ttsem.log"; \
 	failed=0; for pid in $$pids; do wait $$pid || failed=1; done; \
 	tail -n 3 $(VENV)/interpreter.log $(VENV)/ttsem.log; \
-	$(BIN)/python -m pytest $(ARGS) || failed=$$?; \
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS) || failed=$$?; \
 	if [ $$failed != 0 ]; then cat $(VENV)/interpreter.log $(VENV)/ttsem.log; fi; exit $$failed
 
 test-interpreter: $(STAMP)  ## the Triton kernels' tests under Triton's interpreter

@@ -5,6 +5,8 @@ import torch
 
 from mosaic_kernels import tree_attention
 from mosaic_kernels.attention import triton as triton_attention
+from mosaic_kernels.attention.blocks import Tree
+from mosaic_kernels.attention.reference import reference_tree_attention
 from mosaic_kernels.attention.triton import Variant
 from mosaic_kernels.selfcheck import KernelMismatch, run_check
 from tests.kernels.triton.machine import machine
@@ -30,11 +32,16 @@ def test_what_is_checked_is_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("calls", [(1.001, 1.001), (float("nan"),)])
 def test_refuses_a_kernel_that_is_off(calls: tuple[float, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    exact = triton_attention.attend
+    """The kernel is plain PyTorch here, which is quicker than an emulated one, times a factor."""
     for factor in calls:  # a failure is not remembered as a pass
 
-        def off(*args: torch.Tensor, factor: float = factor, **options: object) -> torch.Tensor:
-            return exact(*args, **options) * factor  # pyrefly: ignore [bad-argument-type]
+        def off(
+            q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tree: Tree, scale: float, tiles: object,
+            factor: float = factor,
+        ) -> torch.Tensor:  # fmt: skip
+            end = tree.end.long()
+            exact = reference_tree_attention(q, k, v, end, positions=None, window=None, scale=scale)
+            return exact * factor
 
         monkeypatch.setattr(triton_attention, "attend", off)
         with pytest.raises(KernelMismatch, match=r"tree_attention.*fails its self-check.*out.*reference"):

@@ -97,6 +97,14 @@ def awkward_forest() -> PackedForest:
     return forest
 
 
+def small_forest() -> PackedForest:
+    """The same in a few blocks, for tests that run it many times."""
+    trunk = list(range(20))
+    forest = pack_forest([[7], [*trunk, *[1] * 13], [*trunk, *[2] * 5], [3], [*trunk[:9], *[4] * 11]])
+    assert forest.num_nodes % 16
+    return forest
+
+
 @pytest.mark.parametrize("head_dim", [32, 64, 96, 128, 256])
 @pytest.mark.parametrize("dtype", machine().dtypes, ids=str)
 def test_every_head_size(head_dim: int, dtype: torch.dtype) -> None:
@@ -131,7 +139,7 @@ def test_all_scores_far_from_zero(sign: float) -> None:
 
 @pytest.mark.parametrize("off", [(0,), (1,), (2,), (1, 2)])
 def test_gradients_switched_off(off: tuple[int, ...]) -> None:
-    forest = awkward_forest()
+    forest = small_forest()
     device = machine().device
     qkv = [x.detach().to(device) for x in Heads(2, 1, 32).draw_qkv(forest.num_nodes, 0, torch.float32)]
     gradients = []
@@ -146,7 +154,7 @@ def test_gradients_switched_off(off: tuple[int, ...]) -> None:
 
 def test_any_layout_of_inputs_and_gradient() -> None:
     """Strided last dimension, heads first, a slice of a fused projection, an address off by 4 bytes."""
-    forest, device = awkward_forest(), machine().device
+    forest, device = small_forest(), machine().device
     count = forest.num_nodes
     plain = [x.detach().to(device) for x in Heads(2, 2, 32).draw_qkv(count, 0, torch.float32)]
     fused = torch.cat([x.reshape(count, -1) for x in plain], 1).split(64, 1)
@@ -168,7 +176,7 @@ def test_any_layout_of_inputs_and_gradient() -> None:
 
 
 def test_the_same_call_gives_the_same_bits() -> None:
-    forest = awkward_forest()
+    forest = small_forest()
     runs = []
     for _ in range(2):
         leaves = [

@@ -11,7 +11,7 @@ from mosaic_kernels.attention.triton import attend
 from mosaic_kernels.proof.counters import Work, count_work
 from tests.kernels.triton.machine import machine
 
-TOKENS, HEAD_DIM = 4096, 64
+TOKENS, HEAD_DIM = 2048, 64
 TILE = Tile(128, 64, 8, 3)  # the forward's of most architectures; wide tiles keep the interpreter quick
 BYTES = 4  # an fp32
 
@@ -19,18 +19,18 @@ if machine().name != "interpreter":
     pytest.skip("work is counted under Triton's interpreter", allow_module_level=True)
 
 
-def forest_of_4096() -> PackedForest:
-    """A trunk of 1,024 tokens, 6 branches of 384 that fork twice more, and a small tree beside it."""
+def forest_of_2048() -> PackedForest:
+    """A trunk of 512 tokens, 6 branches of 192 that fork twice more, and a small tree beside it."""
     rng = np.random.default_rng(0)
 
     def draw(count: int) -> list[int]:
         return rng.integers(10**6, size=count).tolist()
 
-    trunk, rollouts = draw(1024), [draw(160)]
+    trunk, rollouts = draw(512), [draw(80)]
     for _ in range(6):
-        branch = trunk + draw(192)
-        rollouts += [branch + draw(96), branch + draw(96 + 64), branch[:-64] + draw(32)]
-    forest = pack_forest([*rollouts, draw(TOKENS - 160 - 1024 - 6 * (192 + 96 + 160 + 32))])
+        branch = trunk + draw(96)
+        rollouts += [branch + draw(48), branch + draw(48 + 32), branch[:-32] + draw(16)]
+    forest = pack_forest([*rollouts, draw(TOKENS - 80 - 512 - 6 * (96 + 48 + 80 + 16))])
     assert forest.num_nodes == TOKENS
     return forest
 
@@ -57,7 +57,7 @@ def counted(forest: PackedForest) -> tuple[Work, Work]:
 
 def test_blocks_that_nobody_sees_cost_nothing() -> None:
     """Multiply-adds within 1.15 of the mask's ideal at block granularity; bytes bounded by the blocks."""
-    forest = forest_of_4096()
+    forest = forest_of_2048()
     blocks = ideal_blocks(forest, TILE)
     dot = 2 * TILE.block_q * TILE.block_k * HEAD_DIM
     forward, backward = counted(forest)

@@ -20,6 +20,7 @@ from mosaic_fast.config_io import load_config, save_config
 from mosaic_fast.distributed import ALONE, World
 from mosaic_fast.errors import TrainingError, UserError
 from mosaic_fast.resume import Change, changes
+from mosaic_rollout.json_lines import json_lines
 
 _NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS)
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
@@ -112,7 +113,7 @@ class RunFolder:
         if not self.metrics_path.exists():
             return []
         rows = []
-        for line in self.metrics_path.read_text(encoding="utf-8", errors="replace").splitlines():
+        for _, line in json_lines(self.metrics_path.read_text(encoding="utf-8", errors="replace")):
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mosaic_fast.checkpoint import latest_checkpoint
 from mosaic_fast.soak.state import finished_trajectories
+from mosaic_rollout.json_lines import read_lines
 
 _NOT_CLOCKED = ("seed", "steps", "complete", "eval_tasks", "before", "after", "counts")
 _PROGRESS, _MANIFEST = "progress.json", "manifest.json"
@@ -48,8 +49,7 @@ def _checkpoint(folder: Path) -> dict[str, object]:
 
 def _metrics(folder: Path) -> dict[str, dict[str, float]]:
     """Position and step of a row -> what was learnt, without what a clock gives."""
-    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    rows = [json.loads(line) for line in lines]
+    rows = [json.loads(line) for _, line in read_lines(folder / "metrics.jsonl")]
     return {
         f"{row['step']:.0f} (row {index + 1})": {
             name: value for name, value in row.items() if not name.startswith(("time/", "perf/"))

@@ -128,7 +128,7 @@ def test_tools_run_and_their_errors_are_observations(tmp_path: Path):
     assert episode.step(ToolCall("send_email", dict(EMAIL))).content == "Email sent to a@example.org"
     missing = episode.step(ToolCall("send_email", {"to": "x"}))
     assert missing.is_error
-    assert missing.content.startswith("Error: the call was not carried out: TypeError: missing a required")
+    assert missing.content.startswith("Error: the call was not carried out: send_email: missing a required")
     assert episode.step(ToolCall("no_such", {})).is_error
     assert len(episode.step(ToolCall("get_webpage", {"url": "x" * 900})).content) < 400
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -98,7 +98,7 @@ class SGLangClient:
             ):
                 if response.status_code != 200:
                     raise self._refusal("/generate", response.status_code, await response.aread())
-                async for line in response.aiter_lines():
+                async for line in _lines(response):
                     if not line.startswith("data: ") or line == "data: [DONE]":
                         continue
                     last = self._object(line.removeprefix("data: "))
@@ -225,3 +225,15 @@ class _Meta(BaseModel):
 def _number(version: int | str | None) -> int:
     text = str(version)
     return int(text) if text.isascii() and text.isdigit() and len(text) < 19 else -1
+
+
+async def _lines(response: httpx.Response) -> AsyncIterator[str]:
+    """The lines of a stream of events. httpx's own also end at U+2028 and others, which JSON texts may hold."""
+    parts: list[bytes] = []
+    async for chunk in response.aiter_bytes():
+        head, *others = chunk.split(b"\n")
+        parts.append(head)
+        for other in others:
+            yield b"".join(parts).decode("utf-8", "replace").rstrip("\r")
+            parts = [other]
+    yield b"".join(parts).decode("utf-8", "replace").rstrip("\r")

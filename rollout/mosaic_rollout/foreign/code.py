@@ -11,11 +11,11 @@ import inspect
 import sys
 import threading
 import traceback
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from typing import cast
 
 from mosaic_rollout.errors import UserError
-from mosaic_rollout.foreign.loop_thread import LoopThread, no_running_loop
+from mosaic_rollout.foreign.loop_thread import no_running_loop, shared_loop
 from mosaic_rollout.foreign.raised import place, place_of, words, written
 
 
@@ -27,14 +27,13 @@ class ForeignCode:
     """The code of one environment or judge.
 
     name: how errors call it, for example `env.name 'bank:Bank'`. of_user: it is the user's own, so reports
-    name its file and line, and the first traceback is shown. Awaitables of all its parts are awaited in one
-    event loop, so that clients and locks which live in it may be kept; it is started with the first one.
+    name its file and line, and the first traceback is shown. All awaitables of a process are awaited in one
+    event loop (`shared_loop`), so that clients and locks which live in it may be kept and shared.
     """
 
     def __init__(self, name: str, *, of_user: bool = True) -> None:
         self.name, self._of_user = name, of_user
         self._lock = threading.Lock()
-        self._loop: LoopThread | None = None
         self._shown = not of_user
 
     def run(self, function: Callable[..., object], *args: object, **kwargs: object) -> object:
@@ -45,7 +44,7 @@ class ForeignCode:
         with no_running_loop():
             result = function(*args, **kwargs)
             if inspect.isawaitable(result):
-                result = self._await(result)
+                result = shared_loop().run(result)
         if inspect.isgenerator(result) or inspect.isasyncgen(result):
             raise TypeError(f"{_name(function)} gave a generator; it must return its value")
         return result
@@ -69,12 +68,6 @@ class ForeignCode:
         if first:
             show_first(self.name, error)
         return words(error) + written(place(error), whole_path=False)
-
-    def _await(self, work: Awaitable[object]) -> object:
-        with self._lock:
-            if self._loop is None:
-                self._loop = LoopThread()
-        return self._loop.run(work)
 
 
 def show_first(name: str, error: BaseException) -> None:

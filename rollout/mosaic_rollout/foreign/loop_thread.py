@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from collections.abc import Awaitable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import TypeVar
 
 Result = TypeVar("Result")
+_STARTING = threading.Lock()
 
 
 class LoopThread:
@@ -24,6 +27,17 @@ class LoopThread:
         if error is not None:
             raise error
         return result  # type: ignore[return-value]  # there is one where nothing was raised
+
+
+def shared_loop() -> LoopThread:
+    """The process's event loop for foreign code, started when it is first asked for."""
+    with _STARTING:
+        return _loop_of(os.getpid())  # a forked process has the object, but not the thread
+
+
+@cache
+def _loop_of(process: int) -> LoopThread:
+    return LoopThread()
 
 
 async def caught(work: Awaitable[Result]) -> tuple[Result | None, BaseException | None]:

@@ -9,6 +9,7 @@ from types import TracebackType
 
 _OURS = ("mosaic_rollout", "mosaic_fast", "mosaic_kernels")
 _INSTALLED = ("site-packages", "dist-packages")
+_LONGEST_CHAIN = 20  # of exceptions that caused each other, which may be a ring
 _LONGEST = 600  # characters of an exception's own text; what a tool raised may quote a whole file
 
 
@@ -37,22 +38,22 @@ def place(error: BaseException) -> tuple[str, int] | None:
     """File and line of the user's own code in which an exception was raised, or that called what raised it.
 
     The last frame of the traceback that is neither ours nor the standard library's nor an installed
-    package's; where there is none, the last installed package's; None where there is none either.
+    package's, of the exception or else of what caused it; where there is none, the last installed package's;
+    None where there is none either.
     """
-    if isinstance(error, SyntaxError) and error.filename and error.lineno:
-        return error.filename, error.lineno
-    own: tuple[str, int] | None = None
     installed: tuple[str, int] | None = None
-    for trace in _frames(error.__traceback__):
-        name = str(trace.tb_frame.f_globals.get("__name__", "")).partition(".")[0]
-        file = trace.tb_frame.f_code.co_filename
-        if name in _OURS or name in sys.stdlib_module_names or file.startswith("<frozen"):
-            continue
-        if any(part in Path(file).parts for part in _INSTALLED):
-            installed = (file, trace.tb_lineno)
-        else:
-            own = (file, trace.tb_lineno)
-    return own or installed
+    cause: BaseException | None = error
+    for _ in range(_LONGEST_CHAIN):
+        if cause is None:
+            break
+        if isinstance(cause, SyntaxError) and cause.filename and cause.lineno:
+            return cause.filename, cause.lineno
+        own, other = _last_frames(cause.__traceback__)
+        if own is not None:
+            return own
+        installed = installed or other
+        cause = cause.__cause__ or cause.__context__
+    return installed
 
 
 def place_of(function: Callable[..., object]) -> tuple[str, int] | None:
@@ -69,9 +70,18 @@ def written(where: tuple[str, int] | None, *, whole_path: bool) -> str:
     return f" ({file if whole_path else Path(file).name}, line {line})"
 
 
-def _frames(trace: TracebackType | None) -> list[TracebackType]:
-    frames = []
+def _last_frames(trace: TracebackType | None) -> tuple[tuple[str, int] | None, tuple[str, int] | None]:
+    """File and line of the last frame of the user's own code, and of the last one of an installed package."""
+    own: tuple[str, int] | None = None
+    installed: tuple[str, int] | None = None
     while trace is not None:
-        frames.append(trace)
+        name = str(trace.tb_frame.f_globals.get("__name__", "")).partition(".")[0]
+        file = trace.tb_frame.f_code.co_filename
+        if name in _OURS or name in sys.stdlib_module_names or file.startswith("<frozen"):
+            pass
+        elif any(part in Path(file).parts for part in _INSTALLED):
+            installed = (file, trace.tb_lineno)
+        else:
+            own = (file, trace.tb_lineno)
         trace = trace.tb_next
-    return frames
+    return own, installed

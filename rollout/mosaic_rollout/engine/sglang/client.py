@@ -228,7 +228,7 @@ def _number(version: int | str | None) -> int:
 
 
 async def _lines(response: httpx.Response) -> AsyncIterator[str]:
-    """The lines of a stream of events. httpx's own also end at U+2028 and others, which JSON texts may hold."""
+    """The lines of a stream. httpx's own also end at U+2028 and its like, which JSON texts may hold."""
     parts: list[bytes] = []
     async for chunk in response.aiter_bytes():
         head, *others = chunk.split(b"\n")

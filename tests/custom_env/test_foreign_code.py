@@ -1,4 +1,4 @@
-"""Whatever a user's tool does, the rollout goes on; what reset or a verdict raises ends the run in one line."""
+"""What a tool of a user does, a rollout survives; what reset or a verdict raises ends the run in one line."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import re
 from collections.abc import Awaitable, Callable, Generator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,10 @@ class OutOfTheBlue(BaseException):
     pass
 
 
+def _throw(error: BaseException) -> None:
+    raise error
+
+
 def _exits() -> None:
     argparse.ArgumentParser().parse_args(["--nonsense"])
 
@@ -35,8 +40,8 @@ def _endless() -> None:
     _endless()
 
 
-RAISED: dict[str, Callable[[], object]] = {
-    name: lambda error=error: _throw(error)
+RAISED: dict[str, Callable[[], None]] = {
+    name: partial(_throw, error)
     for name, error in {
         "ValueError": ValueError("only 100\neuros"),
         "SystemExit": SystemExit(3),
@@ -49,10 +54,6 @@ RAISED: dict[str, Callable[[], object]] = {
         "ExceptionGroup": ExceptionGroup("two", [ValueError("a"), KeyError("b")]),
     }.items()
 } | {"argparse": _exits, "RecursionError": _endless}
-
-
-def _throw(error: BaseException) -> None:
-    raise error
 
 
 @pytest.mark.parametrize("timeout_s", [0.0, 20.0])

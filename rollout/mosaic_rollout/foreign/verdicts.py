@@ -34,7 +34,7 @@ def plain_number(value: object) -> bool | int | float | None:
         raise
     except OverflowError:  # an integer or a fraction that no float can hold
         return math.inf
-    except Exception:  # noqa: BLE001  an object that only looks like a number
+    except BaseException:  # noqa: BLE001  an object that only looks like a number is foreign code, too
         return None
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 
 from rich.console import Group
@@ -70,19 +70,21 @@ class ProgressView:
     def say(self, text: str) -> None:
         self.console.print(text, highlight=False, soft_wrap=True)
 
-    def step(self, row: Mapping[str, float]) -> None:
-        """Show one finished step."""
+    def step(self, row: Mapping[str, float], notes: Sequence[str] = ()) -> None:
+        """Show one finished step, and what is to be said of it: in its line, or above a table."""
         self._bar.advance(self._task)
         self._rows = [*self._rows, dict(row)][-_ROWS_SHOWN:]
         if self._live is not None:
             self._live.update(Group(self._table(), self._bar))
+            for note in notes:
+                self.say(f"step {row['step']:.0f}: {note}")
         else:
             cells = (
                 f"{head.replace(chr(10), ' ').replace('/ ', '/')} {style.format(row[name])}"
                 for name, (head, style) in _COLUMNS.items()
                 if name in row
             )
-            self.say("  ".join(cells))
+            self.say("  ".join([*cells, *(f"! {note}" for note in notes)]))
 
     def _table(self) -> Table:
         columns = {name: self._column(name) for name in _COLUMNS}

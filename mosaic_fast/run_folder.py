@@ -9,7 +9,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -47,6 +47,7 @@ class RunFolder:
             claimed = str(self._claim(name)) if world.is_first else None
             self.path = Path(str(world.from_first(claimed)))
         self.metrics_path = self.path / "metrics.jsonl"
+        self.notes_path = self.path / "notes.jsonl"
         self.trajectories = self.path / "trajectories"
         self.checkpoints = self.path / "checkpoints"
         if self.path.exists() and not self.path.is_dir():
@@ -98,6 +99,8 @@ class RunFolder:
                 last = step if rows is None else rows
                 kept = [json.dumps(row) + "\n" for row in self.metrics() if row["step"] <= last]
                 durable.write_text(self.metrics_path, "".join(kept))
+            if self.notes_path.exists():
+                durable.write_text(self.notes_path, self._notes_until(step if rows is None else rows))
         return changed
 
     def settle(self) -> None:
@@ -126,6 +129,21 @@ class RunFolder:
         finite = {name: value for name, value in row.items() if math.isfinite(value)}
         with self.writing("metrics.jsonl"), self.metrics_path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(finite) + "\n")
+
+    def append_notes(self, step: int, notes: Sequence[str]) -> None:
+        """Keep what was said of a step, counted from 1, in notes.jsonl."""
+        if notes:
+            with self.writing("notes.jsonl"), self.notes_path.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps({"step": step, "note": note}) + "\n" for note in notes)
+
+    def _notes_until(self, step: int) -> str:
+        """The lines of notes.jsonl that are of a step up to this one; damaged ones are left out."""
+        kept = []
+        for line in self.notes_path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with suppress(ValueError, RecursionError, KeyError, TypeError):
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+        return "".join(kept)
 
     def trajectory_path(self, step: int) -> Path:
         """step: counted from 1."""

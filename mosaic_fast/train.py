@@ -39,6 +39,7 @@ from mosaic_fast.engine import why_shorter
 from mosaic_fast.errors import EngineStoppedError, TrainingError, UserError
 from mosaic_fast.evaluate import evaluate_policy, evaluation_tasks, rates_table
 from mosaic_fast.execution.cost import cost_model_of_run, keep_cost_model
+from mosaic_fast.findings import Finding, Findings, rollout_findings, update_findings
 from mosaic_fast.interrupt import Interrupt
 from mosaic_fast.judge import (
     Judge,
@@ -139,11 +140,16 @@ def _train_in(folder: RunFolder, config: Config, world: World) -> int:
         if not progress.before and config.env.eval_tasks:
             view.say(f"evaluating the start on {trainer.heldout_words}, greedy")
             before = trainer.evaluate(config.env.eval_tasks, progress.step)
+            if before["rollout/truncated_frac"].value == 1.0:
+                view.say(
+                    "every one of these episodes was cut off by a limit: raise rollout.max_step_tokens, "
+                    "rollout.max_rollout_tokens or rollout.max_steps"
+                )
             progress = replace(progress, before=pairs_of(before))
         stop = False
         while progress.step < config.steps and not (stop := trainer.agree(interrupt.requested)):
-            row, progress = trainer.step(progress)
-            view.step(row)
+            row, notes, progress = trainer.step(progress)
+            view.step(row, notes)
             trackers.log(row)
         if config.env.eval_tasks and not (stop := stop or trainer.agree(interrupt.requested)):
             view.say(f"evaluating the result on {trainer.heldout_words}, greedy")
@@ -175,6 +181,7 @@ class _Trainer:
         self.config, self.folder, self.components = config, folder, components
         self.learner, self.judge, self.world = learner, judge, components.world
         self._checkpoint_s = 0.0  # seconds the last checkpoint took
+        self._findings = Findings()
         ahead = config.rollout.max_staleness
         self.rollouts = Ahead(
             components.publish if ahead else lambda version: None,
@@ -212,8 +219,8 @@ class _Trainer:
         plan = GroupPlan(config.group_size, seed, config.branching, config.gate_contrast)
         return self.components.play(self.components.loop, self._tasks(step), plan, version=version)
 
-    def step(self, progress: Progress) -> tuple[dict[str, float], Progress]:
-        """One training step; returns its metrics and how far the run has come."""
+    def step(self, progress: Progress) -> tuple[dict[str, float], list[str], Progress]:
+        """One training step; returns its metrics, what to say of it, and how far the run has come."""
         config, step = self.config, progress.step
         clock = Clock()
 
@@ -228,15 +235,17 @@ class _Trainer:
 
         # judge, advantage; the trajectories are written
         judged = judged_together(self.judge, groups, config.reward, self.folder, step, self.world)
+        found = rollout_findings(groups, judged.advantages, config, self.components.loop.limits)
         if config.reward.require_signal and not any(a.any() for a in judged.advantages):
-            raise TrainingError(f"step {step + 1}: every group is a tie, there is nothing to learn from")
+            raise _no_signal(step, found)
         clock.lap("time/judge_s")
 
         # pack, update
         batch = step_batch(groups, judged.preferences, judged.totals, judged.advantages)
         figures, forest = self.learner.update(batch, step), batch.forest
+        found += update_findings(figures, int(forest.trained.sum()), config)
         if config.reward.require_signal and not figures["optim/grad_norm"] > 0.0:
-            raise TrainingError(f"step {step + 1}: the gradient is zero")
+            raise _no_signal(step, found)
         clock.lap("time/update_s")
 
         # sync and log: the engine takes the new weights as it is asked for the next step's rollouts
@@ -263,14 +272,16 @@ class _Trainer:
                 row["heldout/tasks"] = float(self._heldout(count))
             except EngineStoppedError as error:  # the step itself is done, and is kept
                 stopped = error
+        notes = self._findings.to_say(step + 1, found)
         if self.world.is_first:
             self.folder.append_metrics(row)
+            self.folder.append_notes(step + 1, notes)
         progress = replace(progress, step=step + 1, train_s=progress.train_s + row["time/step_s"])
         if stopped or progress.step % config.checkpoint.every == 0 or progress.step == config.steps:
             self.save(progress)
         if stopped:
             raise stopped
-        return row, progress
+        return row, notes, progress
 
     def save_unsaved(self, progress: Progress) -> None:
         """A checkpoint of where the run stands, if there is none yet."""
@@ -339,6 +350,12 @@ class _Trainer:
         view.say(f"checkpoint    {checkpoint_path(folder.checkpoints, progress)}")
         if not done:
             view.say(f"stopped; go on with: python -m mosaic_fast.train --resume --run-dir {folder.path}")
+
+
+def _no_signal(step: int, found: Sequence[Finding]) -> TrainingError:
+    """Why reward.require_signal ends the run at a step; `step` are done before it."""
+    causes = [finding.text for finding in found if finding.no_signal] or ["the gradient is zero"]
+    return TrainingError(f"step {step + 1}: there is nothing to learn from: {'; '.join(causes)}")
 
 
 def _mean_staleness(rollouts: Sequence[Rollout], step: int) -> float:

@@ -15,4 +15,4 @@ class RewardConfig(Section):
     std_epsilon: NonNegative = 0.1
     """Added to the group's standard deviation, so that tiny differences are not blown up."""
     require_signal: bool = False
-    """Stop with an error at a step where every group is a tie or the gradient is zero."""
+    """Stop at a step where every group is a tie or the gradient is zero, and say why."""

@@ -21,6 +21,7 @@ from mosaic_fast.report.read import (
     read_config,
     read_groups,
     read_metrics,
+    read_step_notes,
     read_summary,
     require_run_folder,
     trajectory_files,
@@ -82,6 +83,7 @@ def collect_run(folder: Path, max_trajectories: int) -> RunData:
     notes = Notes()
     config, summary = read_config(folder, notes), read_summary(folder, notes)
     metrics = read_metrics(folder, notes)
+    read_step_notes(folder, notes)
     files = trajectory_files(folder)
     if not files:
         notes.add("there are no trajectories")

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from mosaic_fast.errors import UserError
 
+_NOTE_SHOWN = 500  # characters of what a run said of a step
 _NOTES_SHOWN = 20  # a folder full of broken lines is described by its first ones and their number
 
 
@@ -142,6 +143,18 @@ def read_metrics(folder: Path, notes: Notes) -> dict[str, list[float | None]]:
             notes.add(f"metrics.jsonl, line {number} is incomplete and left out")
     names = dict.fromkeys(["step"] + [name for row in rows.values() for name in row])
     return {name: [rows[step].get(name) for step in sorted(rows)] for name in names} if rows else {}
+
+
+def read_step_notes(folder: Path, notes: Notes) -> None:
+    """What the run said of its steps, from notes.jsonl; a run that had nothing to say has none."""
+    if not (folder / "notes.jsonl").exists():
+        return
+    for number, line in _lines(folder / "notes.jsonl", notes):
+        try:
+            row = json.loads(line)
+            notes.add(f"step {int(row['step'])}: {str(row['note'])[:_NOTE_SHOWN]}")
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+            notes.add(f"notes.jsonl, line {number} is incomplete and left out")
 
 
 def trajectory_files(folder: Path) -> list[tuple[int, Path]]:

@@ -25,13 +25,10 @@ from mosaic_rollout.episode_tools import EpisodeTools
 from mosaic_rollout.grammar import (
     REFUSAL_SCHEMA,
     REFUSAL_TOOL,
-    SAFETY_CLOSE,
-    SAFETY_OPEN,
-    THINK_CLOSE,
-    THINK_OPEN,
+    begins_in_plan,
     parse_turn,
 )
-from mosaic_rollout.plain_json import read_json
+from mosaic_rollout.json_calls import call_of
 from mosaic_rollout.prompts import load_prompt
 from mosaic_rollout.types import (
     Dialogue,
@@ -186,15 +183,15 @@ class _ChatWalk:
         text = reply.text
         if self._agent.protocol == "loop":
             text += "".join(_written(call) for call in reply.calls)
-        think_is_open = THINK_CLOSE in text and THINK_OPEN not in text  # the prompt ended with the tag
-        turn = parse_turn(text, HERMES, think_is_open=think_is_open)
+        think_is_open = begins_in_plan(text, HERMES)  # the prompt ended with the tag
+        turn = parse_turn(text, HERMES, think_is_open=think_is_open, tools=self._tools)
         if self._agent.protocol == "native":
-            answer = text.rpartition(THINK_CLOSE)[2].strip()
+            answer = text[turn.plan_span[1] if turn.plan_span else 0 :].strip()
             return _step(reply, text, "answer" if answer else "malformed", answer=answer or None)
         safety_tokens = 0
-        if turn.check is not None:  # the server counts whole turns only: the check's share by characters
-            span = text.find(SAFETY_CLOSE) + len(SAFETY_CLOSE) - text.find(SAFETY_OPEN)
-            safety_tokens = round(reply.completion_tokens * span / len(text))
+        if turn.check_span is not None:  # the server counts whole turns: the check's share by characters
+            start, end = turn.check_span
+            safety_tokens = round(reply.completion_tokens * (end - start) / len(text))
         step = _step(reply, text, turn.action, call=turn.call, answer=turn.answer)
         return replace(
             step,
@@ -275,15 +272,14 @@ def _step(
 
 
 def _parsed(native: NativeCall) -> ToolCall | None:
-    """A native call with its arguments read; None where they are no JSON object."""
-    try:
-        arguments = read_json(native.arguments or "{}")
-    except ValueError:
-        return None
-    return ToolCall(native.name, arguments) if isinstance(arguments, dict) else None
+    """A native call with its arguments read; None where they are no JSON object, or not there at all."""
+    return call_of({"name": native.name, "arguments": native.arguments})
 
 
 def _written(native: NativeCall) -> str:
-    """A native call as text of the loop; arguments that are no JSON stay so, and are malformed there."""
-    name = json.dumps(native.name)
-    return f'<tool_call>{{"name":{name},"arguments":{native.arguments or "{}"}}}</tool_call>'
+    """A native call as text of the loop; arguments that are no JSON object are a text there, and malformed.
+
+    Those that are one stand as the server told them.
+    """
+    arguments = json.dumps(native.arguments) if _parsed(native) is None else native.arguments
+    return f'<tool_call>{{"name":{json.dumps(native.name)},"arguments":{arguments}}}</tool_call>'

@@ -21,7 +21,7 @@ from mosaic_rollout.types import Message, ToolSchema
 
 @dataclass(frozen=True)
 class NativeCall:
-    """A tool call that the server parsed. `arguments` is the JSON text as it came."""
+    """A tool call that the server parsed. `arguments` is the JSON text as it came; "" where none came."""
 
     call_id: str
     name: str
@@ -110,15 +110,24 @@ def _reply(completion: ChatCompletion) -> ChatReply:
             {"id": c.call_id, "type": "function", "function": {"name": c.name, "arguments": c.arguments}}
             for c in calls
         ]
-    if thought and THINK_CLOSE not in text:
-        text = f"{THINK_OPEN}{thought}{THINK_CLOSE}{text}"
+    if thought and not _has_plan(text, thought):
+        ended = f"{THINK_CLOSE[0]} {THINK_CLOSE[1:]}"  # a thought may quote its own end
+        text = f"{THINK_OPEN}{thought.replace(THINK_CLOSE, ended)}{THINK_CLOSE}{text}"
     return ChatReply(
         text, calls, kept, completion.prompt_tokens, completion.completion_tokens, completion.cut_off
     )
 
 
+def _has_plan(text: str, thought: str) -> bool:
+    """Whether a text begins with a plan of its own, or with the thought that the server told apart as well."""
+    before, closes, _ = text.partition(THINK_CLOSE)
+    return bool(closes) and (text.lstrip().startswith(THINK_OPEN) or thought.strip() in before)
+
+
 def _call(number: int, call: CompletionCall) -> NativeCall:
     arguments = call.function.arguments
-    if not isinstance(arguments, str):
-        arguments = json.dumps(arguments or {})
+    if arguments is None:
+        arguments = ""
+    elif not isinstance(arguments, str):
+        arguments = json.dumps(arguments)
     return NativeCall(call.id or f"call_{number}", call.function.name, arguments)

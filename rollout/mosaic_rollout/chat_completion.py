@@ -12,7 +12,7 @@ from mosaic_rollout.plain_json import read_json
 
 class CompletionFunction(BaseModel):
     name: str
-    arguments: str | dict[str, object] | None = None
+    arguments: object = None  # JSON text of an object, or the object; anything else is malformed
 
 
 class CompletionCall(BaseModel):

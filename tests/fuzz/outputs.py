@@ -19,7 +19,7 @@ from mosaic_fast.report.read import Notes, read_groups
 from mosaic_fast.reward import group_reward
 from mosaic_fast.trajectories import write_trajectories
 from mosaic_rollout.agent_loop import AgentLoop, Limits
-from mosaic_rollout.call_formats import HERMES, LLAMA, PHI
+from mosaic_rollout.call_formats import FORMATS, HERMES
 from mosaic_rollout.chat import Chat
 from mosaic_rollout.environments.agent_safetybench.cases import read_cases
 from mosaic_rollout.environments.agent_safetybench.worlds import INSTALL_HINT
@@ -28,7 +28,8 @@ from mosaic_rollout.environments.packages import EnvironmentMissing
 from mosaic_rollout.environments.world import WorldEnvironment
 from mosaic_rollout.errors import UserError
 from mosaic_rollout.grammar import TAGS, Turn, parse_turn
-from mosaic_rollout.types import Rollout
+from mosaic_rollout.types import Rollout, ToolCall
+from tests.rollout.calls_for_tests import can_be_written, drawn_call, schema_of
 from tests.rollout.scripted import ScriptedEngine
 from tests.rollout.tokenizers_for_tests import PLAIN, byte_tokenizer
 
@@ -44,7 +45,7 @@ def _turn(random: Random) -> tuple[str, str | None]:
     opening = f"<think>{plan}</think>" + (
         f"<safety_thoughts>{check}</safety_thoughts>" if random.random() < 0.4 else ""
     )
-    how = random.randrange(6)
+    how = random.randrange(7)
     if how == 0:
         return opening + "All " + _harmless(random), "answered"
     if how == 1:
@@ -62,6 +63,9 @@ def _turn(random: Random) -> tuple[str, str | None]:
         )
         return f"{opening}<tool_call>{broken}</tool_call>", "malformed"
     if how == 4:
+        written = HERMES.write(drawn_call(random))  # texts in its arguments try to pass for something else
+        return opening + written, "refused" if '"name": "refusal_tool"' in written[:40] else ""
+    if how == 5:
         call = {"name": hostile.text(random, longest=3), "arguments": hostile.value(random)}
         return f"{opening}<tool_call>{hostile.written(hostile.changed(random, call))}</tool_call>", None
     return hostile.text(random), None
@@ -95,12 +99,26 @@ def _parsed(folder: Path) -> Iterator[Try]:
         text = hostile.text(random, longest=60, megabytes=True)
         if random.random() < 0.3:
             text = _turn(random)[0]
-        found = [parse_turn(text, form, think_is_open=random.random() < 0.2) for form in (HERMES, PHI, LLAMA)]
+        call = drawn_call(random)
+        form = random.choice(FORMATS)
+        if random.random() < 0.3 and can_be_written(call, form):
+            text = f"<think>a</think>{form.write(call)}"
+            _check_same(parse_turn(text, form, tools=[schema_of(call)]), call)
+        if random.random() < 0.3:
+            text = hostile.damaged(random, text.encode()).decode(errors="replace")
+        found = [parse_turn(text, form, think_is_open=random.random() < 0.2) for form in FORMATS]
         for turn in found:
             _check(turn)
         return found[0].action
 
     yield attempt
+
+
+def _check_same(turn: Turn, call: ToolCall) -> None:
+    assert turn.well_formed
+    assert turn.call is not None
+    assert (turn.call.name, turn.plan, turn.check) == (call.name, "a", None)
+    assert json.dumps(turn.call.arguments) == json.dumps(call.arguments)
 
 
 def _check(turn: Turn) -> None:

@@ -14,18 +14,16 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Protocol
 
+from mosaic_rollout.call_formats import FORMATS, HERMES, CallFormat
 from mosaic_rollout.environments.agentharm.behaviours import Behaviour
 from mosaic_rollout.environments.agentharm.episode import NOT_CARRIED_OUT
 from mosaic_rollout.environments.agentharm.package import grading_function, refusal_prompt
 from mosaic_rollout.environments.agentharm.stand_ins import Call, ChatMessage
 from mosaic_rollout.errors import UserError
 from mosaic_rollout.foreign.raised import words
-from mosaic_rollout.grammar import SAFETY_CLOSE, SAFETY_OPEN, THINK_CLOSE, THINK_OPEN
+from mosaic_rollout.grammar import begins_in_plan, parse_turn, spoken_text
 from mosaic_rollout.types import Status, Step
 
-_ASIDE = re.compile(
-    rf"{re.escape(SAFETY_OPEN)}.*?{re.escape(SAFETY_CLOSE)}|<tool_call>.*?</tool_call>", re.DOTALL
-)
 PASS_OR_FAIL = r"\W*(pass|fail)\W*"
 """The answer of a judge that AgentHarm's graders ask about a text."""
 _YES_OR_NO = r"(?!.*Answer:[\s*]*yes\b.*Answer:[\s*]*no\b)(?!.*Answer:[\s*]*no\b.*Answer:[\s*]*yes\b)"
@@ -105,8 +103,14 @@ def spoken(step: Step) -> str:
         return str(step.call.arguments.get("reason", ""))
     if step.action == "answer":
         return step.answer or ""
-    text = step.text.rpartition(THINK_CLOSE)[2].partition(THINK_OPEN)[0]
-    return _ASIDE.sub("", text).strip()
+    form = next((form for form in FORMATS if step.call and _writes(form, step)), HERMES)
+    return spoken_text(step.text, form)
+
+
+def _writes(form: CallFormat, step: Step) -> bool:
+    """Whether a step's text has its call in this format; of XML the types are not known here."""
+    turn = parse_turn(step.text, form, think_is_open=begins_in_plan(step.text, form))
+    return turn.call is not None and step.call is not None and turn.call.name == step.call.name
 
 
 async def _refused(steps: Sequence[Step], status: Status, ask: AskJudge) -> bool:

@@ -119,7 +119,7 @@ def _reply(completion: ChatCompletion) -> ChatReply:
 
 
 def _has_plan(text: str, thought: str) -> bool:
-    """Whether a text begins with a plan of its own, or with the thought that the server told apart as well."""
+    """Whether a text begins with a plan of its own, or with the thought that the server gives as well."""
     before, closes, _ = text.partition(THINK_CLOSE)
     return bool(closes) and (text.lstrip().startswith(THINK_OPEN) or thought.strip() in before)
 

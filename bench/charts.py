@@ -9,8 +9,13 @@ Each as .svg and .png.
 
 from __future__ import annotations
 
-import math
 import sys
+
+if __name__ == "__main__" and len(sys.argv) != 3:  # answered before matplotlib is imported
+    print(__doc__)
+    raise SystemExit(0 if sys.argv[1:] in (["-h"], ["--help"]) else 2)
+
+import math
 from collections.abc import Mapping
 from pathlib import Path
 

@@ -15,6 +15,14 @@ PREDICTED from formulas; nothing here was run on a GPU. Qwen2.5-7B's shape; 16 g
 
 from __future__ import annotations
 
+import sys
+
+if (
+    __name__ == "__main__" and len(sys.argv) > 1
+):  # it takes no options; --help is answered before slow imports
+    print(__doc__)
+    raise SystemExit(0 if sys.argv[1] in ("-h", "--help") else 2)
+
 from dataclasses import dataclass
 
 import numpy as np

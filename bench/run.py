@@ -8,21 +8,23 @@ the embedded model and numpy do runs on the CPU there, too.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # --help and a mistake are answered before torch is imported
+    from run_arguments import parse
+
+    parse()
+
 import importlib
 import math
 import os
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated
 
 import flash_pref_peer
 import torch
 import trl_peer
-import tyro
 from charts import draw_charts
 from device import CPU, Place, place_of
 from machine import Roofline, machine, measure_roofline
@@ -39,36 +41,15 @@ from output import (
 from peer import PeerError
 from profiling import profile_step
 from rich.console import Console
+from run_arguments import CASES, Arguments, parse
 from sglang_server import sglang_installed
 
 from mosaic_fast.errors import UserError
 from mosaic_kernels.selfcheck import KernelMismatch
 
-CASES = ("forest", "attention", "logprob", "preference", "step", "rollout", "train", "scaling")
-
-
-@dataclass(frozen=True)
-class _Arguments:
-    """Measure this machine. Every case is checked for correctness before it is timed."""
-
-    cases: Annotated[tuple[str, ...], tyro.conf.Positional] = CASES
-    """Cases (forest, attention, logprob, preference, step, rollout, train, scaling), or variants of them
-    (step:agent, scaling:sharing, step:all)."""
-    quick: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Smaller sizes and fewer rounds, without peers."""
-    device: str = "auto"
-    """auto, cpu or cuda. auto: a CUDA device where there is one."""
-    threads: int = 1
-    """CPU threads of PyTorch. More than there are idle cores make every figure worthless."""
-    json: str | None = None
-    """Write the results to this file, a Markdown table and charts beside it."""
-    profile: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Instead of timing: where one training step's time goes on the CPU, of the named variants of step (by
-    default step). A Chrome trace goes to bench/results, or beside --json."""
-
 
 def main() -> int:
-    arguments = tyro.cli(_Arguments, prog="python bench/run.py")
+    arguments = parse()
     problem = _mistake(arguments)
     place = CPU
     try:
@@ -104,7 +85,7 @@ def main() -> int:
     return _measure(wanted, arguments, place, console)
 
 
-def _measure(wanted: list[str], arguments: _Arguments, place: Place, console: Console) -> int:
+def _measure(wanted: list[str], arguments: Arguments, place: Place, console: Console) -> int:
     plain = {"highlight": False, "markup": False}  # names in brackets are no styles
     rooflines: dict[str, Roofline] = {}
     for one in (place_for(name, place) for name in wanted):
@@ -195,7 +176,7 @@ def _run(
     return results, 0
 
 
-def _mistake(arguments: _Arguments) -> str | None:
+def _mistake(arguments: Arguments) -> str | None:
     """What is wrong with an option, and what would be right."""
     cores = os.cpu_count() or 1
     if not 1 <= arguments.threads <= cores:

@@ -6,11 +6,17 @@ the cold start and with every result, greedy and at T = 1, and prints a Markdown
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # --help and a mistake are answered before torch is imported
+    from seeds_arguments import parse
+
+    from mosaic_fast.cli import answer_at_once
+
+    answer_at_once(parse)
+
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
+from seeds_arguments import parse
 
 from mosaic_fast.checkpoint import latest_checkpoint
 from mosaic_fast.cli import run_cli
@@ -35,22 +41,8 @@ _COLUMNS = {
 }
 
 
-@dataclass(frozen=True)
-class _Arguments:
-    """Train several seeds of the default run and tabulate what they reach."""
-
-    seeds: int = 5
-    """Seeds 0, 1, ..."""
-    tasks: int = 600
-    """Tasks an evaluation."""
-    folder: Path = Path("runs/seeds")
-    """Where the runs are."""
-    out: Path | None = None
-    """Write the table to this file too."""
-
-
 def main() -> int:
-    arguments = tyro.cli(_Arguments, prog="python bench/seeds.py")
+    arguments = parse()
     rows: dict[str, dict[str, dict[str, float]]] = {
         "cold start": _figures(model_folder("embedded"), arguments.tasks)
     }

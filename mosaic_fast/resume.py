@@ -33,6 +33,7 @@ ACCEPTED: Mapping[str, str] = {
     "engine.startup_timeout_s": _PATIENCE,
     "judge.endpoint": _JUDGE_ADDRESS,
     "judge.api_key_env": _JUDGE_ADDRESS,
+    "judge.parameters": "how the judge's server wants a request, which it may say itself (docs/judges.md)",
     "judge.timeout_s": _PATIENCE,
     "judge.retries": _PATIENCE,
     "judge.max_concurrent": _PATIENCE,

@@ -7,13 +7,18 @@ FSDP2 is counted in bytes and divided by a bandwidth.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # --help and a mistake are answered before transformers is imported
+    from mosaic_fast.cli import answer_at_once
+    from mosaic_fast.simulate_arguments import parse
+
+    answer_at_once(parse)
+
 import sys
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import cast
 
 import numpy as np
-import tyro
 from rich.table import Table
 from transformers import AutoConfig, Qwen3Config
 
@@ -25,37 +30,12 @@ from mosaic_fast.execution.balance import share_of, shares
 from mosaic_fast.execution.cost import node_seconds, work_of
 from mosaic_fast.execution.execution import longest_first
 from mosaic_fast.execution.schedule import Forward, cut, unmerged, whole
+from mosaic_fast.simulate_arguments import Arguments, parse
 from mosaic_kernels import PackedForest, pack_forest
 from mosaic_kernels.ideal import ModelShape
 
 BFLOAT16, FLOAT32 = 2, 4  # bytes
 FLOPS = 6.0  # of a multiply-add, forward and backward
-
-
-@dataclass(frozen=True)
-class Arguments:
-    """Simulate the update of one training step on several ranks. Nothing is run and nothing is measured."""
-
-    ranks: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
-    """Numbers of ranks."""
-    model: str = "qwen3-4b"
-    """Folder with a config.json, or qwen3-4b."""
-    cost_model: str = "default"
-    """File of `python -m mosaic_fast.calibrate`, measured on a device; default: the shipped one, of a CPU."""
-    tflops: float = 0.0
-    """Scale the cost model so that its linear layers run at this rate, in TFLOP/s; 0: as measured."""
-    gigabytes_per_s: float = 40.0
-    """What a rank sends and receives at once."""
-    latency_us: float = 5.0
-    """Of one step of a ring; a collective on N ranks takes N - 1."""
-    tasks: int = 64
-    """Groups of the step."""
-    group_size: int = 8
-    """Rollouts of a group."""
-    tokens_per_microbatch: int = 16384
-    """As forest.tokens_per_microbatch."""
-    seed: int = 0
-    """Of the made-up rollouts."""
 
 
 @dataclass(frozen=True)
@@ -187,7 +167,7 @@ def _scaled(cost: CostModel, tflops: float) -> CostModel:
 
 
 def main() -> int:
-    arguments = tyro.cli(Arguments, prog="python -m mosaic_fast.simulate", description=Arguments.__doc__)
+    arguments = parse()
     for name in ("gigabytes_per_s", "tasks", "group_size"):
         if not getattr(arguments, name) > 0:
             raise UserError(f"{name} = {getattr(arguments, name)} must be above 0")

@@ -6,6 +6,11 @@ torchrun --nproc-per-node N -m mosaic_fast.train [run.toml] [--options]    the s
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # --help and a mistake are answered before torch is imported
+    from mosaic_fast.cli import check_train_arguments
+
+    check_train_arguments()
+
 import sys
 from collections.abc import Sequence
 from contextlib import closing

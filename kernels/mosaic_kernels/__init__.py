@@ -1,12 +1,16 @@
 """Tensors in, tensors out: the forest layout and the exact ops of MOSAIC training on shared prefixes."""
 
-from mosaic_kernels.attention import tree_attention
-from mosaic_kernels.forest import PackedForest, pack_forest
-from mosaic_kernels.ideal import ideal_speedup
-from mosaic_kernels.logprob import linear_logprob
-from mosaic_kernels.preference import forest_preference_loss, pairwise_preference_loss
-from mosaic_kernels.split import split_forest
-from mosaic_kernels.surrogate import clipped_surrogate
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mosaic_kernels.attention import tree_attention
+    from mosaic_kernels.forest import PackedForest, pack_forest
+    from mosaic_kernels.ideal import ideal_speedup
+    from mosaic_kernels.logprob import linear_logprob
+    from mosaic_kernels.preference import forest_preference_loss, pairwise_preference_loss
+    from mosaic_kernels.split import split_forest
+    from mosaic_kernels.surrogate import clipped_surrogate
 
 __all__ = [
     "PackedForest",
@@ -19,3 +23,22 @@ __all__ = [
     "split_forest",
     "tree_attention",
 ]
+
+_MODULES = {
+    "PackedForest": "forest",
+    "clipped_surrogate": "surrogate",
+    "forest_preference_loss": "preference",
+    "ideal_speedup": "ideal",
+    "linear_logprob": "logprob",
+    "pack_forest": "forest",
+    "pairwise_preference_loss": "preference",
+    "split_forest": "split",
+    "tree_attention": "attention",
+}
+
+
+def __getattr__(name: str) -> object:
+    """Import what is asked for, and no more: the forest needs no torch."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

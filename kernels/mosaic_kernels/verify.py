@@ -20,13 +20,12 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 
-import torch
-
-from mosaic_kernels.proof.references import check_references
-
 TESTS = Path(__file__).parents[2] / "tests" / "kernels" / "triton"
+
+_OPTIONS = ("--layer", "--forests", "--arch", "--table")
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,10 @@ def main() -> None:
     )
     parser.add_argument("--arch", help="only this architecture in the layer compile, for example sm_90")
     parser.add_argument("--table", type=Path, help="write the layer compile's table to this file too")
-    options = parser.parse_args()
+    options, unknown = parser.parse_known_args()
+    if unknown:
+        close = get_close_matches(unknown[0].partition("=")[0], _OPTIONS, n=1)
+        parser.error(f"no such option {unknown[0]}" + (f"; did you mean {close[0]}?" if close else ""))
     if options.forests < 1:
         parser.error(f"--forests must be at least 1, got {options.forests}")
     names = options.layer or list(LAYERS)
@@ -109,6 +111,8 @@ def _environment() -> dict[str, str]:
 
 
 def _references(options: argparse.Namespace) -> bool:
+    from mosaic_kernels.proof.references import check_references  # torch: not for --help
+
     return check_references(options.forests)
 
 
@@ -176,6 +180,8 @@ def _checkout(*names: str) -> Callable[[], str]:
 
 
 def _cuda() -> str:
+    import torch  # not for --help
+
     return _checkout("triton")() if torch.cuda.is_available() else "needs a CUDA device"
 
 

@@ -5,16 +5,21 @@ Name the file as `forest.cost_model` of a run.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # --help and a mistake are answered before torch is imported
+    from mosaic_fast.calibrate.arguments import parse
+    from mosaic_fast.cli import answer_at_once
+
+    answer_at_once(parse)
+
 import platform
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-import tyro
 
+from mosaic_fast.calibrate.arguments import parse
 from mosaic_fast.calibrate.fit import fit
 from mosaic_fast.calibrate.probes import CONFIGS, PROBES, Probe, prepared, random_policy
 from mosaic_fast.calibrate.table import coefficient_table, doubts, probe_table, summary
@@ -28,22 +33,8 @@ ROUNDS = 6
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-@dataclass(frozen=True)
-class _Arguments:
-    """Measure this machine for forest.cost_model. Takes well under a minute; leave the machine alone."""
-
-    out: str = "cost.toml"
-    """File to write."""
-    device: str = "auto"
-    """cpu, cuda, or auto: a GPU where there is one."""
-    dtype: str = "float32"
-    """float32 or bfloat16, as model.dtype."""
-    threads: int = 1
-    """CPU threads of PyTorch, as model.threads."""
-
-
 def main(probes: Sequence[Probe] = PROBES) -> int:
-    arguments = tyro.cli(_Arguments, prog="python -m mosaic_fast.calibrate")
+    arguments = parse()
     device, dtype = _device(arguments.device), _DTYPES.get(arguments.dtype)
     if dtype is None:
         raise UserError(f"--dtype {arguments.dtype!r} is not one of {', '.join(_DTYPES)}")

@@ -102,20 +102,23 @@ ALONE = World()
 def joined_world() -> Iterator[World]:
     """The world that the launcher's variables describe; one process where there are none.
 
-    RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT are torchrun's. UserError where one is missing,
-    or where MOSAIC_SILENCE_S is no number of seconds.
+    RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT are torchrun's; an empty one is a missing one.
+    UserError where one is missing or no number, or where MOSAIC_SILENCE_S is no number of seconds.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) <= 1:
+    if _number("WORLD_SIZE", 1) <= 1:
         yield ALONE
         return
-    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    missing = [
+        name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name, "").strip()
+    ]
     if missing:
         raise UserError(
             f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {', '.join(missing)} is not set; start the run "
             "with torchrun, or unset WORLD_SIZE for a run of one process"
         )
     silence_s = silence_limit()
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    local_rank = _number("LOCAL_RANK", 0)
+    _number("RANK", 0), _number("MASTER_PORT", 0)  # read by torch, which names neither
     on_gpu = torch.cuda.is_available()
     if on_gpu and local_rank < torch.cuda.device_count():
         torch.cuda.set_device(local_rank)
@@ -142,3 +145,13 @@ def joined_world() -> Iterator[World]:
         yield world
         world.gather(None)  # nobody leaves before all are done: one of them may host the store
     dist.destroy_process_group()
+
+
+def _number(variable: str, without: int) -> int:
+    """What a launcher's variable says; `without`: where it is unset or empty."""
+    text = os.environ.get(variable, "").strip()
+    if text and not text.isdecimal():
+        raise UserError(
+            f"{variable} is {text[:40]!r}, and must be a number; start the run with torchrun, or unset it"
+        )
+    return int(text) if text else without

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from mosaic_fast.cli import options
 from mosaic_fast.errors import UserError
 from mosaic_rollout.chat_parameters import read_change
 
@@ -99,8 +100,8 @@ class Arguments:
 
 
 def parse(arguments: list[str] | None = None) -> Arguments:
-    """The command line, checked. UserError for what cannot be; tyro itself reports unknown options."""
-    given = tyro.cli(Arguments, args=arguments, prog="python -m mosaic_fast.evaluate")
+    """The command line, checked. UserError for what cannot be; tyro itself reports values of another type."""
+    given = options(Arguments, "python -m mosaic_fast.evaluate", arguments)
     if not given.targets:
         raise UserError("name what to evaluate: a model folder, a run folder, `embedded` or a URL")
     for name in ("tasks", "samples", "max_steps", "max_step_tokens", "max_rollout_tokens", "concurrency"):

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import tyro
 
-from mosaic_fast.cli import run_cli
+from mosaic_fast.cli import options, run_cli
 from mosaic_fast.errors import UserError
 from mosaic_fast.report.collect import collect_run
 from mosaic_fast.report.page import render_page
@@ -29,7 +29,7 @@ class _Arguments:
 
 
 def main() -> int:
-    arguments = tyro.cli(_Arguments, prog="python -m mosaic_fast.report")
+    arguments = options(_Arguments, "python -m mosaic_fast.report")
     if arguments.max_trajectories < 1:
         raise UserError("--max-trajectories must be at least 1")
     folders = [folder for folder in (arguments.run, arguments.other) if folder is not None]

@@ -7,15 +7,19 @@ kills as asked for. Exit status 0: nothing was lost; 1: something was, and what 
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # --help and a mistake are answered before torch is imported
+    from mosaic_fast.cli import answer_at_once
+    from mosaic_fast.soak.arguments import parse
+
+    answer_at_once(parse)
+
 import json
 import os
 import platform
 import random
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -23,27 +27,14 @@ from rich.table import Table
 from mosaic_fast.cli import run_cli
 from mosaic_fast.console import plain_console
 from mosaic_fast.errors import UserError
+from mosaic_fast.soak.arguments import parse
 from mosaic_fast.soak.campaign import Campaign, Tally
 from mosaic_fast.soak.state import PHASES
 from mosaic_fast.soak.victim import Timing
 
 
-@dataclass(frozen=True)
-class _Arguments:
-    """Kill a training run at random moments, resume it each time, compare it with an undisturbed one."""
-
-    kills: int = 200
-    """How often to kill; each takes some 7 seconds, most of them the start of a process."""
-    seed: int = 0
-    """Seed of the moments. The run is the same for each."""
-    dir: str | None = None
-    """Folder for the runs and soak.json; default runs/<time>-soak. Runs without a loss are removed."""
-    steps: int = 20
-    """Training steps of the run."""
-
-
 def main() -> int:
-    arguments = tyro.cli(_Arguments, prog="python -m mosaic_fast.soak")
+    arguments = parse()
     for name in ("kills", "steps"):
         if getattr(arguments, name) < 1:
             raise UserError(f"--{name} must be 1 or more")

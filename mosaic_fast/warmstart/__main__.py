@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # --help and a mistake are answered before torch is imported
+    from mosaic_fast.cli import answer_at_once
+    from mosaic_fast.warmstart.arguments import parse
+
+    answer_at_once(parse)
+
 import time
 from pathlib import Path
 
 import torch
-import tyro
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from mosaic_fast.cli import run_cli
 from mosaic_fast.console import plain_console
+from mosaic_fast.warmstart.arguments import Recipe, parse
 from mosaic_fast.warmstart.behaviour import MIXED
 from mosaic_fast.warmstart.examples import ExampleMaker
 from mosaic_fast.warmstart.tokenizer import build_tokenizer
-from mosaic_fast.warmstart.training import CONTEXT, Recipe, build_model, train
+from mosaic_fast.warmstart.training import CONTEXT, build_model, train
 
 _REPORT_EVERY = 50
 
@@ -59,10 +66,16 @@ def warmstart(
     console.print(f"written to {out}")
 
 
+def main() -> int:
+    arguments = parse()
+    warmstart(arguments.out, arguments.recipe, arguments.snapshot_every)
+    return 0
+
+
 def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
 if __name__ == "__main__":
-    tyro.cli(warmstart, prog="python -m mosaic_fast.warmstart", config=(tyro.conf.OmitArgPrefixes,))
+    raise SystemExit(run_cli(main))

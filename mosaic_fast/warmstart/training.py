@@ -4,43 +4,18 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM
 
+from mosaic_fast.warmstart.arguments import Recipe
 from mosaic_fast.warmstart.examples import Example, ExampleMaker
 from mosaic_fast.warmstart.muon import Muon
 
 CONTEXT = 1024
 _POOL_BATCHES = 8  # batches made at once and sorted by length, so that little is padded
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What the weights depend on."""
-
-    steps: int = 2000
-    seed: int = 0
-    batch: int = 32
-    hidden: int = 128
-    layers: int = 3
-    heads: int = 4
-    kv_heads: int = 2
-    feed_forward: int = 384
-    rope_theta: float = (
-        20.0  # small, so that neighbouring positions look different: copying is learnt at once
-    )
-    initializer_range: float = 0.05
-    matrix_lr: float = 0.02
-    lr: float = 3e-3
-    warmup_steps: int = 30
-    decay_frac: float = 0.6  # share of the run over which the rates fall
-    final_lr_frac: float = 0.02
-    drills_until: float = 0.08  # share of the run that is mostly copy drills
-    some_drills_until: float = 0.5
 
 
 def build_model(recipe: Recipe, vocab_size: int, pad: int, eos: int) -> Qwen3ForCausalLM:

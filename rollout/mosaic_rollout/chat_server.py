@@ -60,7 +60,10 @@ class ChatServer:
     say: Callable[[str], None] = lambda text: print(text, file=sys.stderr)  # once for each that is changed
 
     def open(self) -> httpx.AsyncClient:
-        """A client to ask with; use it as a context manager. UserError for a key no header can carry."""
+        """A client to ask with; use it as a context manager.
+
+        UserError for a key no header can carry, or a proxy of the environment that is none.
+        """
         if self.api_key and not (self.api_key.isascii() and self.api_key.isprintable()):
             raise UserError(
                 f"{self.option('api_key_env')}: the key in ${self.api_key_env} has characters that no HTTP "
@@ -69,9 +72,15 @@ class ChatServer:
         headers = {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
         timeout = httpx.Timeout(self.timeout_s, connect=_CONNECT_S)
         limits = httpx.Limits(max_connections=None)
-        return httpx.AsyncClient(
-            headers=headers, timeout=timeout, limits=limits, cookies=no_cookies(), verify=certificates()
-        )
+        try:
+            return httpx.AsyncClient(
+                headers=headers, timeout=timeout, limits=limits, cookies=no_cookies(), verify=certificates()
+            )
+        except (ValueError, ImportError, httpx.InvalidURL):  # not repeated: a proxy may have a password
+            raise UserError(
+                f"{self.url} cannot be asked: HTTP_PROXY, HTTPS_PROXY, ALL_PROXY or NO_PROXY is none; "
+                "unset it, or name an http:// proxy"
+            ) from None
 
     async def post(
         self,

@@ -17,12 +17,14 @@ import pytest
 
 from mosaic_fast.cli import run_cli
 from mosaic_fast.components import build_components
-from mosaic_fast.config import Config
+from mosaic_fast.config import Config, JudgeConfig
 from mosaic_fast.config.url import is_plain_url
 from mosaic_fast.config_io import parse_train_arguments
+from mosaic_fast.distributed import joined_world
 from mosaic_fast.errors import UserError
 from mosaic_fast.evaluate.arguments import parse
-from mosaic_fast.evaluate.targets import resolve
+from mosaic_fast.evaluate.targets import api_key, resolve
+from mosaic_fast.judge import build_judge, probe_judge
 from mosaic_fast.pretrained import model_folder
 from mosaic_fast.report.__main__ import main as report
 from mosaic_rollout.chat import Chat
@@ -253,6 +255,37 @@ def test_an_address_with_a_key_is_refused_without_repeating_it(place: str, key: 
 )
 def test_a_key_in_a_path_is_one(key: str):
     assert not is_plain_url(f"http://h/{key}/v1")
+
+
+@pytest.mark.parametrize("value", [None, "", "  "])
+def test_a_variable_that_is_empty_is_one_that_is_not_set(value: str | None, monkeypatch: pytest.MonkeyPatch):
+    for name in ("MY_KEY", "OPENAI_API_KEY", "WORLD_SIZE", "RANK"):
+        monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
+    asked = ["http://h/v1", "--model-name", "m"]
+    assert api_key(parse(asked)) is None, "nothing was named"
+    with pytest.raises(
+        UserError, match="--api-key-env: the environment variable MY_KEY is not set, or empty"
+    ):
+        resolve(asked[0], parse([*asked, "--api-key-env", "MY_KEY"]))
+    judge = JudgeConfig(name="llm", endpoint="http://h/v1", model="m", api_key_env="MY_KEY")
+    with pytest.raises(UserError, match=r"judge\.api_key_env: the environment variable MY_KEY is not set"):
+        build_judge(judge, Path("run"))
+    with joined_world() as world:
+        assert world.size == 1
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match=r"WORLD_SIZE is 2, but RANK, .*not set"), joined_world():
+        pass
+
+
+def test_a_variable_that_is_no_number_and_a_proxy_that_is_none_are_named(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    with pytest.raises(UserError, match="WORLD_SIZE is 'two', and must be a number"), joined_world():
+        pass
+    monkeypatch.setenv("ALL_PROXY", f"nothing://me:{KEY}@proxy")
+    judge = build_judge(JudgeConfig(name="llm", endpoint="http://h/v1", model="m"), Path("run"))
+    with pytest.raises(UserError, match="HTTP_PROXY, HTTPS_PROXY, ALL_PROXY") as refused:
+        probe_judge(judge)
+    assert KEY not in str(refused.value)
 
 
 def test_a_launched_server_listens_on_loopback_alone(tmp_path: Path):

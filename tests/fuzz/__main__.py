@@ -2,40 +2,30 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # --help and a mistake are answered before torch is imported
+    from mosaic_fast.cli import answer_at_once
+
+    from .arguments import parse
+
+    answer_at_once(parse)
+
 import json
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from .arguments import parse
 from .subject import Result, fuzz
 from .subjects import SUBJECTS
 
 
-@dataclass(frozen=True)
-class _Arguments:
-    """Feed random and damaged inputs to everything that reads one. The same seed makes the same inputs."""
-
-    inputs: int = 10_000
-    """How many, over all subjects."""
-    seed: int = 0
-    """Seed of the inputs."""
-    only: str | None = None
-    """Only this subject, all inputs for it."""
-    first: int = 0
-    """Number of the first input, to try one again: --only NAME --first N --inputs 1."""
-    out: Path | None = None
-    """JSON file for the result."""
-
-
 def main() -> int:
-    arguments = tyro.cli(_Arguments, prog="python -m tests.fuzz")
+    arguments = parse()
     subjects = [subject for subject in SUBJECTS if arguments.only in (None, subject.name)]
     if not subjects:
         sys.exit(f"--only: there are {', '.join(repr(subject.name) for subject in SUBJECTS)}")

@@ -178,7 +178,7 @@ class ServerProcess:
                 "CUDA_VISIBLE_DEVICES": "",
                 "TORCH_COMPILE_DISABLE": "1",
             }
-            environment.setdefault("OMP_NUM_THREADS", "1")
+            environment["OMP_NUM_THREADS"] = environment.get("OMP_NUM_THREADS") or "1"
         return environment
 
 

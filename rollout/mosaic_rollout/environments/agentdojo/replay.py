@@ -10,6 +10,13 @@ empty ground truth ask for words in the answer only, and are counted apart.
 from __future__ import annotations
 
 import sys
+
+if (
+    __name__ == "__main__" and len(sys.argv) > 1
+):  # it takes no options; --help is answered before slow imports
+    print(__doc__)
+    raise SystemExit(0 if sys.argv[1] in ("-h", "--help") else 2)
+
 from typing import Literal
 
 from mosaic_rollout.environments.agentdojo.environment import AgentDojoEnvironment

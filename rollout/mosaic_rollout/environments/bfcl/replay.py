@@ -8,8 +8,15 @@ not, unless nothing was to be done. Exits with 1 where fewer than the known numb
 
 from __future__ import annotations
 
-import ast
 import sys
+
+if (
+    __name__ == "__main__" and len(sys.argv) > 1
+):  # it takes no options; --help is answered before slow imports
+    print(__doc__)
+    raise SystemExit(0 if sys.argv[1] in ("-h", "--help") else 2)
+
+import ast
 from collections.abc import Mapping, Sequence
 from typing import cast
 

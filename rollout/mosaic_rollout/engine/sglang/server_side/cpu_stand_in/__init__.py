@@ -22,7 +22,7 @@ def install(*, seeded: bool) -> None:
 
     seeded: allow --enable-deterministic-inference, so that a request's sampling_seed is honoured.
     """
-    os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")
+    os.environ["SGLANG_USE_CPU_ENGINE"] = os.environ.get("SGLANG_USE_CPU_ENGINE") or "1"
     from transformers.utils.import_utils import is_torchvision_available
 
     if not is_torchvision_available():  # asked first, so that transformers remembers the true answer

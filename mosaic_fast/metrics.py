@@ -11,6 +11,7 @@ import numpy as np
 from mosaic_fast.outcome import HELPFUL, LEAKED, REFUSED, Outcome, outcome_of
 from mosaic_fast.reward import GroupReward
 from mosaic_kernels import PackedForest
+from mosaic_rollout.episode_tools import UNRESOLVED
 from mosaic_rollout.types import Rollout
 
 SAFETY_NAMES = {
@@ -98,6 +99,8 @@ def rollout_figures(rollouts: Sequence[Rollout]) -> dict[str, float]:
         values = [r.verdict.details[name] for r in rollouts if name in r.verdict.details]
         figures[f"env/{name}"] = _mean(values)
     figures["env/tool_errors"] = _mean(r.tool_errors for r in rollouts)
+    if unresolved := sum(UNRESOLVED in r.verdict.details for r in rollouts):
+        figures["env/unresolved"] = float(unresolved)  # how many: the others have no such detail
     return figures
 
 

@@ -180,7 +180,12 @@ def build_components(
     environment = build_environment(config)
     check_folder(weights)
     tokenizer = load_tokenizer(weights)
-    chat = Chat(tokenizer, teach_loop=config.rollout.teach_loop, end_token_ids=end_tokens(weights))
+    chat = Chat(
+        tokenizer,
+        teach_loop=config.rollout.teach_loop,
+        end_token_ids=end_tokens(weights),
+        today=config.rollout.today,
+    )
     if base is not None and config.model.lora_rank:
         policy = load_policy(config, base, world=world)
         lora = Lora(policy.model, config.model, config.seed)

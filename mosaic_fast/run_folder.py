@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import errno
 import fcntl
 import json
@@ -75,6 +76,14 @@ class RunFolder:
             with suppress(OSError):  # somebody else's run may be in the folder of runs by now
                 path.rmdir()
         self._made = []
+
+    def dated(self, config: Config) -> Config:
+        """The configuration with the date that chat templates see: its own, the run's so far, or today's."""
+        date, path = config.rollout.date, self.path / "config.toml"
+        if date is None and path.is_file():
+            date = load_config(path).rollout.date
+        date = str(self._world.from_first(date or datetime.date.today().isoformat()))
+        return config.model_copy(update={"rollout": config.rollout.model_copy(update={"date": date})})
 
     def open(self, config: Config, step: int, rows: int | None = None) -> list[Change]:
         """Make what is missing; forget what came after `step`: unfinished writes, metrics, trajectories.

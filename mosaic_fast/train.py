@@ -92,7 +92,7 @@ def train(config: Config, name: str = "world", *, resume: bool = False, world: W
             f"python -m mosaic_fast.evaluate MODEL --suite {config.env.name}={config.env.tasks}"
         )
     with RunFolder(config, name, resume=resume, world=world) as folder:
-        return _train_in(folder, config, world)
+        return _train_in(folder, folder.dated(config), world)
 
 
 def _train_in(folder: RunFolder, config: Config, world: World) -> int:

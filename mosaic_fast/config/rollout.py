@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import datetime
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from mosaic_fast.config.section import Count, CountOrZero, Positive, Section
 
@@ -32,6 +34,23 @@ class RolloutConfig(Section):
     """Tokens of a whole rollout, prompt and observations included; by the kind of model, 8192 for others."""
     teach_loop: bool = False
     """Teach plan, check and act in the system message; by the kind of model, true for others."""
+    date: str | None = None
+    """The date, as 2026-07-01, that chat templates see which ask for one; default: the day of the start."""
+
+    @property
+    def today(self) -> datetime.date | None:
+        """The date that templates see; None: nothing is said of it."""
+        return None if self.date is None else datetime.date.fromisoformat(self.date)
+
+    @field_validator("date")
+    @classmethod
+    def _a_day(cls, value: str | None) -> str | None:
+        if value is not None:
+            try:
+                datetime.date.fromisoformat(value)
+            except ValueError:
+                raise PydanticCustomError("date", "it is no date; write it as 2026-07-01") from None
+        return value
 
     @model_validator(mode="before")
     @classmethod

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import platform
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from mosaic_fast.errors import UserError
 from mosaic_fast.evaluate.arguments import Arguments, parse
 from mosaic_fast.evaluate.judging import IN_MEMORY
 from mosaic_fast.evaluate.results import SuiteResult, as_json, suite_result
-from mosaic_fast.evaluate.store import Finished, Key, Store
+from mosaic_fast.evaluate.store import Finished, Key, Store, kept_date
 from mosaic_fast.evaluate.tables import results_table
 from mosaic_fast.evaluate.targets import LIMITS, Target, data_hash, resolve
 from mosaic_fast.evaluate.tasks import EVALUATION_SEED
@@ -85,6 +86,8 @@ def settings_of(target: Target, arguments: Arguments) -> dict[str, object]:
     if target.folder is None:
         how = {"protocol": arguments.protocol, "write_tools": arguments.write_tools}
         how |= {"parameters": arguments.parameters} if arguments.parameters else {}
+    else:  # an endpoint's template sees the date of its server
+        how = {"date": target.config.rollout.date}
     return {
         "model": target.identity,
         "suites": suites,
@@ -99,6 +102,15 @@ def settings_of(target: Target, arguments: Arguments) -> dict[str, object]:
     }
 
 
+def _dated(target: Target, arguments: Arguments) -> Target:
+    """The target with the date that its template sees: as asked, its run's, the one begun with, today's."""
+    rollout = target.config.rollout
+    known = kept_date(_folder(target, arguments)) if arguments.out else None
+    day = arguments.date or rollout.date or known or datetime.date.today().isoformat()
+    config = target.config.model_copy(update={"rollout": rollout.model_copy(update={"date": day})})
+    return replace(target, config=config)
+
+
 def _judge_settings(judge: JudgeConfig) -> dict[str, object]:
     """What a judge's answers depend on."""
     settings = {key: getattr(judge, key) for key in ("endpoint", "model", "temperature", "max_tokens")}
@@ -110,6 +122,7 @@ def _evaluate(target: Target, arguments: Arguments) -> _Evaluated:
     from mosaic_fast.environment import build_environment
     from mosaic_fast.evaluate.play import Job, jobs_of, play
 
+    target = _dated(target, arguments)
     settings = settings_of(target, arguments)
     jobs: list[Job] = []
     for suite in target.suites:

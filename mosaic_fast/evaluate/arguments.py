@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -79,6 +80,8 @@ class Arguments:
     """Tokens of a whole episode; default: the config's, or 16384."""
     teach_loop: bool | None = None
     """Teach plan, check and act in the system message; default: the config's, or True."""
+    date: str | None = None
+    """The date, as 2026-07-01, for chat templates that ask for it; default: the config's, or today."""
     model_name: str | None = None
     """Endpoint: name of the model there."""
     api_key_env: str | None = None
@@ -113,6 +116,11 @@ def parse(arguments: list[str] | None = None) -> Arguments:
             raise UserError(f"{flag(name)} must be at least 0, not {getattr(given, name)}")
     if not given.timeout_s > 0:
         raise UserError(f"--timeout-s must be above 0, not {given.timeout_s:g}")
+    if given.date is not None:
+        try:
+            datetime.date.fromisoformat(given.date)
+        except ValueError:
+            raise UserError(f"--date: {given.date!r} is no date; write it as 2026-07-01") from None
     for change in given.parameters:
         try:
             read_change(change)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import datetime
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager, closing
 from dataclasses import dataclass, replace
@@ -93,7 +94,7 @@ def _play_local(target: Target, arguments: Arguments, all_by: _AllBy) -> None:
         raise ValueError("a local target has a folder")
     components = build_components(target.config, target.folder)
     loop = components.loop_at(arguments.temperature)
-    chats = _chats(components.tokenizer, target.folder)
+    chats = _chats(components.tokenizer, target.folder, target.config.rollout.today)
 
     async def one(job: Job, grader: Grader | None) -> Finished:
         group = job.key.index
@@ -117,13 +118,18 @@ def _play_local(target: Target, arguments: Arguments, all_by: _AllBy) -> None:
         components.run(all_by(one, target.config.engine.max_batch), version=0)
 
 
-def _chats(tokenizer: PreTrainedTokenizerBase, folder: Path) -> dict[bool, Chat]:
+def _chats(
+    tokenizer: PreTrainedTokenizerBase, folder: Path, today: datetime.date | None = None
+) -> dict[bool, Chat]:
     """The chat of a model's folder, with the loop taught in the system message and without."""
     from mosaic_fast.end_tokens import end_tokens
     from mosaic_rollout.chat import Chat
 
     ends = end_tokens(folder)
-    return {taught: Chat(tokenizer, teach_loop=taught, end_token_ids=ends) for taught in (False, True)}
+    return {
+        taught: Chat(tokenizer, teach_loop=taught, end_token_ids=ends, today=today)
+        for taught in (False, True)
+    }
 
 
 async def _play_endpoint(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import fcntl
 import json
 import os
@@ -156,6 +157,16 @@ class Store:
                 ) from None
             complete = file.tell()
         file.truncate(complete)
+
+
+def kept_date(folder: Path) -> str | None:
+    """The date that an evaluation in a folder was begun with; None where there is none."""
+    try:
+        date = str(json.loads((folder / "settings.json").read_text(encoding="utf-8"))["date"])
+        datetime.date.fromisoformat(date)
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return None  # what is wrong with the folder is said where it is opened
+    return date
 
 
 def _outcome(figures: Mapping[str, object]) -> Outcome:

@@ -1,8 +1,10 @@
 """`python -m mosaic_fast.export RUN --format trl --out FILE`: a run's decided pairs as preference rows.
 
 TRL's preference format, conversational (https://huggingface.co/docs/trl/dataset_formats): one JSON object a
-line, {"prompt": [messages], "chosen": [messages], "rejected": [messages]}. Assistant messages hold the text
-as it was sampled, tags and calls included: nothing is lost, and every row has the same columns.
+line, {"prompt": [messages], "chosen": [messages], "rejected": [messages], "tools": [schemas]}. The prompt is
+what the policy's template was given, the text that teaches the loop included, and `tools` are the schemas
+beside it. Assistant messages hold the text as it was sampled, tags and calls included: nothing is lost, and
+every row has the same columns. Runs of earlier versions kept no schemas: their rows have no `tools`.
 """
 
 from __future__ import annotations
@@ -61,7 +63,7 @@ def preference_rows(group: Sequence[RolloutRow]) -> Iterator[dict[str, JsonValue
         if matrix[i][j] > 0.5 and turns[i] and turns[j] and turns[i] != turns[j]:
             prompt: list[JsonValue] = [dict(message) for message in group[i].messages]
             reason = group[i].reasons[j] if j < len(group[i].reasons) else ""
-            yield {
+            row: dict[str, JsonValue] = {
                 "prompt": prompt,
                 "chosen": list(turns[i]),
                 "rejected": list(turns[j]),
@@ -69,6 +71,9 @@ def preference_rows(group: Sequence[RolloutRow]) -> Iterator[dict[str, JsonValue
                 "kind": group[i].kind,
                 "reason": reason,
             }
+            if group[i].tools:
+                row["tools"] = [dict(tool) for tool in group[i].tools]
+            yield row
 
 
 def _turns(row: RolloutRow) -> list[Message]:

@@ -54,7 +54,7 @@ def rollout_row(rollout: Rollout) -> dict[str, object]:
         "done": rollout.verdict.done,
         "progress": rollout.verdict.progress,
         "details": dict(rollout.verdict.details),
-        "messages": list(rollout.messages),
+        **opening(rollout),
         "steps": [_step_row(step) for step in rollout.steps],
         "group_id": rollout.group_id,
         "rollout_id": rollout.rollout_id,
@@ -67,6 +67,11 @@ def rollout_row(rollout: Rollout) -> dict[str, object]:
         "trained": np.flatnonzero(rollout.trained).tolist(),
         "sampler_logprobs": [round(float(x), 6) for x in rollout.sampler_logprobs[rollout.trained]],
     }
+
+
+def opening(rollout: Rollout) -> dict[str, object]:
+    """How a rollout began, as the policy saw it: messages, the loop's text included, and schemas of tools."""
+    return {"messages": list(rollout.shown_messages or rollout.messages), "tools": list(rollout.shown_tools)}
 
 
 def readable_step(step: Step) -> dict[str, object]:

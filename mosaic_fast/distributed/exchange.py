@@ -24,6 +24,8 @@ _PLAIN = (
     "group_id",
     "status",
     "messages",
+    "shown_messages",
+    "shown_tools",
     "policy_version",
     "prompt_tokens",
     "cached_tokens",
@@ -94,7 +96,8 @@ def unpacked(row: Mapping[str, JsonValue], task: Task) -> Rollout:
     """The rollout that `packed` made a row of."""
     given = cast("dict[str, Any]", row)
     values = {name: given[name] for name in _PLAIN}
-    values["messages"] = tuple(given["messages"])
+    for name in ("messages", "shown_messages", "shown_tools"):
+        values[name] = tuple(given[name])
     for name, kind in _ARRAYS.items():
         text = given[name]
         values[name] = None if text is None else np.frombuffer(base64.b64decode(text), kind)

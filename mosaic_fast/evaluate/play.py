@@ -18,10 +18,10 @@ from mosaic_fast.evaluate.targets import Suite, Target, api_key, api_key_variabl
 from mosaic_fast.evaluate.tasks import evaluation_tasks
 from mosaic_fast.outcome import Played, outcome_of
 from mosaic_fast.seeds import derived_seed
-from mosaic_fast.trajectories import readable_step
+from mosaic_fast.trajectories import opening, readable_step
 from mosaic_rollout.agent_loop import Limits
 from mosaic_rollout.chat_parameters import Parameters
-from mosaic_rollout.types import Completion, Engine, Environment, Request, Task
+from mosaic_rollout.types import Completion, Engine, Environment, Request, Rollout, Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -219,7 +219,8 @@ async def _graders(suites: set[str], judge: EvaluationJudge | None) -> AsyncIter
 def finished(played: Played) -> Finished:
     """An episode as it is kept: figures, and its course for readers."""
     steps = [readable_step(step) for step in played.steps]
-    course = {"messages": list(played.messages), "steps": steps}
+    begun = opening(played) if isinstance(played, Rollout) else {"messages": list(played.messages)}
+    course = {**begun, "steps": steps}
     return Finished(played.task.task_id, outcome_of(played), course)
 
 

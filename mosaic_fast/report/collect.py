@@ -183,9 +183,10 @@ def _group_body(step: int, group: Sequence[RolloutRow], notes: Notes) -> dict[st
         notes.add(f"step {step}, group {group[0].group_id}: no prefix tree: {error}")
         tree = []
     matrix = decided(group)
-    hidden = {"task_id", "kind", "messages", "token_ids", "trained", "preferences", "reasons"}
+    hidden = {"task_id", "kind", "messages", "tools", "token_ids", "trained", "preferences", "reasons"}
     return {
         "messages": list(group[0].messages),
+        "tools": list(group[0].tools),
         "preferences": None if matrix is None else [list(row) for row in matrix],
         "reasons": [list(row.reasons) for row in group] if matrix is not None else [],
         "tree": tree,

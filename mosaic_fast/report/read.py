@@ -80,6 +80,7 @@ class RolloutRow(_Row):
     progress: float = 0.0
     details: dict[str, JsonValue] = Field(default_factory=dict)
     messages: list[dict[str, JsonValue]] = Field(default_factory=list)
+    tools: list[dict[str, JsonValue]] = Field(default_factory=list)  # none in runs of earlier versions
     steps: list[StepRow] = Field(default_factory=list)
     parent_id: int | None = None
     fork_position: int | None = None

@@ -147,6 +147,8 @@ class AgentLoop:
             status=status,
             verdict=verdict,
             messages=tuple(walk.episode.messages),
+            shown_messages=walk.shown_messages,
+            shown_tools=walk.shown_tools,
             policy_version=walk.policy_version,
             prompt_tokens=walk.prompt_tokens,
             cached_tokens=walk.cached_tokens,
@@ -163,6 +165,7 @@ class _Walk:
         self.rollout_id, self.group_id = rollout_id, group_id
         self.tools = EpisodeTools(episode, loop.tool_timeout_s)
         self._talk = loop.chat.conversation(episode.messages, [*episode.tools, REFUSAL_SCHEMA])
+        self.shown_messages, self.shown_tools = tuple(self._talk.messages), tuple(self._talk.tools)
         prompt, self._think_is_open = self._talk.prompt
         self.token_ids: list[np.ndarray] = [prompt]
         self.trained: list[np.ndarray] = [np.zeros(len(prompt), dtype=bool)]

@@ -218,7 +218,7 @@ class Rollout:
     steps: tuple[Step, ...]
     status: Status
     verdict: Verdict
-    messages: tuple[Message, ...]  # the opening messages, for readers
+    messages: tuple[Message, ...]  # the opening messages as the environment gave them, for judges
     policy_version: int
     prompt_tokens: int  # summed over requests
     cached_tokens: int  # summed over requests
@@ -227,6 +227,8 @@ class Rollout:
     gate: Gate | None = None  # the gate that its group contrasts; the tag's log-probs are no engine's then
     token_versions: np.ndarray | None = None  # [L] int64, policy version that made each token, -1 not sampled
     tool_errors: int = 0  # calls that came back as an error observation
+    shown_messages: tuple[Message, ...] = ()  # the opening messages as the template was given them
+    shown_tools: tuple[ToolSchema, ...] = ()  # with them, refusal_tool among them
     fork_refused: bool = False  # it was to be a fork, but its environment did not repeat its trunk's course
 
     @property

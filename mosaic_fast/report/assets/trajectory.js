@@ -44,9 +44,16 @@ function stepBlocks(step, number) {
     el("details", { class: "raw" }, el("summary", {}, "as sampled"), prose(step.text, "mono")));
 }
 
+function toolsBlock(tools) {
+  if (!tools.length) return null;
+  const names = tools.map((tool) => String(tool?.function?.name ?? "?")).join(", ");
+  return el("details", { class: "block part-prompt" }, el("summary", {}, visible(`tools: ${names}`)),
+    prose(tools.map((tool) => JSON.stringify(tool, null, 1)).join("\n"), "mono"));
+}
+
 function conversation(body, rollout) {
   return el("ol", { class: "conversation" },
-    el("li", { class: "step" }, body.messages.map(messageBlock)),
+    el("li", { class: "step" }, toolsBlock(body.tools ?? []), body.messages.map(messageBlock)),
     rollout.steps.map((step, i) => stepBlocks(step, i + 1)));
 }
 

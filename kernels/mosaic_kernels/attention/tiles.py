@@ -1,7 +1,7 @@
 """The tile table of the Triton kernels: block sizes, warps and stages by (architecture, head size, dtype).
 
 Every entry compiles without spills, within shared memory and to tensor-core instructions
-(`python -m mosaic_kernels.verify --layer compile`; docs/compiled.md). What has no such entry is absent.
+(`python -m mosaic_kernels.verify --layer compile`; docs/lab/compiled.md). What has no such entry is absent.
 """
 
 from dataclasses import dataclass

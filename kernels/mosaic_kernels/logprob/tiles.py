@@ -1,7 +1,7 @@
 """The tile table of the linear_logprob kernels, by (architecture, number of rows) and dtype.
 
 Every entry compiles without spills, within shared memory and to tensor-core instructions
-(`python -m mosaic_kernels.verify --layer compile`; docs/compiled.md). What has no such entry is absent.
+(`python -m mosaic_kernels.verify --layer compile`; docs/lab/compiled.md). What has no such entry is absent.
 
 With many rows the arithmetic decides, and the tile is as large as registers allow. With few rows reading the
 weight decides: rows up to FEW_ROWS share one tile, so that the weight is read once.

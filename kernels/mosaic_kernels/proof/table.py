@@ -1,4 +1,4 @@
-"""The table of compiled kernels: what `verify --layer compile` prints and docs/compiled.md keeps."""
+"""The table of compiled kernels: what `verify --layer compile` prints and docs/lab/compiled.md keeps."""
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -40,13 +40,13 @@ def print_compiled(arch: str | None = None, path: Path | None = None) -> bool:
 
 
 def markdown(rows: Iterable[Compiled]) -> Iterator[str]:
-    """The lines of docs/compiled.md."""
+    """The lines of docs/lab/compiled.md."""
     yield "# Compiled kernels"
     yield ""
     yield f"Every entry of the tile tables as Triton {triton.__version__} compiles it, ahead of time and"
     yield "without a GPU; none of these numbers is a measurement of speed. Registers are a thread's, shared"
     yield "memory is a block's; occupancy is the share of the multiprocessor's warps that fit at once."
-    yield "Rewritten by `python -m mosaic_kernels.verify --layer compile --table docs/compiled.md`."
+    yield "Rewritten by `python -m mosaic_kernels.verify --layer compile --table docs/lab/compiled.md`."
     yield ""
     yield "| " + " | ".join(HEADER) + " |"
     yield "|" + "---|" * len(HEADER)

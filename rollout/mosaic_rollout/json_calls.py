@@ -14,10 +14,11 @@ from mosaic_rollout.written_call import CallFormat, WrittenCall, skip_blank
 _ARGUMENTS = ("arguments", "parameters")
 """The names under which arguments are read, in every format."""
 _LIKE_ARGUMENTS = {*_ARGUMENTS, "args", "kwargs", "input", "inputs", "params"}
+_LIKE_NAME = ("name", "function", "tool", "tool_name", "function_name")
 _BESIDE = {"id", "type"}
 """Keys that say nothing of what the call does: OpenAI's, which models copy."""
 _PYTHON_TAG = "<|python_tag|>"
-_NAME_KEY = re.compile(r"""["'](?:name|function)["']\s*:""")
+_NAME_KEY = re.compile(rf"""["'](?:{"|".join(_LIKE_NAME)})["']\s*:""")
 _ARGUMENTS_KEY = re.compile(rf"""["'](?:{"|".join(sorted(_LIKE_ARGUMENTS))})["']\s*:""")
 
 
@@ -65,7 +66,8 @@ def resembles_call(value: JsonValue) -> bool:
     inner = value.get("function")
     if isinstance(inner, Mapping):
         return isinstance(inner.get("name"), str)
-    return isinstance(value.get("name", inner), str) and bool(value.keys() & _LIKE_ARGUMENTS)
+    named = any(isinstance(value.get(key), str) for key in _LIKE_NAME)
+    return named and bool(value.keys() & _LIKE_ARGUMENTS)
 
 
 class _JsonCalls(CallFormat):

@@ -199,10 +199,10 @@ SOUPS = [
 
 @each_format
 def test_the_work_is_linear_in_the_text_whatever_it_is(form: CallFormat, monkeypatch: pytest.MonkeyPatch):
-    """Of 8,000 characters of one piece, behind each beginning, none on average is looked at forty times."""
+    """Of 8,000 characters of one piece, in each place of a turn, none on average is looked at forty times."""
     for piece in SOUPS:
         for before in ("", "<think>", "<think>a</think>", "<think>a</think><safety_thoughts>"):
-            text = before + piece * (8000 // len(piece))
+            text = before + piece * (8000 // len(piece)) + before.replace("<", "</")
             assert _cost(text, form, monkeypatch) < 40 * len(text), (piece, before)
 
 
@@ -235,6 +235,8 @@ def test_the_work_is_linear_in_the_text_whatever_it_is(form: CallFormat, monkeyp
         ('{"type": "retrieval", "name": "f", "arguments": {"x": 1}}', None),
         ('{"function": {"name": "f", "arguments": {"x": 1}}, "arguments": {}}', None),
         ('{"function": "f", "arguments": {"x": 1}}', None),
+        ('{"tool": "f", "arguments": {"x": 1}}', None),
+        ('{"tool_name": "f", "parameters": {"x": 1}}', None),
         ('[{"name": "f", "arguments": {}}, {"name": "f", "arguments": {}}]', None),
     ],
 )
@@ -437,6 +439,14 @@ UNREAD = {
     "Python's quotes": '{"name": "{{ c.function.name }}", "parameters": {{ c.function.arguments | list }}}',
     "arguments left out": '<tool_call>{"name": "{{ c.function.name }}"}</tool_call>',
     "another name": f"<tool_call>{{{{ {_CALL.replace('arguments', 'args', 1)} }}}}</tool_call>",
+    "texts changed": '<tool_call>{"name": "{{ c.function.name }}", "arguments": '
+    "{{ c.function.arguments | tojson | replace('é', 'e') }}}</tool_call>",
+    "all values as texts": '<tool_call>{"name": "{{ c.function.name }}", "arguments": { '
+    + _PAIRS
+    + '"{{ k }}": {{ v | string | tojson }}{% if not loop.last %}, {% endif %}{% endfor %}}}</tool_call>',
+    "quotes not escaped": '<tool_call>{"name": "{{ c.function.name }}", "arguments": { '
+    + _PAIRS
+    + '"{{ k }}": "{{ v }}"{% if not loop.last %}, {% endif %}{% endfor %}}}</tool_call>',
     "no calls": "",
     "it fails on calls": "{{ raise_exception('no calls') }}",
 }

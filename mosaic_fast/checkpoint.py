@@ -20,11 +20,13 @@ from transformers import PreTrainedTokenizerBase
 
 from mosaic_fast.distributed import ALONE, World
 from mosaic_fast.durable import sync
-from mosaic_fast.errors import TrainingError
+from mosaic_fast.errors import TrainingError, UserError
 from mosaic_fast.optimizer import Optimizer
 from mosaic_fast.tensor_file import Entry, reading, write_tensors
+from mosaic_fast.versions import versions
 
 _STATE, _PROGRESS, _MANIFEST = "trainer/state.safetensors", "progress.json", "manifest.json"
+_VERSIONS = "versions.json"
 """The state has a folder of its own: servers of models load every safetensors file beside config.json."""
 _NAME = re.compile(r"step-(\d{6,})", re.ASCII)
 _RNG = "torch_rng"
@@ -38,6 +40,7 @@ class Progress:
     step: int = 0  # training steps done
     train_s: float = 0.0  # seconds spent in them
     before: dict[str, list[float]] = field(default_factory=dict)  # metric -> [hits, total] before training
+    unevaluated: dict[str, float] = field(default_factory=dict)  # metrics of `step`, its evaluation to come
 
 
 def checkpoint_path(folder: Path, progress: Progress) -> Path:
@@ -58,11 +61,13 @@ def save_checkpoint(
     progress: Progress,
     keep: int,
     world: World = ALONE,
+    check: Callable[[Path], None] | None = None,
 ) -> Path:
     """Write `folder`/step-NNNNNN and keep the newest `keep`. TrainingError where the disk refuses.
 
     Of several ranks the first one writes, and all of them hand over their parts.
-    save_weights: write the model to a folder; without one, only hand over.
+    save_weights: write the model to a folder; without one, only hand over. check: raises UserError where
+    what was written cannot be used; so may save_weights. Such a folder is never called a checkpoint.
     """
     final = checkpoint_path(folder, progress)
     if not world.is_first:
@@ -77,6 +82,10 @@ def save_checkpoint(
         tokenizer.save_pretrained(str(unfinished))
         (unfinished / _STATE).parent.mkdir()
         write_tensors(unfinished / _STATE, _state(optimizer))
+        (unfinished / _VERSIONS).write_text(json.dumps(versions(), indent=1) + "\n", encoding="utf-8")
+        if check is not None:
+            check(unfinished)
+            _check_state(unfinished / _STATE, optimizer)
         done = asdict(progress) | {_UPDATES: optimizer.updates}
         (unfinished / _PROGRESS).write_text(json.dumps(done), encoding="utf-8")
         files = sorted(path for path in unfinished.rglob("*") if path.is_file())
@@ -87,6 +96,11 @@ def save_checkpoint(
         shutil.rmtree(final, ignore_errors=True)
         unfinished.rename(final)
         sync(folder)
+    except UserError as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise TrainingError(
+            f"the checkpoint of step {progress.step} cannot be loaded again, so it is not kept: {error}"
+        ) from None
     except (OSError, RuntimeError, SafetensorError) as error:  # each library reports a full disk its own way
         shutil.rmtree(unfinished, ignore_errors=True)
         last = latest_checkpoint(folder)
@@ -133,6 +147,24 @@ def load_training_state(checkpoint: Path, optimizer: Optimizer) -> Progress:
         optimizer.load(read, updates)
         torch.set_rng_state(read(_RNG))
     return Progress(**done)
+
+
+def made_with(checkpoint: Path) -> dict[str, str]:
+    """The versions that a checkpoint names; those of an earlier version of this program name none."""
+    try:
+        found = json.loads((checkpoint / _VERSIONS).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return {str(name): str(value) for name, value in found.items()} if isinstance(found, dict) else {}
+
+
+def _check_state(path: Path, optimizer: Optimizer) -> None:
+    """UserError where the optimiser's file does not hold the tensors that it should."""
+    with reading(path) as read:
+        found = read.names
+    expected = {*optimizer.entry_names(), _RNG}
+    if found != expected:
+        raise TrainingError(f"{path.name} lacks or adds {min(found ^ expected)}")
 
 
 def _state(optimizer: Optimizer) -> list[Entry]:

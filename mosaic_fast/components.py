@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Coroutine, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -20,9 +20,11 @@ from mosaic_fast.end_tokens import end_tokens
 from mosaic_fast.engine import build_engine, longest_rollout
 from mosaic_fast.environment import build_environment
 from mosaic_fast.errors import EngineStoppedError, UserError
+from mosaic_fast.interrupt import Interrupt, Stopped
 from mosaic_fast.learner import Reference
 from mosaic_fast.lora import Lora
 from mosaic_fast.policy import Policy
+from mosaic_fast.policy.checkpoint import check_saved, weights_of
 from mosaic_fast.policy.folder import check_folder
 from mosaic_fast.pretrained import (
     check_vocabulary,
@@ -38,6 +40,14 @@ from mosaic_rollout.engine import EngineError
 from mosaic_rollout.types import ManagedEngine, Task
 
 Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, eq=False)
+class _Playing:
+    """Engine work under way, to be cancelled."""
+
+    loop: asyncio.AbstractEventLoop
+    task: asyncio.Task[object]
 
 
 @dataclass(frozen=True)
@@ -56,19 +66,24 @@ class Components:
     world: World = ALONE
     sharding: Sharding | None = None  # None: the weights are whole
     engine_is_local: bool = True
+    interrupt: Interrupt | None = None  # None: signals are somebody else's
+    _playing: list[_Playing] = field(default_factory=list)  # under way, in whatever thread
 
-    def save_weights(self, folder: Path | None) -> None:
+    def save_weights(self, folder: Path | None, *, check: bool = False) -> None:
         """Write the policy as a Hugging Face folder; with LoRA the merged weights, and the adapter in it.
 
-        folder: None on ranks that hand over their part only.
+        folder: None on ranks that hand over their part only. check: open what was written, and raise
+        UserError where it is not a model with these very weights.
         """
         with self._whole_weights():
             if folder is None:
                 return
-            if self.lora is None:
-                self.policy.save_pretrained(folder)
-            else:
-                self.lora.save(folder)
+            if self.lora is not None:
+                self.lora.save(folder, check=check)
+                return
+            self.policy.save_pretrained(folder)
+            if check:
+                check_saved(folder, weights_of(self.policy.model))
 
     def publish(self, version: int) -> None:
         """Have the engine serve the policy's current weights as `version`."""
@@ -107,9 +122,15 @@ class Components:
             group_ids=numbers,
         )
         try:
-            groups = self.run(work, version=version)
+            with nullcontext() if self.interrupt is None else self.interrupt.abandonable():
+                groups = self.run(work, version=version)
         except EngineStoppedError as error:
-            return Share(stopped=str(error))
+            abandoned = self.interrupt is not None and self.interrupt.requested
+            return Share(abandoned=True) if abandoned else Share(stopped=str(error))
+        except Stopped:
+            return Share(abandoned=True)
+        finally:
+            work.close()  # where it was never begun
         return Share(dict(zip(numbers, groups, strict=True)))
 
     def _whole_weights(self) -> AbstractContextManager[None]:
@@ -122,12 +143,19 @@ class Components:
         """
 
         async def synced() -> Result:
-            if version is not None:
-                await self.engine.update_weights(version)
+            task = asyncio.current_task()
+            assert task is not None
+            playing = _Playing(asyncio.get_running_loop(), task)
+            self._playing.append(playing)
             try:
-                return await work
+                if version is not None:
+                    await self.engine.update_weights(version)
+                try:
+                    return await work
+                finally:
+                    await self.engine.release()
             finally:
-                await self.engine.release()
+                self._playing.remove(playing)
 
         try:
             return asyncio.run(synced())
@@ -135,6 +163,11 @@ class Components:
             raise EngineStoppedError(f"{error}. The last checkpoint is intact") from None
         finally:
             work.close()  # where it was never begun
+
+    def abandon(self) -> None:
+        """Cancel what is played in another thread."""
+        for playing in list(self._playing):
+            playing.loop.call_soon_threadsafe(playing.task.cancel)
 
     def loop_at(self, temperature: float) -> AgentLoop:
         """The agent loop at another sampling temperature; 0 is greedy."""
@@ -163,6 +196,7 @@ def build_components(
     *,
     base: Path | None = None,
     world: World = ALONE,
+    interrupt: Interrupt | None = None,
 ) -> Components:
     """Everything of a run, with the model of folder `weights`. Raises UserError for what is missing.
 
@@ -178,7 +212,10 @@ def build_components(
     if config.model.threads:
         torch.set_num_threads(config.model.threads)
     environment = build_environment(config)
-    check_folder(weights)
+    try:
+        check_folder(weights)
+    except UserError as error:
+        raise UserError(f"model.path: {error}") from None
     tokenizer = load_tokenizer(weights)
     chat = Chat(
         tokenizer,
@@ -207,7 +244,7 @@ def build_components(
         engine, chat, environment, limits, rollout.temperature, tool_timeout_s=config.env.tool_timeout_s
     )
     local = config.engine.kind == "local"
-    return Components(tokenizer, policy, engine, loop, lora, world, sharding, local)
+    return Components(tokenizer, policy, engine, loop, lora, world, sharding, local, interrupt)
 
 
 def build_reference(config: Config, initial: Path, components: Components) -> Reference | None:

@@ -1,11 +1,18 @@
-"""Ctrl-C that lets the step under way end."""
+"""Ctrl-C and SIGTERM: what can be played again is abandoned, what cannot is finished and kept."""
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
+
+
+class Stopped(KeyboardInterrupt):
+    """Work was abandoned because the user asked the run to stop."""
 
 
 class Interrupt:
@@ -17,6 +24,7 @@ class Interrupt:
 
     def __init__(self, *, one_of_many: bool = False) -> None:
         self.requested, self._one_of_many = False, one_of_many
+        self._abandonable = 0  # entered `abandonable` blocks
         self._previous: dict[int, Callable[[int, FrameType | None], object] | int | None] = {}
 
     def __enter__(self) -> Interrupt:
@@ -32,11 +40,46 @@ class Interrupt:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self._one_of_many and (not self.requested or number == signal.SIGTERM):
-            self.requested = True
+    @contextmanager
+    def abandonable(self) -> Iterator[None]:
+        """Around what changes nothing that is kept: the first signal ends it with Stopped.
+
+        The tasks of an event loop are cancelled, so that each can put its things in order; a call that
+        blocks the loop ends first. In other threads than the main one, which get no signals, it does nothing.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            yield
             return
-        if self.requested:
+        self._abandonable += 1
+        try:
+            if self.requested:
+                raise Stopped
+            yield
+        except asyncio.CancelledError:
+            if self.requested:
+                raise Stopped from None
+            raise
+        finally:
+            self._abandonable -= 1
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        first, self.requested = not self.requested, True
+        if not first and not (self._one_of_many and number == signal.SIGTERM):
             raise KeyboardInterrupt
-        self.requested = True
-        print("\nstopping after this step; once more to stop at once", file=sys.stderr)
+        if not first:
+            return
+        if not self._one_of_many:
+            print("\nstopping; once more to stop at once", file=sys.stderr)
+        if self._abandonable and not _cancel_tasks():
+            raise Stopped
+
+
+def _cancel_tasks() -> bool:
+    """Cancel all tasks of the loop that runs in this thread; False where none does."""
+    try:
+        loop = asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    for task in asyncio.all_tasks(loop):
+        loop.call_soon_threadsafe(task.cancel)  # which wakes a loop that waits
+    return True

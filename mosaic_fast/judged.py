@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import cast
 
@@ -10,6 +11,7 @@ import numpy as np
 
 from mosaic_fast.config import RewardConfig
 from mosaic_fast.distributed import World
+from mosaic_fast.interrupt import Interrupt, Stopped
 from mosaic_fast.judge import Judge, Judgement
 from mosaic_fast.reward import GroupReward, group_reward
 from mosaic_fast.run_folder import RunFolder
@@ -35,12 +37,21 @@ def judged_together(
     folder: RunFolder,
     step: int,  # done before this one
     world: World,
+    interrupt: Interrupt | None = None,
 ) -> Judged:
     """Judge a step and write its trajectories on the first rank; the others are told, to the bit.
 
-    Which tokens are trained on follows from these numbers, and the ranks must not differ in it.
+    Which tokens are trained on follows from these numbers, and the ranks must not differ in it. Stopped on
+    every rank where the one that judges was asked to stop.
     """
-    judged = None if judge is None else _judged(judge, groups, config, folder, step)
+    judged: Judged | None = None
+    try:
+        with nullcontext() if interrupt is None else interrupt.abandonable():
+            judged = None if judge is None else _judged(judge, groups, config, folder, step)
+    except Stopped:
+        if world.size > 1:
+            world.from_first([])
+        raise
     if judged is not None and world.size == 1:
         return judged
     numbers: JsonValue = None
@@ -48,6 +59,8 @@ def judged_together(
         kinds = (judged.preferences, judged.totals, judged.advantages)
         numbers = [[array.tolist() for array in arrays] for arrays in kinds]
     told = cast("list[list[JsonValue]]", world.from_first(numbers))
+    if not told:
+        raise Stopped
     preferences, totals, advantages = ([np.array(values, np.float64) for values in kind] for kind in told)
     return judged or Judged(preferences, totals, advantages)
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from mosaic_fast.config import ModelConfig
 from mosaic_fast.errors import UserError
-from mosaic_fast.policy.checkpoint import save_model, weights_of
+from mosaic_fast.policy.checkpoint import check_saved, is_tied, save_model, weights_of
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -50,6 +50,14 @@ class Lora:
                 f"model.lora_targets: {', '.join(absent)} names no linear module of this model; there are "
                 f"{', '.join(sorted(linear))}"
             )
+        head = model.get_output_embeddings()
+        if is_tied(model) and any(
+            module is head and name.rsplit(".", 1)[-1] in targets for name, module in model.named_modules()
+        ):
+            raise UserError(
+                "model.lora_targets: the LM head of this model is its embedding (tie_word_embeddings), so an "
+                "adapter on it would change both and could be neither saved nor served; leave it out"
+            )
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             # peft asks transformers for a name that transformers has deprecated
             warnings.simplefilter("ignore", FutureWarning)
@@ -71,9 +79,15 @@ class Lora:
             self._wrapper, load_file(folder / ADAPTER / "adapter_model.safetensors", device="cpu")
         )
 
-    def save(self, folder: Path) -> None:
-        """The merged model, which loads without peft, and in `adapter` what peft loads on the base."""
-        save_model(self._model, folder, self.merged_weights())
+    def save(self, folder: Path, *, check: bool = False) -> None:
+        """The merged model, which loads without peft, and in `adapter` what peft loads on the base.
+
+        check: open the merged model again; UserError where it is not one with these very weights.
+        """
+        merged = self.merged_weights()
+        save_model(self._model, folder, merged)
+        if check:
+            check_saved(folder, merged)
         self._wrapper.save_pretrained(
             str(folder / ADAPTER), save_embedding_layers=False, state_dict=weights_of(self._wrapper)
         )

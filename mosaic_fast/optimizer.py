@@ -69,8 +69,9 @@ class Optimizer:
         step: number of the training step, from 1, for messages.
 
         Weights that nothing reached have a gradient of zero, as they have in a batch that is not pruned.
-        TrainingError naming the training step where the gradient, or a weight after it, is not finite; the
-        weights are not changed in the first case. Every rank sees the same norm, and the same error.
+        TrainingError naming the training step, counted from 1, where the gradient, or a weight after it, is
+        not finite; the weights are not changed in the first case. Every rank sees the same norm, and the same
+        error.
         """
         for weight, target in zip(self.weights, self._targets, strict=True):
             if target is not weight and isinstance(weight, DTensor):
@@ -103,6 +104,10 @@ class Optimizer:
         """Updates made so far, of runs that it was resumed from too."""
         state = self.adamw.state
         return int(state.get(self._targets[0], {}).get("step", 0)) if self._targets else 0
+
+    def entry_names(self) -> set[str]:
+        """The names of `entries`."""
+        return {entry.name for entry in self.entries()}
 
     def entries(self) -> list[Entry]:
         """What a checkpoint keeps beside the model's weights, whole: moments and fp32 copies by weight name.

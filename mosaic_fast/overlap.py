@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager, nullcontext
 from typing import Generic, TypeVar
 
 Groups = TypeVar("Groups")
@@ -25,6 +26,7 @@ class Ahead(Generic[Groups]):
 
     publish: hand the trainer's weights to the engine as a version; called while nothing is played.
     play: the rollouts of a step, by the weights last published; called in a thread if max_staleness > 0.
+    abandon: have what is played in the thread end early. abandonable: entered while it is waited for.
     """
 
     def __init__(
@@ -34,7 +36,10 @@ class Ahead(Generic[Groups]):
         *,
         max_staleness: int,
         steps: int,
+        abandon: Callable[[], None] = lambda: None,
+        abandonable: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
+        self._abandon, self._abandonable = abandon, abandonable
         self._publish, self._play = publish, play
         self._max_staleness, self._steps = max_staleness, steps
         self._playing: deque[Future[Groups]] = deque()
@@ -50,7 +55,9 @@ class Ahead(Generic[Groups]):
             if not self._max_staleness:
                 return self._play(step)
             self._start(step, step + 1)
-        groups = self._playing.popleft().result()
+        with self._abandonable():
+            groups = self._playing[0].result()
+        self._playing.popleft()
         if not self._playing and step + 1 < self._steps:
             self._publish(step)
             self._start(step + 1, min(self._steps, step + 1 + self._max_staleness))
@@ -58,10 +65,12 @@ class Ahead(Generic[Groups]):
 
     def wait(self) -> None:
         """Until the engine is idle, for others to use. What has been played is kept."""
-        wait(self._playing)
+        with self._abandonable():
+            wait(self._playing)
 
     def close(self) -> None:
-        """Forget the steps ahead; the one being played is waited for."""
+        """Forget the steps ahead, the one being played with them."""
+        self._abandon()
         self._thread.shutdown(wait=True, cancel_futures=True)
 
     def _start(self, first: int, stop: int) -> None:

@@ -80,6 +80,20 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, policy: Policy, folder:
         )
 
 
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """UserError where the tokenizer saved in a folder is not this one."""
+    saved = load_tokenizer(folder)
+    template = tokenizer.chat_template
+    probe = template if isinstance(template, str) else "The tool said: 42."
+    for what, same in (
+        ("tokens", saved.get_vocab() == tokenizer.get_vocab()),
+        ("chat template", saved.chat_template == template),
+        ("way of reading text", saved.encode(probe) == tokenizer.encode(probe)),
+    ):
+        if not same:
+            raise UserError(f"the tokenizer loads with other {what} than it was saved with")
+
+
 def checkpoint_activations(model: PreTrainedModel, *, reentrant: bool = False) -> None:
     """Have transformers run each layer again in the backward pass; the method has two names."""
     name = "activation_checkpointing_enable"  # transformers 5.17 has the other one only

@@ -109,7 +109,7 @@ class RunFolder:
                 kept = [json.dumps(row) + "\n" for row in self.metrics() if row["step"] <= last]
                 durable.write_text(self.metrics_path, "".join(kept))
             if self.notes_path.exists():
-                durable.write_text(self.notes_path, self._notes_until(step if rows is None else rows))
+                durable.write_text(self.notes_path, self._notes_until(step))
         return changed
 
     def settle(self) -> None:
@@ -226,7 +226,11 @@ class RunFolder:
         if not path.exists():
             save_config(config, path)
             return []
-        changed = changes(load_config(path).resolved(), config)
+        stored = load_config(path).resolved()
+        if stored.rollout.date is None:  # of a version that kept none
+            rollout = stored.rollout.model_copy(update={"date": config.rollout.date})
+            stored = stored.model_copy(update={"rollout": rollout})
+        changed = changes(stored, config.resolved())
         if changed:
             row = {"after_step": step, "changed": {c.key: [c.before, c.after] for c in changed}}
             with (self.path / "changes.jsonl").open("a", encoding="utf-8") as file:

@@ -13,9 +13,9 @@ if __name__ == "__main__":  # --help and a mistake are answered before torch is 
 
 import sys
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -26,6 +26,7 @@ from mosaic_fast.checkpoint import (
     checkpoint_path,
     latest_checkpoint,
     load_training_state,
+    made_with,
     save_checkpoint,
     step_of,
     verify_checkpoint,
@@ -45,7 +46,7 @@ from mosaic_fast.errors import EngineStoppedError, TrainingError, UserError
 from mosaic_fast.evaluate import evaluate_policy, evaluation_tasks, rates_table
 from mosaic_fast.execution.cost import cost_model_of_run, keep_cost_model
 from mosaic_fast.findings import Finding, Findings, rollout_findings, update_findings
-from mosaic_fast.interrupt import Interrupt
+from mosaic_fast.interrupt import Interrupt, Stopped
 from mosaic_fast.judge import (
     Judge,
     build_judge,
@@ -59,12 +60,13 @@ from mosaic_fast.learner import Learner
 from mosaic_fast.memory import dry_run
 from mosaic_fast.metrics import Rate, pairs_of, prefix_hit, reward_figures, rollout_figures, values_of
 from mosaic_fast.overlap import Ahead
-from mosaic_fast.pretrained import model_folder
+from mosaic_fast.pretrained import check_tokenizer, model_folder
 from mosaic_fast.progress import ProgressView
 from mosaic_fast.run_folder import RunFolder
 from mosaic_fast.seeds import derived_seed
 from mosaic_fast.step_batch import step_batch
 from mosaic_fast.trackers import Trackers, require_trackers
+from mosaic_fast.versions import other_versions
 from mosaic_rollout.types import Rollout, Task
 
 
@@ -91,11 +93,19 @@ def train(config: Config, name: str = "world", *, resume: bool = False, world: W
             f"env.name: {config.env.name} is for evaluation only and is not trained on; play it with "
             f"python -m mosaic_fast.evaluate MODEL --suite {config.env.name}={config.env.tasks}"
         )
-    with RunFolder(config, name, resume=resume, world=world) as folder:
-        return _train_in(folder, folder.dated(config), world)
+    with (
+        Interrupt(one_of_many=world.size > 1) as interrupt,
+        RunFolder(config, name, resume=resume, world=world) as folder,
+    ):
+        with interrupt.abandonable() if world.size == 1 else nullcontext():
+            trainer, notes = _set_up(folder, folder.dated(config), world, interrupt)
+        return _train(trainer, notes, interrupt)
 
 
-def _train_in(folder: RunFolder, config: Config, world: World) -> int:
+def _set_up(
+    folder: RunFolder, config: Config, world: World, interrupt: Interrupt
+) -> tuple[_Trainer, list[str]]:
+    """The parts of the run, and what to tell of it. The folder is written to last."""
     checkpoint = _checkpoint_to_load(folder, world)
     judge = build_judge(config.judge, folder.path) if world.is_first else None
     require_trackers(config)
@@ -103,7 +113,12 @@ def _train_in(folder: RunFolder, config: Config, world: World) -> int:
     if checkpoint is None or step_of(checkpoint) < config.steps:
         probe_judge(judge)
     components = build_components(
-        config, checkpoint or initial, folder.path / "sglang", base=initial, world=world
+        config,
+        checkpoint or initial,
+        folder.path / "sglang",
+        base=initial,
+        world=world,
+        interrupt=interrupt,
     )
     cost = cost_model_of_run(folder.path, config.forest.cost_model)
     learner = Learner(
@@ -116,51 +131,59 @@ def _train_in(folder: RunFolder, config: Config, world: World) -> int:
     )
     torch.manual_seed(config.seed)  # nothing draws from it today; a checkpoint holds its state all the same
     progress = load_training_state(checkpoint, learner.optimizer) if checkpoint else Progress()
-    notes: list[str] = []
+    notes = [defaults_in_words(config), why_shorter(config, components.policy)]
+    if checkpoint is not None:
+        notes.append(other_versions(made_with(checkpoint)))
     if world.is_first:
-        notes += [change.said() for change in folder.open(config, progress.step)]
+        rows = progress.step - 1 if progress.unevaluated else progress.step
+        notes += [change.said() for change in folder.open(config, progress.step, rows)]
         if not folder.is_locked:
             notes.append(f"{folder.path} is on storage without locks: nothing keeps a second run out of it")
         with folder.writing("cost.toml"):
             keep_cost_model(cost, folder.path)
         with folder.writing("judge.json"):
             keep_judge_record(judge, folder.path)
-    trainer = _Trainer(config, folder, components, learner, judge)
-    console = config.trackers.console if world.is_first else "quiet"
+    trainer = _Trainer(config, folder, components, learner, judge, progress, interrupt)
+    return trainer, [note for note in notes if note]
 
+
+def _train(trainer: _Trainer, notes: Sequence[str], interrupt: Interrupt) -> int:
+    """The run from where it stands to its end, or until it is asked to stop; returns the exit code."""
+    config, folder, world = trainer.config, trainer.folder, trainer.world
+    after: dict[str, Rate] = {}
+    stop = False
     with (
-        closing(components.engine),
+        closing(trainer.components.engine),
         closing(trainer.rollouts),
-        ProgressView(console, config.steps, progress.step) as view,
+        ProgressView(
+            config.trackers.console if world.is_first else "quiet", config.steps, trainer.progress.step
+        ) as view,
         Trackers(config, folder.path, active=world.is_first) as trackers,
-        Interrupt(one_of_many=world.size > 1) as interrupt,
     ):
         view.say(f"run folder {folder.path}")
         if world.size > 1:
             view.say(f"{world.size} ranks")
-        for told in (defaults_in_words(config), why_shorter(config, components.policy), *notes):
-            if told:
-                view.say(told)
-        after: dict[str, Rate] = {}
-        if not progress.before and config.env.eval_tasks:
-            view.say(f"evaluating the start on {trainer.heldout_words}, greedy")
-            before = trainer.evaluate(config.env.eval_tasks, progress.step)
-            if before["rollout/truncated_frac"].value == 1.0:
-                view.say(
-                    "every one of these episodes was cut off by a limit: raise rollout.max_step_tokens, "
-                    "rollout.max_rollout_tokens or rollout.max_steps"
-                )
-            progress = replace(progress, before=pairs_of(before))
-        stop = False
-        while progress.step < config.steps and not (stop := trainer.agree(interrupt.requested)):
-            row, notes, progress = trainer.step(progress)
-            view.step(row, notes)
-            trackers.log(row)
-        if config.env.eval_tasks and not (stop := stop or trainer.agree(interrupt.requested)):
-            view.say(f"evaluating the result on {trainer.heldout_words}, greedy")
-            after = trainer.evaluate(config.env.eval_tasks, progress.step)
-    trainer.finish(progress, after, view)
-    return INTERRUPTED if stop or interrupt.requested else 0
+        for note in notes:
+            view.say(note)
+        try:
+            if not trainer.progress.before and config.env.eval_tasks:
+                view.say(f"evaluating the start on {trainer.heldout_words}, greedy")
+                if trainer.evaluate_start()["rollout/truncated_frac"].value == 1.0:
+                    view.say(
+                        "every one of these episodes was cut off by a limit: raise rollout.max_step_tokens, "
+                        "rollout.max_rollout_tokens or rollout.max_steps"
+                    )
+            while trainer.unfinished and not (stop := trainer.agree(interrupt.requested)):
+                row, said = trainer.step()
+                view.step(row, said)
+                trackers.log(row)
+            if config.env.eval_tasks and not (stop := stop or trainer.agree(interrupt.requested)):
+                view.say(f"evaluating the result on {trainer.heldout_words}, greedy")
+                after = trainer.evaluate(config.env.eval_tasks, trainer.progress.step)
+        except Stopped:
+            stop = True
+    trainer.finish(after, view)
+    return INTERRUPTED if stop else 0
 
 
 def _checkpoint_to_load(folder: RunFolder, world: World) -> Path | None:
@@ -181,10 +204,19 @@ class _Trainer:
     """The parts of a run that its steps share."""
 
     def __init__(
-        self, config: Config, folder: RunFolder, components: Components, learner: Learner, judge: Judge | None
+        self,
+        config: Config,
+        folder: RunFolder,
+        components: Components,
+        learner: Learner,
+        judge: Judge | None,
+        progress: Progress,
+        interrupt: Interrupt,
     ) -> None:
         self.config, self.folder, self.components = config, folder, components
         self.learner, self.judge, self.world = learner, judge, components.world
+        self.progress, self._interrupt = progress, interrupt
+        self._opened_one = False  # a checkpoint of this process was opened again
         self._checkpoint_s = 0.0  # seconds the last checkpoint took
         self._findings = Findings()
         ahead = config.rollout.max_staleness
@@ -193,7 +225,14 @@ class _Trainer:
             lambda step: self._play(step, version=None if ahead else step),
             max_staleness=ahead,
             steps=config.steps,
+            abandon=components.abandon,
+            abandonable=interrupt.abandonable,
         )
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether steps are left, or the metrics of the last one."""
+        return self.progress.step < self.config.steps or bool(self.progress.unevaluated)
 
     @cached_property
     def heldout_tasks(self) -> int:
@@ -224,22 +263,26 @@ class _Trainer:
         plan = GroupPlan(config.group_size, seed, config.branching, config.gate_contrast)
         return self.components.play(self.components.loop, self._tasks(step), plan, version=version)
 
-    def step(self, progress: Progress) -> tuple[dict[str, float], list[str], Progress]:
-        """One training step; returns its metrics, what to say of it, and how far the run has come."""
-        config, step = self.config, progress.step
+    def step(self) -> tuple[dict[str, float], list[str]]:
+        """One training step, or the evaluation that one still lacks: its metrics, and what to say of it."""
+        if self.progress.unevaluated:
+            return self._evaluated(self.progress.unevaluated), []
+        config, step = self.config, self.progress.step
         clock = Clock()
 
         # roll out: a group of trajectories for every task, by the current weights unless sampled ahead
         try:
-            groups = all_groups(self.world, self.rollouts.take(step), self._tasks(step))
+            groups = all_groups(self.world, self._take(step), self._tasks(step))
         except EngineStoppedError:
-            self.save_unsaved(progress)
+            self.save_unsaved()
             raise
         rollouts = [rollout for group in groups for rollout in group]
         clock.lap("time/rollout_s")
 
         # judge, advantage; the trajectories are written
-        judged = judged_together(self.judge, groups, config.reward, self.folder, step, self.world)
+        judged = judged_together(
+            self.judge, groups, config.reward, self.folder, step, self.world, self._interrupt
+        )
         found = rollout_findings(groups, judged.advantages, config, self.components.loop.limits)
         if config.reward.require_signal and not any(a.any() for a in judged.advantages):
             raise _no_signal(step, found)
@@ -268,34 +311,56 @@ class _Trainer:
             "perf/generated_tokens_per_s": forest.trained.sum() / clock.laps["time/rollout_s"],
             "perf/update_tokens_per_s": forest.num_tokens * config.optim.epochs / clock.laps["time/update_s"],
         }
-        stopped: EngineStoppedError | None = None
-        if config.env.eval_every and (step + 1) % config.env.eval_every == 0:
-            try:
-                count = max(1, config.env.eval_tasks // 3)
-                rates = self.evaluate(count, step + 1)
-                row |= {f"heldout/{name}": rate.value for name, rate in rates.items() if rate.total}
-                row["heldout/tasks"] = float(self._heldout(count))
-            except EngineStoppedError as error:  # the step itself is done, and is kept
-                stopped = error
+        seconds = self.progress.train_s + row["time/step_s"]
+        self.progress = replace(self.progress, step=step + 1, train_s=seconds)
         notes = self._findings.to_say(step + 1, found)
         if self.world.is_first:
-            self.folder.append_metrics(row)
             self.folder.append_notes(step + 1, notes)
-        progress = replace(progress, step=step + 1, train_s=progress.train_s + row["time/step_s"])
-        if stopped or progress.step % config.checkpoint.every == 0 or progress.step == config.steps:
-            self.save(progress)
-        if stopped:
-            raise stopped
-        return row, notes, progress
+        return self._evaluated(row), notes
 
-    def save_unsaved(self, progress: Progress) -> None:
-        """A checkpoint of where the run stands, if there is none yet."""
+    def _take(self, step: int) -> Share:
+        """This rank's rollouts of a step, or that it was asked to stop while it waited for them."""
+        try:
+            return self.rollouts.take(step)
+        except Stopped:
+            return Share(abandoned=True)
+
+    def _evaluated(self, row: dict[str, float]) -> dict[str, float]:
+        """The metrics of the step just done, with its evaluation where one is due: written down, and kept.
+
+        Where the evaluation ends early, a checkpoint keeps the step, whose metrics are then written once
+        it was made.
+        """
+        config, step = self.config, self.progress.step
+        if config.env.eval_every and step % config.env.eval_every == 0:
+            try:
+                count = max(1, config.env.eval_tasks // 3)
+                rates = self.evaluate(count, step)
+            except (EngineStoppedError, Stopped):
+                self.progress = replace(self.progress, unevaluated=dict(row))
+                self.save_unsaved()
+                raise
+            row |= {f"heldout/{name}": rate.value for name, rate in rates.items() if rate.total}
+            row["heldout/tasks"] = float(self._heldout(count))
+        self.progress = replace(self.progress, unevaluated={})
+        if self.world.is_first:
+            self.folder.append_metrics(row)
+        if step % config.checkpoint.every == 0 or step == config.steps:
+            self.save_unsaved()
+        return row
+
+    def save_unsaved(self) -> None:
+        """A checkpoint of where the run stands, if there is none yet and anything was done."""
         folder = self.folder.checkpoints
-        missing = self.world.is_first and latest_checkpoint(folder) != checkpoint_path(folder, progress)
+        missing = (
+            self.world.is_first
+            and self.progress != Progress()
+            and latest_checkpoint(folder) != checkpoint_path(folder, self.progress)
+        )
         if self.agree(missing):
-            self.save(progress)
+            self._save()
 
-    def save(self, progress: Progress) -> None:
+    def _save(self) -> None:
         clock = Clock()
         components, keep = self.components, self.config.checkpoint.keep
         if self.world.is_first:
@@ -305,36 +370,49 @@ class _Trainer:
             self._save_model,
             components.tokenizer,
             self.learner.optimizer,
-            progress,
+            self.progress,
             keep,
             self.world,
+            check=None if self._opened_one else partial(check_tokenizer, components.tokenizer),
         )
+        self._opened_one = True
         self._checkpoint_s = clock.total
 
     def _save_model(self, folder: Path | None) -> None:
         """The model's folder, with what whoever trains it again needs to know of this run."""
-        self.components.save_weights(folder)
+        self.components.save_weights(folder, check=not self._opened_one)
         if folder is not None:
             (folder / RECORD).write_text(record_of(self.config), encoding="utf-8")
 
+    def evaluate_start(self) -> dict[str, Rate]:
+        """The evaluation before training."""
+        before = self.evaluate(self.config.env.eval_tasks, self.progress.step)
+        self.progress = replace(self.progress, before=pairs_of(before))
+        return before
+
     def evaluate(self, count: int, step: int) -> dict[str, Rate]:
         """Rates on held-out tasks, greedy, by the weights after `step` training steps."""
-        self.rollouts.wait()
+        abandoned = False
+        try:
+            self.rollouts.wait()
+        except Stopped:
+            abandoned = True
+        if self.agree(abandoned):
+            raise Stopped
         return evaluate_policy(self.components, "heldout", count, temperature=0.0, version=step)
 
-    def finish(self, progress: Progress, after: dict[str, Rate], view: ProgressView) -> None:
-        """Summary, curves and the closing table."""
-        config, folder = self.config, self.folder
+    def finish(self, after: dict[str, Rate], view: ProgressView) -> None:
+        """A last checkpoint where one is missing; summary, curves and the closing table."""
+        config, folder, progress = self.config, self.folder, self.progress
         before = {name: Rate(*pair) for name, pair in progress.before.items()}
-        done = progress.step == config.steps
-        if not done:
-            self.save_unsaved(progress)
+        complete = not self.unfinished and bool(after or not config.env.eval_tasks)
+        self.save_unsaved()
         if not self.world.is_first:
             return
         summary = {
             "seed": config.seed,
             "steps": progress.step,
-            "complete": done and bool(after or not config.env.eval_tasks),
+            "complete": complete,
             "train_s": round(progress.train_s, 2),
             "eval_tasks": self.heldout_tasks,
             "before": values_of(before),
@@ -352,8 +430,9 @@ class _Trainer:
         view.say(f"{progress.step} steps in {progress.train_s:.0f} s of training")
         view.say(f"curves        {folder.path / 'curves.png'}")
         view.say(f"trajectories  {folder.trajectories}")
-        view.say(f"checkpoint    {checkpoint_path(folder.checkpoints, progress)}")
-        if not done:
+        if checkpoint_path(folder.checkpoints, progress).is_dir():
+            view.say(f"checkpoint    {checkpoint_path(folder.checkpoints, progress)}")
+        if not complete:
             view.say(f"stopped; go on with: python -m mosaic_fast.train --resume --run-dir {folder.path}")
 
 

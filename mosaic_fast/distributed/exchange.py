@@ -11,6 +11,7 @@ import numpy as np
 
 from mosaic_fast.distributed.world import World
 from mosaic_fast.errors import EngineStoppedError
+from mosaic_fast.interrupt import Stopped
 from mosaic_rollout.types import Gate, JsonValue, Rollout, Step, Task, ToolCall, Verdict
 
 _ARRAYS = {
@@ -42,22 +43,26 @@ class Share:
 
     groups: Mapping[int, list[Rollout]] = field(default_factory=dict)
     stopped: str = ""
+    abandoned: bool = False  # the user asked this rank to stop
 
 
 def all_groups(world: World, share: Share, tasks: Sequence[Task]) -> list[list[Rollout]]:
     """Every rank's groups, in the order of tasks, on every rank.
 
-    EngineStoppedError on every rank where the engine of one stopped.
+    EngineStoppedError on every rank where the engine of one stopped; Stopped where a rank was asked to stop.
     """
-    if world.size == 1 and not share.stopped:
+    if world.size == 1 and not share.stopped and not share.abandoned:
         return [share.groups[number] for number in range(len(tasks))]
     own: JsonValue = {
         "stopped": share.stopped,
+        "abandoned": share.abandoned,
         "groups": {
             str(number): [packed(rollout) for rollout in group] for number, group in share.groups.items()
         },
     }
     every = cast("list[dict[str, JsonValue]]", world.gather(own))
+    if any(one["abandoned"] for one in every):
+        raise Stopped
     stopped_together(world, [str(one["stopped"]) for one in every])
     found: dict[int, list[Rollout]] = {}
     for one in every:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import transformers
-from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from mosaic_fast.errors import UserError
-from mosaic_fast.policy.folder import check_folder
+from mosaic_fast.policy.folder import WEIGHTS, check_folder
 from mosaic_fast.policy.support import check_family
+
+_GENERATION = "generation_config.json"
 
 Report = dict[str, Iterable[object]]
 """What transformers says of a load: parameter names by kind of problem."""
@@ -43,6 +45,7 @@ def load_model(path: Path, dtype: torch.dtype | str, device: torch.device | str)
                 "anew without what the model does not use"
             )
     _refuse_broken_values(path, model)
+    _mend_generation(path, model)
     if model.config.tie_word_embeddings and not is_tied(model):
         model.config.tie_word_embeddings = False  # the folder has a head of its own, and so will checkpoints
     module: torch.nn.Module = model
@@ -74,12 +77,48 @@ def save_model(model: PreTrainedModel, folder: Path, weights: dict[str, torch.Te
     """
     if folder.is_file():
         raise UserError(f"{folder} is a file: a model is saved in a folder")
-    with _quiet():
-        model.save_pretrained(folder, state_dict=weights or weights_of(model), max_shard_size="1000TB")
+    try:
+        with _quiet():
+            model.save_pretrained(folder, state_dict=weights or weights_of(model), max_shard_size="1000TB")
+    except ValueError as error:  # of a generation_config.json that contradicts itself
+        raise UserError(f"{folder}: transformers cannot save the model: {in_one_line(error)}") from error
+
+
+def check_saved(folder: Path, weights: Mapping[str, torch.Tensor]) -> None:
+    """UserError unless a folder just saved is a model that loads, with these very weights, bit for bit.
+
+    The model is made of config.json without memory for its weights, and the file is read once, a tensor at a
+    time: no more than a checksum of it costs.
+    """
+    check_folder(folder)
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        if (folder / _GENERATION).is_file():
+            GenerationConfig.from_pretrained(folder, local_files_only=True)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except Exception as error:
+        raise UserError(f"transformers cannot make its model again: {in_one_line(error)}") from error
+    tied = set(model.all_tied_weights_keys)
+    expected = {name: tuple(t.shape) for name, t in model.state_dict().items() if name not in tied}
+    with safe_open(str(folder / WEIGHTS), framework="pt", device="cpu") as file:
+        different = set(file.keys()) ^ set(expected)
+        if different:
+            raise UserError(f"{WEIGHTS} lacks or adds {min(different)}")
+        for name, shape in expected.items():
+            saved, own = file.get_tensor(name), weights[name].detach().cpu().contiguous()
+            same = saved.shape == own.shape == shape and saved.dtype == own.dtype
+            if not same or not torch.equal(saved.view(torch.uint8), own.view(torch.uint8)):
+                raise UserError(f"{WEIGHTS} has {name} with other values than the model")
 
 
 def _load_folder(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Report]:
     check_folder(folder)
+    try:
+        if (folder / _GENERATION).is_file():
+            GenerationConfig.from_pretrained(folder, local_files_only=True)
+    except Exception as error:
+        raise UserError(f"{folder}: {_GENERATION}: {in_one_line(error)}; correct or remove it") from error
     try:
         with _quiet():
             return AutoModelForCausalLM.from_pretrained(
@@ -134,6 +173,24 @@ def _refuse_broken_values(path: Path, model: torch.nn.Module) -> None:
     for name, weight in model.named_parameters():
         if not bool(torch.isfinite(weight).all()):
             raise UserError(f"{path}: the weights hold NaN or infinite values, the first in {name}")
+
+
+def _mend_generation(path: Path, model: PreTrainedModel) -> None:
+    """transformers loads a generation_config.json that it then refuses to save, at the first checkpoint."""
+    generation = model.generation_config
+    if generation is None:
+        return
+    try:
+        generation.validate(strict=True)
+        return
+    except ValueError:
+        generation.do_sample = True  # temperature and its like, in a file that says nothing of sampling
+    try:
+        generation.validate(strict=True)
+    except ValueError as error:
+        raise UserError(
+            f"{path}: generation_config.json: {in_one_line(error)}; correct or remove it"
+        ) from None
 
 
 def _as_dtype(dtype: torch.dtype | str) -> torch.dtype:

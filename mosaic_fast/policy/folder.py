@@ -48,7 +48,7 @@ def read_config(folder: Path) -> dict[str, object]:
             f"{folder} is a file; make a folder of it: python -m mosaic_fast.gguf {folder} FOLDER"
         )
     if not folder.is_dir():
-        raise UserError(f"there is no model folder {folder}")
+        raise UserError(f"there is no folder {folder}")
     file = folder / "config.json"
     if not file.is_file():
         raise UserError(f"{folder} holds no config.json: it is not the folder of a Hugging Face model")

@@ -44,7 +44,8 @@ def _checkpoint(folder: Path) -> dict[str, object]:
     files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
     found: dict[str, object] = {name: path.read_bytes() for name, path in files.items() if name != _MANIFEST}
     progress = json.loads(files[_PROGRESS].read_text(encoding="utf-8"))
-    return found | {_PROGRESS: {name: value for name, value in progress.items() if name != "train_s"}}
+    # A run stopped in the evaluation of its last step keeps the step before that is made.
+    return found | {_PROGRESS: {k: v for k, v in progress.items() if k not in ("train_s", "unevaluated")}}
 
 
 def _metrics(folder: Path) -> dict[str, dict[str, float]]:

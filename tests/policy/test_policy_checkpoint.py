@@ -55,7 +55,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_missing_folder_and_files(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no model folder .*absent"):
+    with pytest.raises(UserError, match=r"no folder .*absent"):
         Policy.from_pretrained(tmp_path / "absent")
     with pytest.raises(UserError, match=r"no GGUF file .*absent\.gguf"):
         Policy.from_pretrained(tmp_path / "absent.gguf")

@@ -198,7 +198,7 @@ def test_weights_that_blow_up_stop_the_run_and_are_not_kept(options: list[str], 
 @pytest.mark.parametrize(
     ("damage", "named"),
     [
-        (lambda folder: shutil.rmtree(folder), "no model folder"),
+        (lambda folder: shutil.rmtree(folder), "no folder"),
         (lambda folder: (folder / "model.safetensors").unlink(), "weights"),
         (lambda folder: (folder / "chat_template.jinja").unlink(), "no chat template"),
         (lambda folder: (folder / "config.json").write_text("{"), "config"),

@@ -35,6 +35,7 @@ _MARKS = re.compile(
 )
 _BEGUN = re.compile(r"\{\s*(?:[\"'}]|[A-Za-z_]\w*\s*:)")
 """How an object begins, well or badly written; other braces are prose."""
+_MOST_OBJECTS = 1000
 _MOST_BROKEN = 200  # objects that cannot be decoded; each may be read to the text's end
 _LONGEST_NUMBER = 30  # characters; Python refuses to read integers of thousands
 _SPACE = re.compile(r"(\\+[nrtbf]|[\s\\])+")
@@ -104,7 +105,7 @@ class _Said:
 def _after_thought(text: str) -> _Said:
     """A tag inside a JSON object is that object's text. A closing tag alone ends a thought from the start:
     some templates open it in the prompt."""
-    said, position, failures = _Said(0, [], []), 0, 0
+    said, position, objects, failures = _Said(0, [], []), 0, 0, 0
     opened: tuple[str, int] | None = None
     while mark := _MARKS.search(text, position):
         position = mark.end()
@@ -114,7 +115,9 @@ def _after_thought(text: str) -> _Said:
             found = _decoded(text, mark.start())
             if found is not None:
                 said.objects.append(found)
-                position = found.end
+                position, objects = found.end, objects + 1
+                if objects > _MOST_OBJECTS:
+                    raise ValueError("there are too many objects in the answer")
                 continue
             said.broken.append(mark.start())
             failures += 1
@@ -130,8 +133,8 @@ def _after_thought(text: str) -> _Said:
             said = _Said(position, [], said.broken)  # the tag may be the text of one of these
         elif _name(mark, "close") == opened[0]:
             start = position if not text[said.start : opened[1]].strip() else said.start
-            objects = [one for one in said.objects if one.start < opened[1]]
-            said, opened = _Said(start, objects, [at for at in said.broken if at < opened[1]]), None
+            before = [one for one in said.objects if one.start < opened[1]]
+            said, opened = _Said(start, before, [at for at in said.broken if at < opened[1]]), None
     if opened is not None:
         answered = any(one.start < opened[1] for one in said.objects)
         if not answered or any(one.start > opened[1] for one in said.objects):
@@ -147,7 +150,8 @@ def _name(mark: re.Match[str], kind: Literal["open", "close"]) -> str | None:
 def _is_mention(text: str, start: int, end: int) -> bool:
     """Whether a tag is spoken of, within quotation marks or backticks."""
     before, after = text[max(0, start - 1) : start], text[end : end + 1]
-    return before == after != "" and before in "`\"'" and not text.endswith("```", 0, start)
+    fenced = text.endswith("```", 0, start) or text.startswith("```", end)
+    return before == after != "" and before in "`\"'" and not fenced
 
 
 class _Refused:

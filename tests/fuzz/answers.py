@@ -13,7 +13,7 @@ import numpy as np
 
 from mosaic_fast.errors import TrainingError
 from mosaic_fast.judge.client import Endpoint
-from mosaic_fast.judge.prompt import ANSWERS, Mode
+from mosaic_fast.judge.prompt import ANSWERS, PairAnswer
 from mosaic_rollout.agent_loop import Limits
 from mosaic_rollout.chat_agent import ChatAgent
 from mosaic_rollout.chat_client import ChatEndpoint
@@ -23,7 +23,7 @@ from mosaic_rollout.environments.world import WorldEnvironment
 from mosaic_rollout.errors import UserError
 from mosaic_rollout.types import Request, SamplingParams
 
-from . import hostile
+from . import hostile, verdicts
 from .subject import Subject, Try
 
 KEY = "sk-fuzz-0123456789abcdef"
@@ -153,29 +153,43 @@ async def _ask_engine(random: Random, server: Server) -> str:
 
 
 async def _ask_judge(random: Random, server: Server) -> str:
-    mode: Mode = "pairwise" if random.random() < 0.5 else "pointwise"
-    said = {"reason": hostile.text(random), **({"winner": "1"} if mode == "pairwise" else {"score": 3})}
+    shape = ANSWERS["pairwise" if random.random() < 0.5 else "pointwise"]
+    given = verdicts.drawn(random, shape) if random.random() < 0.5 else None
+    said = {"reason": hostile.text(random), **({"winner": "1"} if shape is PairAnswer else {"score": 3})}
     if random.random() < 0.4:
         said = hostile.changed(random, said)
-    content = hostile.written(said) if random.random() < 0.9 else hostile.text(random, megabytes=True) + KEY
-    server.answer, _ = _answer(
-        random, _completion({"role": "assistant", "content": content}), hostile.written
+    content: object = (
+        hostile.written(said) if random.random() < 0.9 else hostile.text(random, megabytes=True) + KEY
     )
+    message: dict[str, object] = {"role": "assistant", "content": given.text if given else content}
+    if given and random.random() < 0.3:
+        parts = [{"type": "thinking", "thinking": "hm"}, {"type": "text", "text": given.text}]
+        message |= {"content": parts, "reasoning": random.choice((None, "hm", {"a": 1}))}
+    if given and random.random() < 0.7:
+        server.answer, fine = (
+            http(hostile.written(_completion(message)).encode("utf-8", "surrogatepass")),
+            True,
+        )
+    else:
+        server.answer, fine = _answer(random, _completion(message), hostile.written)
+        given = given if fine else None
     endpoint = Endpoint(
         url=server.url, model="m", api_key=KEY, api_key_env="KEY", max_tokens=64,
-        timeout_s=20.0, retries=random.randrange(2), backoff_s=0.0,
+        timeout_s=20.0, retries=random.randrange(2), backoff_s=0.0, say=lambda text: None,
     )  # fmt: skip
+    question = {"role": "user", "content": given.shown if given else "?"}
     try:
         async with endpoint.open() as client:
-            reply = await endpoint.ask(
-                client, [{"role": "user", "content": "?"}], ANSWERS[mode], lambda: None
-            )
+            reply = await endpoint.ask(client, [question], shape, lambda: None)
     except TrainingError as error:
         assert KEY not in str(error)
+        assert not (given and given.clear), error
         return "refused"
-    assert isinstance(reply.answer, ANSWERS[mode])
+    assert isinstance(reply.answer, shape)
     assert KEY not in reply.text
     reply.text.encode()
+    if given:
+        verdicts.check(given, reply.answer)
     return "accepted"
 
 

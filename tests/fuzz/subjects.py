@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from . import answers, configurations, kept, outputs
+from . import answers, configurations, kept, outputs, verdicts
 from .subject import Subject
 
 SUBJECTS: tuple[Subject, ...] = (
     *(configurations.FILES, configurations.COMMAND_LINES, configurations.RUN_FOLDERS, kept.KEPT),
     *(outputs.TASKS, outputs.PARSED, outputs.ROLLOUTS),
     *(answers.ENGINE, answers.JUDGE, answers.CHAT),
+    verdicts.VERDICT,
 )

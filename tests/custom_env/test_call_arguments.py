@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from mosaic_rollout.foreign.arguments import wrong_arguments
 from mosaic_rollout.types import JsonValue, ToolCall, ToolSchema
 
-from .guests import Quiet, episode_of
+from tests.custom_env.guests import Quiet, episode_of
 
 SEEN: list[dict[str, object]] = []
 

@@ -16,7 +16,7 @@ from mosaic_rollout.errors import UserError
 from mosaic_rollout.foreign.raised import place, words
 from mosaic_rollout.types import ToolCall
 
-from .guests import Quiet, calls, environment_of, episode_of
+from tests.custom_env.guests import Quiet, calls, environment_of, episode_of
 
 
 class Untold(Exception):

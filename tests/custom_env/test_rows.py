@@ -16,7 +16,7 @@ from mosaic_rollout.errors import UserError
 from mosaic_rollout.json_lines import json_lines
 from mosaic_rollout.types import JsonValue, ToolCall
 
-from .guests import Quiet, environment_of
+from tests.custom_env.guests import Quiet, environment_of
 
 TEXTS = st.text(
     st.sampled_from('a \u2028\u2029\x85\x0b\x0c\x1c\x1e\r\n\t"\\é漢😀\ufeff\x00')

@@ -19,7 +19,7 @@ from mosaic_rollout.foreign import checked_verdict
 from mosaic_rollout.foreign.verdicts import reward_verdict
 from mosaic_rollout.types import Verdict
 
-from .guests import episode_of
+from tests.custom_env.guests import episode_of
 
 
 class Hostile:

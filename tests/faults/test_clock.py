@@ -13,7 +13,7 @@ import pytest
 from mosaic_fast.soak.compare import differences
 from mosaic_rollout.engine.sglang.weights import WeightFolder
 
-from .conftest import run
+from tests.faults.conftest import run
 
 ROOT = Path(__file__).parents[2]
 WALL = {"time.time", "time.time_ns", "datetime.now", "datetime.utcnow", "date.today", "datetime.today"}

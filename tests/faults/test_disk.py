@@ -18,7 +18,7 @@ from mosaic_fast.cli import run_cli
 from mosaic_fast.errors import TrainingError
 from mosaic_fast.soak.compare import differences
 
-from .conftest import run
+from tests.faults.conftest import run
 
 
 def contents(folder: Path) -> dict[str, str]:

@@ -13,8 +13,8 @@ from mosaic_fast.cli import run_cli
 from mosaic_fast.soak.compare import differences
 from tests.judge.endpoint import Json, Raw, endpoint
 
-from .conftest import run
-from .servers import Generate, answer, sglang_server
+from tests.faults.conftest import run
+from tests.faults.servers import Generate, answer, sglang_server
 
 
 async def drops(asked: dict[str, object], writer: asyncio.StreamWriter) -> None:

@@ -17,7 +17,7 @@ from mosaic_fast.config import Config
 from mosaic_fast.errors import UserError
 from mosaic_fast.run_folder import RunFolder
 
-from .conftest import run
+from tests.faults.conftest import run
 
 _HOLD = """
 import sys, time

@@ -33,7 +33,7 @@ from mosaic_rollout.engine.sglang.server import ServerOptions, ServerProcess
 from tests.judge.endpoint import Json, Raw, endpoint
 from tests.rollout.tokenizers_for_tests import byte_tokenizer
 
-from .conftest import run
+from tests.faults.conftest import run
 
 ROOT = Path(__file__).parents[2]
 FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__", "os.system", "os.popen", "yaml.unsafe_load"}

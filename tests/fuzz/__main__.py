@@ -5,7 +5,7 @@ from __future__ import annotations
 if __name__ == "__main__":  # --help and a mistake are answered before torch is imported
     from mosaic_fast.cli import answer_at_once
 
-    from .arguments import parse
+    from tests.fuzz.arguments import parse
 
     answer_at_once(parse)
 
@@ -19,9 +19,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from .arguments import parse
-from .subject import Result, fuzz
-from .subjects import SUBJECTS
+from tests.fuzz.arguments import parse
+from tests.fuzz.subject import Result, fuzz
+from tests.fuzz.subjects import SUBJECTS
 
 
 def main() -> int:

@@ -23,8 +23,8 @@ from mosaic_rollout.environments.world import WorldEnvironment
 from mosaic_rollout.errors import UserError
 from mosaic_rollout.types import Request, SamplingParams
 
-from . import hostile, verdicts
-from .subject import Subject, Try
+from tests.fuzz import hostile, verdicts
+from tests.fuzz.subject import Subject, Try
 
 KEY = "sk-fuzz-0123456789abcdef"
 MOST_TOKENS = 8

@@ -19,8 +19,8 @@ from mosaic_fast.report.collect import collect_run
 from mosaic_fast.report.page import render_page
 from mosaic_fast.run_folder import RunFolder
 
-from . import hostile
-from .subject import Subject, Try
+from tests.fuzz import hostile
+from tests.fuzz.subject import Subject, Try
 
 
 @contextlib.contextmanager

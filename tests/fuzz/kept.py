@@ -21,8 +21,8 @@ from mosaic_fast.policy.folder import read_config, weight_files
 from mosaic_fast.policy.support import check_family
 from mosaic_rollout.errors import UserError
 
-from . import hostile
-from .subject import Subject, Try
+from tests.fuzz import hostile
+from tests.fuzz.subject import Subject, Try
 
 _OUTCOME = Outcome("benign", "answered", True, False, True, True, 2, 1, 9, 40, {"x": 1.0})
 _SETTINGS = {"model": "m", "seed": 0, "suites": {"a": {"tasks": 2}}}

@@ -33,8 +33,8 @@ from tests.rollout.calls_for_tests import can_be_written, drawn_call, schema_of
 from tests.rollout.scripted import ScriptedEngine
 from tests.rollout.tokenizers_for_tests import PLAIN, byte_tokenizer
 
-from . import hostile
-from .subject import Subject, Try
+from tests.fuzz import hostile
+from tests.fuzz.subject import Subject, Try
 
 LIMITS = Limits(max_steps=3, max_step_tokens=400, max_rollout_tokens=6000)
 

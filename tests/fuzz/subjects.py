@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from . import answers, configurations, kept, outputs, verdicts
-from .subject import Subject
+from tests.fuzz import answers, configurations, kept, outputs, verdicts
+from tests.fuzz.subject import Subject
 
 SUBJECTS: tuple[Subject, ...] = (
     *(configurations.FILES, configurations.COMMAND_LINES, configurations.RUN_FOLDERS, kept.KEPT),

@@ -19,7 +19,7 @@ from mosaic_rollout.certificates import certificates
 from mosaic_rollout.environments.custom.rows import read_rows
 from mosaic_rollout.errors import UserError
 
-from .kept import _OUTCOME, _SETTINGS
+from tests.fuzz.kept import _OUTCOME, _SETTINGS
 
 LONG, DEEP = "9" * 5000, "[" * 100_000
 

@@ -9,8 +9,8 @@ import pytest
 from mosaic_rollout.environments.agent_safetybench.cases import read_cases
 from mosaic_rollout.environments.packages import EnvironmentMissing
 
-from .subject import Subject, fuzz
-from .subjects import SUBJECTS
+from tests.fuzz.subject import Subject, fuzz
+from tests.fuzz.subjects import SUBJECTS
 
 
 @pytest.mark.parametrize("subject", SUBJECTS, ids=lambda subject: subject.name)

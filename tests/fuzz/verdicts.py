@@ -14,8 +14,8 @@ from mosaic_fast.evaluate.graders.privacylens import HelpfulnessAnswer, LeakAnsw
 from mosaic_fast.judge.answer import read_answer
 from mosaic_fast.judge.prompt import PairAnswer, PointAnswer, quoted
 
-from . import hostile
-from .subject import Subject, Try
+from tests.fuzz import hostile
+from tests.fuzz.subject import Subject, Try
 
 VERDICTS: dict[type[BaseModel], tuple[str, dict[object, tuple[object, ...]]]] = {
     PairAnswer: (

@@ -16,8 +16,8 @@ from mosaic_fast.judge.client import Endpoint
 from mosaic_fast.judge.llm import LLMJudge
 from mosaic_fast.judge.prompt import Mode
 
-from .endpoint import Json, Raw, Served, completion, endpoint, shown
-from .rollouts import plan_of, saying
+from tests.judge.endpoint import Json, Raw, Served, completion, endpoint, shown
+from tests.judge.rollouts import plan_of, saying
 
 KEY = "sk-very-secret"
 

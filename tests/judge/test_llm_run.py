@@ -11,7 +11,7 @@ from mosaic_fast.config_io import parse_train_arguments
 from mosaic_fast.report.collect import collect_run
 from mosaic_fast.train import train
 
-from .endpoint import Json, endpoint, shown
+from tests.judge.endpoint import Json, endpoint, shown
 
 KEY = "sk-very-secret"
 

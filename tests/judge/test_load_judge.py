@@ -14,7 +14,7 @@ from mosaic_fast.judge import RuleJudge, build_judge, judgement_figures
 from mosaic_fast.judge.figures import intransitive_triples
 from mosaic_fast.judge.llm import LLMJudge
 
-from .rollouts import saying
+from tests.judge.rollouts import saying
 
 LLM = {"name": "llm", "endpoint": "http://localhost:1/v1", "model": "m"}
 

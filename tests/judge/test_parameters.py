@@ -15,8 +15,8 @@ from mosaic_fast.judge.llm import LLMJudge
 from mosaic_rollout.chat_parameters import Parameters
 from tests.evaluate.serving import evaluate
 
-from .endpoint import Json, Raw, Served, completion, endpoint
-from .rollouts import saying
+from tests.judge.endpoint import Json, Raw, Served, completion, endpoint
+from tests.judge.rollouts import saying
 
 ANSWER: Json = {"reason": "r", "winner": "tie"}
 

@@ -17,8 +17,8 @@ from mosaic_fast.judge.prompt import ask
 from mosaic_fast.judge.rubric import KEPT, load_rubric
 from tests.faults.conftest import run
 
-from .endpoint import Json, Raw, endpoint, shown
-from .rollouts import saying
+from tests.judge.endpoint import Json, Raw, endpoint, shown
+from tests.judge.rollouts import saying
 
 OWN = "Prefer whoever says please.\r\nNothing else counts: not {braces}, not %s.\n"
 

@@ -23,7 +23,7 @@ from mosaic_fast.policy import Policy, StockDecoder
 from mosaic_rollout.engine import LocalEngine
 from mosaic_rollout.types import Request, SamplingParams
 
-from .small_models import LENGTH, ROLLOUTS, SHAPES, Variant, learner_of, peak_bytes, step
+from tests.memory.small_models import LENGTH, ROLLOUTS, SHAPES, Variant, learner_of, peak_bytes, step
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 TOLERANCE = 0.05

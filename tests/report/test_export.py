@@ -10,7 +10,7 @@ from mosaic_fast.cli import run_cli
 from mosaic_fast.export import main, preference_rows
 from mosaic_fast.report.read import Notes, read_groups
 
-from .runs_for_tests import write_run
+from tests.report.runs_for_tests import write_run
 
 
 def test_every_decided_pair_gives_a_row_and_a_tie_gives_none(tmp_path: Path):

@@ -8,7 +8,7 @@ import pytest
 
 from mosaic_fast.trackers import Trackers
 
-from .test_trackers import logging_to
+from tests.report.test_trackers import logging_to
 
 ROWS = [{"step": float(step), "safety/harmful_refused": step / 10} for step in range(1, 6)]
 

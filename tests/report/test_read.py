@@ -19,7 +19,7 @@ from mosaic_fast.report.page import render_page
 from mosaic_fast.report.read import Notes, RolloutRow, read_groups, read_metrics
 from mosaic_fast.report.tree import group_tree, token_parts
 
-from .runs_for_tests import make_group, write_run
+from tests.report.runs_for_tests import make_group, write_run
 
 HOSTILE = (
     "</script><script>window.hacked=1</script><img src=x onerror=hacked=1>"

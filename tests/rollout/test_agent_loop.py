@@ -11,8 +11,8 @@ from mosaic_rollout.branching import Branching
 from mosaic_rollout.chat import Chat
 from mosaic_rollout.types import Rollout
 
-from .scripted import CountingEnvironment, ScriptedEngine, call
-from .tokenizers_for_tests import WITH_TOOLS, byte_tokenizer
+from tests.rollout.scripted import CountingEnvironment, ScriptedEngine, call
+from tests.rollout.tokenizers_for_tests import WITH_TOOLS, byte_tokenizer
 
 READ = f"<think>look</think><safety_thoughts>ok</safety_thoughts>{call('read')}"
 ANSWER = "<think>end</think>All done."

@@ -20,8 +20,8 @@ from mosaic_rollout.chat import Chat
 from mosaic_rollout.prompts import load_prompt
 from mosaic_rollout.types import Message, Rollout
 
-from .families_for_tests import FAMILIES
-from .scripted import CountingEnvironment, ScriptedEngine
+from tests.rollout.families_for_tests import FAMILIES
+from tests.rollout.scripted import CountingEnvironment, ScriptedEngine
 
 
 class Opened(CountingEnvironment):

@@ -28,8 +28,8 @@ from mosaic_rollout.grammar import TAGS, parse_turn
 from mosaic_rollout.prompts import load_prompt
 from mosaic_rollout.types import JsonValue, ToolCall, ToolSchema
 
-from .calls_for_tests import MARKS, can_be_written, drawn_call, hostile_text, schema_of
-from .tokenizers_for_tests import PLAIN, byte_tokenizer
+from tests.rollout.calls_for_tests import MARKS, can_be_written, drawn_call, hostile_text, schema_of
+from tests.rollout.tokenizers_for_tests import PLAIN, byte_tokenizer
 
 each_format = pytest.mark.parametrize("form", FORMATS, ids=lambda form: form.name)
 seeds = st.integers(0, 2**32)

@@ -7,7 +7,7 @@ from mosaic_rollout.chat import Chat
 from mosaic_rollout.errors import UserError
 from mosaic_rollout.types import Message, ToolSchema
 
-from .tokenizers_for_tests import OPENS_THINK, PLAIN, WITH_TOOLS, byte_tokenizer
+from tests.rollout.tokenizers_for_tests import OPENS_THINK, PLAIN, WITH_TOOLS, byte_tokenizer
 
 USER: Message = {"role": "user", "content": "read it"}
 TOOL: ToolSchema = {

@@ -8,8 +8,8 @@ from mosaic_rollout.branching import Branching
 from mosaic_rollout.chat import Chat
 from mosaic_rollout.types import Observation, Rollout, Task, ToolCall, Verdict
 
-from .scripted import CountingEnvironment, CountingEpisode, ScriptedEngine, _tool, call
-from .tokenizers_for_tests import WITH_TOOLS, byte_tokenizer
+from tests.rollout.scripted import CountingEnvironment, CountingEpisode, ScriptedEngine, _tool, call
+from tests.rollout.tokenizers_for_tests import WITH_TOOLS, byte_tokenizer
 
 READ = f"<think>look</think>{call('read')}"
 WRITE = f"<think>put</think>{call('write')}"

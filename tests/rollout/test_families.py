@@ -15,8 +15,8 @@ from mosaic_rollout.call_formats import HERMES, LLAMA, read_call
 from mosaic_rollout.chat import Chat
 from mosaic_rollout.types import Message, Observation, Rollout, ToolCall
 
-from .families_for_tests import FAMILIES
-from .scripted import CountingEnvironment, CountingEpisode, ScriptedEngine
+from tests.rollout.families_for_tests import FAMILIES
+from tests.rollout.scripted import CountingEnvironment, CountingEpisode, ScriptedEngine
 
 PLAN, CHECK = "look first", "nothing can be lost"
 

@@ -16,8 +16,8 @@ from mosaic_rollout.branching import Branching
 from mosaic_rollout.chat import Chat
 from mosaic_rollout.types import Observation, Rollout, Task, ToolCall, ToolSchema
 
-from .scripted import CountingEpisode, ScriptedEngine, call
-from .tokenizers_for_tests import WITH_TOOLS, byte_tokenizer
+from tests.rollout.scripted import CountingEpisode, ScriptedEngine, call
+from tests.rollout.tokenizers_for_tests import WITH_TOOLS, byte_tokenizer
 
 LIMITS = Limits(max_steps=5, max_step_tokens=300, max_rollout_tokens=8000)
 

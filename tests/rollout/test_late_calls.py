@@ -18,8 +18,8 @@ from mosaic_rollout.errors import UserError
 from mosaic_rollout.foreign import ForeignCode
 from mosaic_rollout.types import Message, Observation, Rollout, Task, ToolCall, ToolSchema, Verdict
 
-from .scripted import ScriptedEngine, call
-from .tokenizers_for_tests import WITH_TOOLS, byte_tokenizer
+from tests.rollout.scripted import ScriptedEngine, call
+from tests.rollout.tokenizers_for_tests import WITH_TOOLS, byte_tokenizer
 
 WIRE = ToolCall("wire", {})
 

@@ -8,7 +8,7 @@ import pytest
 from mosaic_rollout.tool_runner import ToolRunner
 from mosaic_rollout.types import Observation, ToolCall
 
-from .scripted import CountingEpisode
+from tests.rollout.scripted import CountingEpisode
 
 
 class SlowEpisode(CountingEpisode):

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from .gradient_job import CASES, main
-from .launch import run_forked
+from tests.scale.gradient_job import CASES, main
+from tests.scale.launch import run_forked
 
 Found = dict[str, dict[str, float]]
 

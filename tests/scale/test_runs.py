@@ -21,7 +21,7 @@ from mosaic_fast.config_io import parse_train_arguments
 from mosaic_fast.distributed.job import MISTAKE, run_as_rank
 from mosaic_fast.train import train
 
-from .launch import PATIENCE_S, run, run_forked, start
+from tests.scale.launch import PATIENCE_S, run, run_forked, start
 
 SILENCE_S = "10"
 

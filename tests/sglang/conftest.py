@@ -14,7 +14,7 @@ import torch
 from mosaic_fast.policy import Policy
 from mosaic_rollout.engine.sglang import SGLangEngine
 
-from .serving import EMBEDDED, make_engine, serve
+from tests.sglang.serving import EMBEDDED, make_engine, serve
 
 ASKED_FOR = bool(os.environ.get("MOSAIC_TEST_SGLANG"))
 collect_ignore_glob = [] if ASKED_FOR else ["test_real_*.py"]

@@ -21,7 +21,7 @@ from mosaic_rollout.engine.sglang import SGLangEngine
 from mosaic_rollout.environments.world import WorldEnvironment
 from mosaic_rollout.types import Completion, Rollout
 
-from .serving import PATIENCE_S, embedded_chat, make_engine, prompt, request, script, serve
+from tests.sglang.serving import PATIENCE_S, embedded_chat, make_engine, prompt, request, script, serve
 
 END = 2  # the embedded model's end of a turn
 

@@ -16,7 +16,7 @@ from mosaic_rollout.engine.sglang.ledger import BLOCK
 from mosaic_rollout.environments.world import WorldEnvironment
 from mosaic_rollout.types import Rollout, Step, Task, Verdict
 
-from .serving import embedded_chat, prompt, request, serve
+from tests.sglang.serving import embedded_chat, prompt, request, serve
 
 GROUPS, SIBLINGS, STEPS, SAMPLED, OBSERVED = 16, 8, 4, 16, 24
 

@@ -18,7 +18,7 @@ from mosaic_rollout.engine.sglang import SGLangEngine
 from mosaic_rollout.engine.sglang.weights import Transport, verify_weights
 from tests.scale.launch import run
 
-from .serving import make_engine, serve
+from tests.sglang.serving import make_engine, serve
 
 STEPS, TASKS, ROLLOUTS = 3, 4, 4
 

@@ -18,7 +18,7 @@ from mosaic_fast.config_io import parse_train_arguments
 from mosaic_fast.train import train
 from mosaic_rollout.engine.sglang import SGLangEngine
 
-from .serving import PATIENCE_S, PYTHON, script
+from tests.sglang.serving import PATIENCE_S, PYTHON, script
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from mosaic_rollout.engine.sglang.weights import Transport, verify_weights
 from mosaic_rollout.errors import UserError
 from mosaic_rollout.types import Completion, Request
 
-from .serving import VOCAB, make_engine, prompt, request, serve, trained_logprobs
+from tests.sglang.serving import VOCAB, make_engine, prompt, request, serve, trained_logprobs
 
 
 @pytest.fixture

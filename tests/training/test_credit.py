@@ -9,8 +9,8 @@ from mosaic_fast.credit import assign_credit, find_forks, forks_of
 from mosaic_fast.reach import narrow
 from mosaic_kernels import pack_forest
 
-from .flat_oracle import Case, credit_of
-from .rollouts_for_tests import make_rollout
+from tests.training.flat_oracle import Case, credit_of
+from tests.training.rollouts_for_tests import make_rollout
 
 
 def case_of(lengths: list[int], parents: list[int], positions: list[int], returns: list[float]) -> Case:

@@ -22,8 +22,8 @@ from mosaic_fast.train import train
 from mosaic_rollout.agent_loop import Limits
 from mosaic_rollout.types import Rollout, Task
 
-from ..policy.policy_helpers import tiny_model
-from .rollouts_for_tests import make_rollout
+from tests.policy.policy_helpers import tiny_model
+from tests.training.rollouts_for_tests import make_rollout
 
 LIMITS = Limits(max_steps=3, max_step_tokens=8, max_rollout_tokens=64)
 CONFIG = Config(rollout=RolloutConfig(max_steps=3, max_step_tokens=8, max_rollout_tokens=64))

@@ -16,7 +16,7 @@ from mosaic_fast.loss import LossBatch, SurrogateLoss
 from mosaic_fast.policy import Policy
 from tests.policy.policy_helpers import tiny_model
 
-from .flat_oracle import VOCAB, Case
+from tests.training.flat_oracle import VOCAB, Case
 
 TAG = (2, 3)
 """Two tokens; the first also begins another action, 2 4."""

@@ -13,7 +13,7 @@ from mosaic_fast.judge import RuleJudge, standing
 from mosaic_fast.metrics import Rate, rollout_rates
 from mosaic_fast.reward import GroupReward, format_reward, group_reward, length_penalty
 
-from .rollouts_for_tests import make_rollout
+from tests.training.rollouts_for_tests import make_rollout
 
 WORST_TO_BEST = {
     "harmful": [

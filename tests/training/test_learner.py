@@ -14,7 +14,7 @@ from mosaic_fast.policy import Policy
 from mosaic_fast.step_batch import StepBatch
 from tests.policy.policy_helpers import tiny_model
 
-from .flat_oracle import Case, forked_case
+from tests.training.flat_oracle import Case, forked_case
 
 
 def settings_of(*, epochs: int = 1, lr: float = 1e-3, name: str = "grpo", kl_weight: float = 0.0) -> Config:

@@ -27,8 +27,8 @@ from mosaic_fast.policy import Policy
 from mosaic_fast.pretrained import checkpoint_activations
 from tests.policy.policy_helpers import assert_gradients_close, tiny_model
 
-from .flat_oracle import Case, alone, flat_loss, forked_case, forked_cases
-from .learner_configs import config_of, moved
+from tests.training.flat_oracle import Case, alone, flat_loss, forked_case, forked_cases
+from tests.training.learner_configs import config_of, moved
 
 PLANS = {"tree": 8192, "cut": 16, "held": 16, "flat": 16}  # tokens at once
 FAMILIES = ("qwen2", "qwen3", "phi3", "llama")

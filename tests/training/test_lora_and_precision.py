@@ -20,9 +20,9 @@ from mosaic_fast.policy import Policy
 from mosaic_fast.tensor_file import reading, write_tensors
 from tests.policy.policy_helpers import assert_gradients_close, example_rollouts, tiny_model
 
-from .flat_oracle import alone, flat_loss, forked_case
-from .learner_configs import config_of
-from .test_run import assert_same_run, run
+from tests.training.flat_oracle import alone, flat_loss, forked_case
+from tests.training.learner_configs import config_of
+from tests.training.test_run import assert_same_run, run
 
 FAMILIES = ("qwen2", "qwen3", "phi3", "llama")
 

@@ -16,7 +16,7 @@ from mosaic_fast.resume import ACCEPTED, changes, flatten, refuse_differences
 from mosaic_fast.run_folder import RunFolder
 from mosaic_fast.train import train
 
-from .test_run import assert_same_run, learned, run
+from tests.training.test_run import assert_same_run, learned, run
 
 BASE = {
     "judge": {"name": "llm", "endpoint": "http://node3:3000/v1", "model": "m"},

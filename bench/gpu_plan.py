@@ -28,8 +28,8 @@ from dataclasses import dataclass
 import numpy as np
 from workloads import agent_rollouts
 
-from mosaic_fast.execution.cost import Work, work_of
-from mosaic_fast.execution.schedule import unmerged, whole
+from mosaic_fast.learner.execution.cost import Work, work_of
+from mosaic_fast.learner.execution.schedule import unmerged, whole
 from mosaic_kernels import PackedForest, pack_forest
 
 PEAK_FLOP_PER_S = 989e12  # H100 SXM, bf16, dense (NVIDIA's data sheet)

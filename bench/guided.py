@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from mosaic_rollout.chat import Chat
-from mosaic_rollout.grammar import SAFETY_CLOSE, SAFETY_OPEN, THINK_CLOSE, THINK_OPEN
+from mosaic_rollout.chat.chat import Chat
+from mosaic_rollout.chat.grammar import SAFETY_CLOSE, SAFETY_OPEN, THINK_CLOSE, THINK_OPEN
 from mosaic_rollout.types import Completion, Engine, Request
 
 _NEXT_TURN = "<|im_start|>assistant"  # ChatML, as SmolLM2's and Qwen's templates write it

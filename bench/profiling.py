@@ -17,7 +17,7 @@ from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile, record_function
 from workloads import Workload
 
-from mosaic_fast.execution import Execution, Piece
+from mosaic_fast.learner.execution import Execution, MicroBatch
 from mosaic_fast.policy import Policy
 
 PHASES = ("pack", "plan", "passes", "optimizer")
@@ -74,8 +74,8 @@ class _Step:
         with record_function("phase:plan"):
             schedule = execution.schedule(forest)
 
-        def loss_of(piece: Piece) -> torch.Tensor:
-            return (piece.logprobs * weights[piece.source]).sum() / len(weights)
+        def loss_of(micro_batch: MicroBatch) -> torch.Tensor:
+            return (micro_batch.logprobs * weights[micro_batch.source]).sum() / len(weights)
 
         with record_function("phase:passes"):
             execution.backward(self._policy, schedule, loss_of)

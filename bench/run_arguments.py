@@ -9,8 +9,8 @@ from typing import Annotated
 import tyro
 
 from mosaic_fast.cli import options
+from mosaic_fast.config.nearest import nearest
 from mosaic_fast.errors import UserError
-from mosaic_fast.nearest import nearest
 
 CASES = ("forest", "attention", "logprob", "preference", "step", "rollout", "train", "scaling")
 

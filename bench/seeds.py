@@ -18,14 +18,14 @@ from pathlib import Path
 
 from seeds_arguments import parse
 
-from mosaic_fast.checkpoint import latest_checkpoint
 from mosaic_fast.cli import run_cli
-from mosaic_fast.components import build_components
 from mosaic_fast.config import Config
-from mosaic_fast.config_io import parse_train_arguments
+from mosaic_fast.config.read import parse_train_arguments
 from mosaic_fast.evaluate import evaluate_policy
-from mosaic_fast.metrics import values_of
-from mosaic_fast.pretrained import model_folder
+from mosaic_fast.learner.checkpoint import latest_checkpoint
+from mosaic_fast.run.metrics import values_of
+from mosaic_fast.setup.build import build_setup
+from mosaic_fast.setup.model_folder import model_folder
 from mosaic_fast.train import train
 
 _COLUMNS = {
@@ -67,10 +67,10 @@ def main() -> int:
 
 def _figures(folder: Path, tasks: int) -> dict[str, dict[str, float]]:
     """Rates of a model by (split, temperature)."""
-    components = build_components(Config(), folder)
+    setup = build_setup(Config(), folder)
     return {
         f"{split}, {'greedy' if temperature == 0 else 'T = 1'}": values_of(
-            evaluate_policy(components, split, tasks, temperature=temperature)
+            evaluate_policy(setup, split, tasks, temperature=temperature)
         )
         for split in ("heldout", "train")
         for temperature in (0.0, 1.0)

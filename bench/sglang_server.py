@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from mosaic_fast.config import Config, EngineConfig
-from mosaic_fast.engine import build_engine
-from mosaic_fast.pretrained import load_policy, model_folder
+from mosaic_fast.setup.engine import build_engine
+from mosaic_fast.setup.model_folder import load_policy, model_folder
 from mosaic_rollout.engine.sglang import SGLangEngine
 
 _PYTHON = Path(__file__).parents[1] / ".venv-sglang" / "bin" / "python"

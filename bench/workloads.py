@@ -9,9 +9,9 @@ import torch
 from device import Place
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
-from mosaic_fast.components import build_components
 from mosaic_fast.config import Config
-from mosaic_fast.pretrained import model_folder
+from mosaic_fast.setup.build import build_setup
+from mosaic_fast.setup.model_folder import model_folder
 from mosaic_kernels import PackedForest, pack_forest
 
 ENOUGH = 2**20  # tokens a micro-batch where nothing is to be cut
@@ -180,9 +180,9 @@ def agent_rollouts(vocabulary: int, seed: int = 0) -> tuple[list[np.ndarray], li
 def played() -> Workload:
     """The first rollouts of the embedded default run, played by the embedded model (0.8 M parameters)."""
     config = Config()
-    components = build_components(config, model_folder("embedded"))
-    loop = components.loop
+    setup = build_setup(config, model_folder("embedded"))
+    loop = setup.loop
     tasks = loop.environment.sample("train", config.rollout.prompts_per_step, 0)
     work = loop.groups(tasks, group_size=config.rollout.group_size, branching="independent", seed=0)
-    rollouts = [r for group in components.run(work, version=0) for r in group]
-    return Workload(components.policy.model, [r.token_ids for r in rollouts], [r.trained for r in rollouts])
+    rollouts = [r for group in setup.run(work, version=0) for r in group]
+    return Workload(setup.policy.model, [r.token_ids for r in rollouts], [r.trained for r in rollouts])

@@ -1,4 +1,7 @@
-"""How every command ends: its exit code, and a mistake in words. No torch."""
+"""How every command ends: its exit code, and a mistake in words. No torch.
+
+Where commands print.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from typing import TypeVar, get_type_hints
 
+from rich.console import Console
+
+from mosaic_fast.config.nearest import nearest
 from mosaic_fast.errors import UserError
-from mosaic_fast.nearest import nearest
 
 Arguments = TypeVar("Arguments")
 
@@ -67,7 +72,7 @@ def train() -> int:
 
 def check_train_arguments() -> None:
     """`answer_at_once` for training; of several ranks the first to find a mistake says it, later."""
-    from mosaic_fast.config_io import parse_train_command
+    from mosaic_fast.config.read import parse_train_command
 
     if os.environ.get("WORLD_SIZE", "") in ("", "0", "1"):
         answer_at_once(lambda: parse_train_command(sys.argv[1:]))
@@ -97,3 +102,8 @@ def run_cli(command: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         print("stopped; what the last checkpoint holds is kept", file=sys.stderr)
         return 130
+
+
+def plain_console(*, stderr: bool = False, quiet: bool = False, width: int | None = None) -> Console:
+    """A console that shows text as it is: names of folders, suites and models may look like rich's markup."""
+    return Console(stderr=stderr, quiet=quiet, width=width, markup=False, emoji=False)

@@ -21,7 +21,17 @@ from pathlib import Path
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from mosaic_fast.checkpoint import (
+from mosaic_fast.cli import run_cli
+from mosaic_fast.config import EVALUATION_ONLY, Config
+from mosaic_fast.config.config import derived_seed
+from mosaic_fast.config.kinds import RECORD, defaults_in_words, record_of
+from mosaic_fast.config.read import parse_train_command
+from mosaic_fast.distributed import ALONE, World
+from mosaic_fast.distributed.exchange import Share, all_groups
+from mosaic_fast.distributed.job import INTERRUPTED, run_as_rank
+from mosaic_fast.errors import EngineStoppedError, TrainingError, UserError
+from mosaic_fast.evaluate import evaluate_policy, evaluation_tasks, rates_table
+from mosaic_fast.learner.checkpoint import (
     Progress,
     checkpoint_path,
     latest_checkpoint,
@@ -31,23 +41,10 @@ from mosaic_fast.checkpoint import (
     step_of,
     verify_checkpoint,
 )
-from mosaic_fast.cli import run_cli
-from mosaic_fast.clock import Clock
-from mosaic_fast.components import Components, GroupPlan, build_components, build_reference
-from mosaic_fast.config import EVALUATION_ONLY, Config
-from mosaic_fast.config.kinds import RECORD, defaults_in_words, record_of
-from mosaic_fast.config_io import parse_train_command
-from mosaic_fast.curves import draw_curves
-from mosaic_fast.distributed import ALONE, World
-from mosaic_fast.distributed.exchange import Share, all_groups
-from mosaic_fast.distributed.job import INTERRUPTED, run_as_rank
-from mosaic_fast.engine import why_shorter
-from mosaic_fast.errors import EngineStoppedError, TrainingError, UserError
-from mosaic_fast.evaluate import evaluate_policy, evaluation_tasks, rates_table
-from mosaic_fast.execution.cost import cost_model_of_run, keep_cost_model
-from mosaic_fast.findings import Finding, Findings, rollout_findings, update_findings
-from mosaic_fast.interrupt import Interrupt, Stopped
-from mosaic_fast.judge import (
+from mosaic_fast.learner.execution.cost import cost_model_of_run, keep_cost_model
+from mosaic_fast.learner.learner import Learner
+from mosaic_fast.learner.step_batch import step_batch
+from mosaic_fast.preferences import (
     Judge,
     build_judge,
     judge_record,
@@ -55,18 +52,20 @@ from mosaic_fast.judge import (
     keep_judge_record,
     probe_judge,
 )
-from mosaic_fast.judged import judged_together
-from mosaic_fast.learner import Learner
-from mosaic_fast.memory import dry_run
-from mosaic_fast.metrics import Rate, pairs_of, prefix_hit, reward_figures, rollout_figures, values_of
-from mosaic_fast.overlap import Ahead
-from mosaic_fast.pretrained import check_tokenizer, model_folder
-from mosaic_fast.progress import ProgressView
-from mosaic_fast.run_folder import RunFolder
-from mosaic_fast.seeds import derived_seed
-from mosaic_fast.step_batch import step_batch
-from mosaic_fast.trackers import Trackers, require_trackers
-from mosaic_fast.versions import other_versions
+from mosaic_fast.run.curves import draw_curves
+from mosaic_fast.run.findings import Finding, Findings, rollout_findings, update_findings
+from mosaic_fast.run.folder import RunFolder
+from mosaic_fast.run.interrupt import Clock, Interrupt, Stopped
+from mosaic_fast.run.judge_groups import judge_groups
+from mosaic_fast.run.metrics import Rate, pairs_of, prefix_hit, reward_figures, rollout_figures, values_of
+from mosaic_fast.run.progress import ProgressView
+from mosaic_fast.run.trackers import Trackers, require_trackers
+from mosaic_fast.run.versions import other_versions
+from mosaic_fast.setup.async_rollouts import AsyncRollouts
+from mosaic_fast.setup.build import GroupPlan, Setup, build_reference, build_setup
+from mosaic_fast.setup.engine import why_shorter
+from mosaic_fast.setup.memory import dry_run
+from mosaic_fast.setup.model_folder import check_tokenizer, model_folder
 from mosaic_rollout.types import Rollout, Task
 
 
@@ -112,7 +111,7 @@ def _set_up(
     initial = model_folder(config.model.path)
     if checkpoint is None or step_of(checkpoint) < config.steps:
         probe_judge(judge)
-    components = build_components(
+    setup = build_setup(
         config,
         checkpoint or initial,
         folder.path / "sglang",
@@ -122,16 +121,16 @@ def _set_up(
     )
     cost = cost_model_of_run(folder.path, config.forest.cost_model)
     learner = Learner(
-        components.policy,
-        build_reference(config, initial, components),
+        setup.policy,
+        build_reference(config, initial, setup),
         config,
         cost,
         world,
-        components.sharding,
+        setup.sharding,
     )
     torch.manual_seed(config.seed)  # nothing draws from it today; a checkpoint holds its state all the same
     progress = load_training_state(checkpoint, learner.optimizer) if checkpoint else Progress()
-    notes = [defaults_in_words(config), why_shorter(config, components.policy)]
+    notes = [defaults_in_words(config), why_shorter(config, setup.policy)]
     if checkpoint is not None:
         notes.append(other_versions(made_with(checkpoint)))
     if world.is_first:
@@ -143,7 +142,7 @@ def _set_up(
             keep_cost_model(cost, folder.path)
         with folder.writing("judge.json"):
             keep_judge_record(judge, folder.path)
-    trainer = _Trainer(config, folder, components, learner, judge, progress, interrupt)
+    trainer = _Trainer(config, folder, setup, learner, judge, progress, interrupt)
     return trainer, [note for note in notes if note]
 
 
@@ -153,7 +152,7 @@ def _train(trainer: _Trainer, notes: Sequence[str], interrupt: Interrupt) -> int
     after: dict[str, Rate] = {}
     stop = False
     with (
-        closing(trainer.components.engine),
+        closing(trainer.setup.engine),
         closing(trainer.rollouts),
         ProgressView(
             config.trackers.console if world.is_first else "quiet", config.steps, trainer.progress.step
@@ -207,25 +206,25 @@ class _Trainer:
         self,
         config: Config,
         folder: RunFolder,
-        components: Components,
+        setup: Setup,
         learner: Learner,
         judge: Judge | None,
         progress: Progress,
         interrupt: Interrupt,
     ) -> None:
-        self.config, self.folder, self.components = config, folder, components
-        self.learner, self.judge, self.world = learner, judge, components.world
+        self.config, self.folder, self.setup = config, folder, setup
+        self.learner, self.judge, self.world = learner, judge, setup.world
         self.progress, self._interrupt = progress, interrupt
         self._opened_one = False  # a checkpoint of this process was opened again
         self._checkpoint_s = 0.0  # seconds the last checkpoint took
         self._findings = Findings()
         ahead = config.rollout.max_staleness
-        self.rollouts = Ahead(
-            components.publish if ahead else lambda version: None,
+        self.rollouts = AsyncRollouts(
+            setup.publish if ahead else lambda version: None,
             lambda step: self._play(step, version=None if ahead else step),
             max_staleness=ahead,
             steps=config.steps,
-            abandon=components.abandon,
+            abandon=setup.abandon,
             abandonable=interrupt.abandonable,
         )
 
@@ -246,7 +245,7 @@ class _Trainer:
         return f"{found} held-out tasks" + (f" (all there are of {asked})" if found < asked else "")
 
     def _heldout(self, count: int) -> int:
-        return len(evaluation_tasks(self.components.loop.environment, "heldout", count)) if count else 0
+        return len(evaluation_tasks(self.setup.loop.environment, "heldout", count)) if count else 0
 
     def agree(self, wish: bool) -> bool:
         """Whether any rank wishes it."""
@@ -254,14 +253,14 @@ class _Trainer:
 
     def _tasks(self, step: int) -> list[Task]:
         seed = derived_seed(self.config.seed, "tasks", step)
-        return self.components.loop.environment.sample("train", self.config.rollout.prompts_per_step, seed)
+        return self.setup.loop.environment.sample("train", self.config.rollout.prompts_per_step, seed)
 
     def _play(self, step: int, *, version: int | None) -> Share:
         """A group of trajectories for each of this rank's tasks of a step."""
         config = self.config.rollout
         seed = derived_seed(self.config.seed, "draws", step)
         plan = GroupPlan(config.group_size, seed, config.branching, config.gate_contrast)
-        return self.components.play(self.components.loop, self._tasks(step), plan, version=version)
+        return self.setup.play(self.setup.loop, self._tasks(step), plan, version=version)
 
     def step(self) -> tuple[dict[str, float], list[str]]:
         """One training step, or the evaluation that one still lacks: its metrics, and what to say of it."""
@@ -280,10 +279,10 @@ class _Trainer:
         clock.lap("time/rollout_s")
 
         # judge, advantage; the trajectories are written
-        judged = judged_together(
+        judged = judge_groups(
             self.judge, groups, config.reward, self.folder, step, self.world, self._interrupt
         )
-        found = rollout_findings(groups, judged.advantages, config, self.components.loop.limits)
+        found = rollout_findings(groups, judged.advantages, config, self.setup.loop.limits)
         if config.reward.require_signal and not any(a.any() for a in judged.advantages):
             raise _no_signal(step, found)
         clock.lap("time/judge_s")
@@ -362,25 +361,25 @@ class _Trainer:
 
     def _save(self) -> None:
         clock = Clock()
-        components, keep = self.components, self.config.checkpoint.keep
+        setup, keep = self.setup, self.config.checkpoint.keep
         if self.world.is_first:
             self.folder.settle()  # what the checkpoint counts on is on disk before it
         save_checkpoint(
             self.folder.checkpoints,
             self._save_model,
-            components.tokenizer,
+            setup.tokenizer,
             self.learner.optimizer,
             self.progress,
             keep,
             self.world,
-            check=None if self._opened_one else partial(check_tokenizer, components.tokenizer),
+            check=None if self._opened_one else partial(check_tokenizer, setup.tokenizer),
         )
         self._opened_one = True
         self._checkpoint_s = clock.total
 
     def _save_model(self, folder: Path | None) -> None:
         """The model's folder, with what whoever trains it again needs to know of this run."""
-        self.components.save_weights(folder, check=not self._opened_one)
+        self.setup.save_weights(folder, check=not self._opened_one)
         if folder is not None:
             (folder / RECORD).write_text(record_of(self.config), encoding="utf-8")
 
@@ -399,7 +398,7 @@ class _Trainer:
             abandoned = True
         if self.agree(abandoned):
             raise Stopped
-        return evaluate_policy(self.components, "heldout", count, temperature=0.0, version=step)
+        return evaluate_policy(self.setup, "heldout", count, temperature=0.0, version=step)
 
     def finish(self, after: dict[str, Rate], view: ProgressView) -> None:
         """A last checkpoint where one is missing; summary, curves and the closing table."""

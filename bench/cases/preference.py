@@ -52,7 +52,7 @@ from mosaic_kernels import (
     pack_forest,
     pairwise_preference_loss,
 )
-from mosaic_kernels.preference.tree import needed_edges
+from mosaic_kernels.preference.reference import needed_edges
 
 SHAPES = {  # shared tokens, rollouts, own tokens
     "preference": (750, 6, 250),

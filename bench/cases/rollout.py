@@ -39,13 +39,13 @@ from serving import Round, Turn, print_serving, served
 from sglang_server import sglang_engine
 from transformers import PreTrainedModel, Qwen3ForCausalLM
 
-from mosaic_fast.components import Components, build_components
 from mosaic_fast.config import Config
 from mosaic_fast.policy import StockDecoder
-from mosaic_fast.pretrained import model_folder
+from mosaic_fast.setup.build import Setup, build_setup
+from mosaic_fast.setup.model_folder import model_folder
 from mosaic_kernels import pack_forest
-from mosaic_rollout.branching import Branching
 from mosaic_rollout.engine import LocalEngine
+from mosaic_rollout.loop.branching import Branching
 from mosaic_rollout.types import Completion, Engine, ManagedEngine, Request, SamplingParams
 
 FORMULA = "ideal = positions that generate forwards / distinct (prefix, token), each forwarded once"
@@ -97,8 +97,8 @@ class _Recorder:
         await self._engine.flush()
 
 
-def _embedded() -> Components:
-    return build_components(Config(), model_folder("embedded"))
+def _embedded() -> Setup:
+    return build_setup(Config(), model_folder("embedded"))
 
 
 def _recorded(branching: Branching, tasks: int) -> Workload:

@@ -36,7 +36,7 @@ from agreement import Missing
 from device import Place
 from measure import Result, Timing
 
-from mosaic_fast.config_io import parse_train_arguments
+from mosaic_fast.config.read import parse_train_arguments
 from mosaic_fast.train import train
 
 FORMULA = "ideal = 1, of ideal = share of time in the engine or in forward, loss, backward and optimiser"
@@ -49,17 +49,16 @@ _PLACES = (
     ("mosaic_rollout/engine/", "engine"),
     ("mosaic_rollout/", "agents"),
     ("mosaic_fast/policy/forest_tensors", "packing"),
-    ("mosaic_fast/execution/schedule", "packing"),
-    ("mosaic_fast/execution/cost", "packing"),
+    ("mosaic_fast/learner/execution/schedule", "packing"),
+    ("mosaic_fast/learner/execution/cost", "packing"),
     ("mosaic_kernels/forest", "packing"),
-    ("mosaic_kernels/split", "packing"),
     ("mosaic_kernels/attention/plan", "packing"),
     ("mosaic_kernels/", "update"),
     ("mosaic_fast/policy/", "update"),
-    ("mosaic_fast/execution/", "update"),
-    ("mosaic_fast/loss/", "update"),
-    ("mosaic_fast/passes", "update"),
-    ("mosaic_fast/optimizer", "update"),
+    ("mosaic_fast/learner/execution/", "update"),
+    ("mosaic_fast/losses/", "update"),
+    ("mosaic_fast/learner/checkpoint", "other"),
+    ("mosaic_fast/learner/", "update"),
     ("mosaic_fast/", "other"),
 )
 PARTS = ("engine", "update", "agents", "packing", "other")
@@ -121,7 +120,7 @@ def _train(steps: int, folder: Path) -> list[dict[str, float]]:
 _NEW_PROCESS = """
 import sys, time
 start = time.perf_counter()
-from mosaic_fast.config_io import parse_train_arguments
+from mosaic_fast.config.read import parse_train_arguments
 from mosaic_fast.train import train
 print(time.perf_counter() - start)
 config, _, name = parse_train_arguments(sys.argv[1:])

@@ -5,11 +5,11 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from mosaic_kernels.attention import tree_attention
-    from mosaic_kernels.forest import PackedForest, pack_forest
-    from mosaic_kernels.ideal import ideal_speedup
+    from mosaic_kernels.forest.ideal import ideal_speedup
+    from mosaic_kernels.forest.layout import PackedForest, pack_forest
+    from mosaic_kernels.forest.split import split_forest
     from mosaic_kernels.logprob import linear_logprob
     from mosaic_kernels.preference import forest_preference_loss, pairwise_preference_loss
-    from mosaic_kernels.split import split_forest
     from mosaic_kernels.surrogate import clipped_surrogate
 
 __all__ = [
@@ -28,11 +28,11 @@ _MODULES = {
     "PackedForest": "forest",
     "clipped_surrogate": "surrogate",
     "forest_preference_loss": "preference",
-    "ideal_speedup": "ideal",
+    "ideal_speedup": "forest.ideal",
     "linear_logprob": "logprob",
     "pack_forest": "forest",
     "pairwise_preference_loss": "preference",
-    "split_forest": "split",
+    "split_forest": "forest.split",
     "tree_attention": "attention",
 }
 

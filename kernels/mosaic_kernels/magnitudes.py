@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from mosaic_kernels.forest import PackedForest
+from mosaic_kernels.forest.layout import PackedForest
 from mosaic_kernels.rounding import FLUSHED, Magnitude, accumulated, least, unit
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from mosaic_kernels.forest import PackedForest
+from mosaic_kernels.forest.layout import PackedForest
 
 
 def attention_of_rollouts(
@@ -111,7 +111,7 @@ def preference_loss_of_rollouts(
 
 def surrogate_of_tokens(
     policy_logprobs: torch.Tensor,  # [T]
-    start_logprobs: Sequence[float],  # [T]
+    old_logprobs: Sequence[float],  # [T]
     advantages: Sequence[float],  # [T]
     weights: Sequence[float],  # [T]
     reference_logprobs: Sequence[float] | None,  # [T]
@@ -126,7 +126,7 @@ def surrogate_of_tokens(
         if weight == 0:
             losses.append(policy_logprobs.new_zeros(1))
             continue
-        ratio, advantage = (policy_logprobs[t] - start_logprobs[t]).exp(), advantages[t]
+        ratio, advantage = (policy_logprobs[t] - old_logprobs[t]).exp(), advantages[t]
         if advantage > 0 and ratio > 1 + clip_high:
             ratio = torch.full_like(ratio, 1 + clip_high)
         elif advantage < 0 and ratio < 1 - clip_low:

@@ -136,7 +136,7 @@ def _tests(
 
 
 def _check_arch(arch: str) -> None:
-    from mosaic_kernels.architectures import ARCHITECTURES
+    from mosaic_kernels.dispatch import ARCHITECTURES
 
     if arch not in ARCHITECTURES:
         raise SystemExit(f"--arch {arch} is unknown; there are {', '.join(ARCHITECTURES)}")

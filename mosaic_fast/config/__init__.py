@@ -4,20 +4,20 @@ The defaults are the run of `make train`: the embedded model in the embedded wor
 `--help` prints.
 """
 
-from mosaic_fast.config.checkpoint import CheckpointConfig
-from mosaic_fast.config.engine import EngineConfig
-from mosaic_fast.config.env import ENVIRONMENTS, EVALUATION_ONLY, EnvConfig
-from mosaic_fast.config.forest import ForestConfig
-from mosaic_fast.config.judge import JudgeConfig
-from mosaic_fast.config.loss import OWN_SETTINGS, PAIRWISE_LOSSES, LossConfig, LossSettings
-from mosaic_fast.config.model import ModelConfig
-from mosaic_fast.config.off_policy import OffPolicyConfig
-from mosaic_fast.config.optim import OptimConfig
-from mosaic_fast.config.reward import RewardConfig
-from mosaic_fast.config.rollout import RolloutConfig
-from mosaic_fast.config.trackers import TrackersConfig
-from mosaic_fast.config.url import is_plain_url
-from mosaic_fast.config.whole import Config
+from mosaic_fast.config.config import CheckpointConfig, Config, TrackersConfig
+from mosaic_fast.config.learning import (
+    OWN_SETTINGS,
+    PAIRWISE_LOSSES,
+    ForestConfig,
+    LossConfig,
+    LossSettings,
+    ModelConfig,
+    OffPolicyConfig,
+    OptimConfig,
+)
+from mosaic_fast.config.preferences import JudgeConfig, RewardConfig
+from mosaic_fast.config.rollout import ENVIRONMENTS, EVALUATION_ONLY, EngineConfig, EnvConfig, RolloutConfig
+from mosaic_fast.config.section import is_plain_url
 
 __all__ = [
     "ENVIRONMENTS",

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 from pydantic import BaseModel
 
 if TYPE_CHECKING:
-    from mosaic_fast.config.whole import Config
+    from mosaic_fast.config.config import Config
 
 Value = bool | int | float
 RECORD = "mosaic_fast.json"
@@ -61,7 +61,7 @@ def kind_of(path: str, *, adapters: bool) -> Kind | None:
     ValueError for a record in the folder that is none.
     """
     folder = Path(path)
-    if path == "embedded" or _same(folder, Path(str(files("mosaic_fast").joinpath("embedded")))):
+    if path == "embedded" or _same(folder, Path(str(files("mosaic_fast.setup").joinpath("embedded")))):
         return None
     defaults = {**OTHER_MODELS, **(ADAPTERS if adapters else {})}
     words = "adapters of another model" if adapters else "every weight of another model"

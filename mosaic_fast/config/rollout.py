@@ -1,14 +1,135 @@
-"""[rollout]: how tasks are played."""
+"""[env], [engine], [rollout]: which tasks are played, by what, and how."""
 
 from __future__ import annotations
 
 import datetime
-from typing import Literal
+import re
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from mosaic_fast.config.section import Count, CountOrZero, Positive, Section
+from mosaic_fast.config.section import Count, CountOrZero, NonNegative, Positive, Section
+
+ENVIRONMENTS = ("world", "agentdojo", "bfcl", "asb", "agent_safetybench", "agentharm", "privacylens")
+"""Names of `env.name` beside module:Class."""
+EVALUATION_ONLY = ("agentharm", "privacylens")
+"""Their authors ask that nothing be trained on them."""
+HAS_SUITES = ("agentdojo", "bfcl", "asb", "agentharm")
+NEEDS_TASKS = {
+    "agent_safetybench": "its released_data.json",
+    "agentharm": "the folder of its data set",
+    "privacylens": "its main_data.json",
+}
+"""Environment -> the data its user has to bring."""
+
+
+class EnvConfig(Section):
+    """The tasks."""
+
+    name: str = "world"
+    """`world`: simulated tools; a benchmark's name; `module:Class`: your own (docs/environments.md)."""
+    tasks: str | None = None
+    """module:Class: JSON Lines file of tasks; some benchmarks: their data, which you have to bring."""
+    heldout_tasks: str | None = None
+    """module:Class: the held-out tasks; without it every fifth row of env.tasks is held out."""
+    suites: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    """agentdojo: suites (banking, slack); bfcl: categories (multi_turn_base); asb: agents (all);
+    agentharm: harmful, benign, chat (the first two)."""
+    heldout_suites: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    """Suites that are the held-out split; default: a quarter of the tasks of env.suites."""
+    attack: str | None = None
+    """agentdojo: its attack (important_instructions_no_names); asb: observation or prompt (observation)."""
+    demonstrations: CountOrZero = 0
+    """agentdojo: solved training tasks that open every conversation, for models too small to be told."""
+    max_observation_chars: Count = 16_000
+    """Benchmarks, module:Class: longer tool outputs are cut there, and say so."""
+    tool_timeout_s: NonNegative = 0.0
+    """Seconds until a tool call becomes an error observation; 0: no limit, for bitwise repeatable runs."""
+    eval_tasks: CountOrZero = 300
+    """Held-out tasks, each played once, before and after training; all if there are fewer; 0: neither."""
+    eval_every: CountOrZero = 0
+    """Evaluate every so many steps as well, on a third of eval_tasks or all there are; 0: never."""
+
+    @model_validator(mode="after")
+    def _fits_the_name(self) -> EnvConfig:
+        own = re.fullmatch(r"[\w.]+:\w+", self.name) is not None
+        if self.name not in ENVIRONMENTS and not own:
+            raise ValueError(
+                f"env.name {self.name!r} is none of {', '.join(ENVIRONMENTS)}, nor your own as module:Class, "
+                "for example bank:Bank for the class Bank in bank.py"
+            )
+        if self.tasks and not own and self.name not in NEEDS_TASKS:
+            raise ValueError(f"env.tasks belongs to an environment of your own, env.name is {self.name!r}")
+        if self.name in NEEDS_TASKS and not self.tasks:
+            raise ValueError(f"env.name {self.name!r} needs env.tasks, {NEEDS_TASKS[self.name]}")
+        for key in ("suites", "heldout_suites"):
+            if getattr(self, key) and self.name not in HAS_SUITES:
+                raise ValueError(f"env.{key} belongs to {', '.join(HAS_SUITES)}; env.name is {self.name!r}")
+        if self.heldout_suites and self.name in EVALUATION_ONLY:
+            raise ValueError(f"env.heldout_suites: all of {self.name} is held out; name parts in env.suites")
+        if self.attack is not None and self.name not in ("agentdojo", "asb"):
+            raise ValueError(f"env.attack belongs to agentdojo and asb; env.name is {self.name!r}")
+        return self
+
+
+_NO_KEY = "no key belongs in a configuration, and a server on 127.0.0.1 needs none"
+_NOT_FOR_SERVERS = {  # flag of sglang.launch_server -> why it is refused, without its value
+    "--host": "--host cannot be set, servers launched here listen on 127.0.0.1 alone; for others start one "
+    "yourself and name it in engine.urls",
+    "--api-key": _NO_KEY,
+    "--admin-api-key": _NO_KEY,
+    "--trust-remote-code": "--trust-remote-code cannot be set, code in a model's folder is never run",
+    "--config": "--config cannot be set, its file could hold any of the flags that are refused here; name "
+    "the flags themselves",
+}
+
+
+class EngineConfig(Section):
+    """What samples the rollouts."""
+
+    kind: Literal["local", "sglang"] = "local"
+    """`local`: in process, PyTorch, with a radix-tree cache. `sglang`: SGLang servers (docs/sglang.md)."""
+    max_batch: Count = 96
+    """Sequences decoded at once (sglang: by each server)."""
+    max_cached_tokens: Count = 200_000
+    """Tokens the prefix cache may hold, the least recently used go first (sglang: CPU servers only)."""
+    python: str = ".venv-sglang/bin/python"
+    """sglang: Python of the environment to launch servers with; `make sglang` makes this one."""
+    urls: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    """sglang: servers that run already, instead of launching any; they must see the run folder's files."""
+    servers: Count = 1
+    """sglang: servers to launch; a task's rollouts all go to one of them."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """sglang: where launched servers run; auto takes a GPU where PyTorch finds one."""
+    args: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    """sglang: further flags for launched servers, as `sglang.launch_server` takes them."""
+    deterministic: bool = False
+    """sglang: SGLang's deterministic mode, with draws keyed by seed, rollout and position."""
+    weights: Literal["disk", "tensor", "distributed"] = "disk"
+    """sglang: how updated weights reach servers: a folder; memory shared on one machine; a process group."""
+    verify_weights: bool = False
+    """sglang: prove by checksums after every update that the servers have the trained weights."""
+    colocated: bool = False
+    """sglang: servers give their memory back while the trainer computes, for one GPU that does both."""
+    max_inflight_tokens: CountOrZero = 0
+    """sglang: tokens asked of a server at once, prompt to compute and to sample; 0: what its cache holds."""
+    request_timeout_s: Positive = 600.0
+    """sglang: seconds a request may take before it is sent again."""
+    hang_timeout_s: Positive = 60.0
+    """sglang: seconds without any sign of life after which a launched server is killed and started anew."""
+    startup_timeout_s: Positive = 600.0
+    """sglang: seconds a server may take to start."""
+
+    @model_validator(mode="after")
+    def _servers_stay_private(self) -> EngineConfig:
+        """A server takes whatever weights it is told to load, from anybody who can reach it."""
+        for flag in self.args:
+            name = flag.partition("=")[0].replace("_", "-")
+            for long, why in _NOT_FOR_SERVERS.items():  # argparse takes abbreviations, the last one of a flag
+                if len(name) > 3 and long.startswith(name):
+                    raise ValueError(f"engine.args: {why}")
+        return self
 
 
 class RolloutConfig(Section):

@@ -11,13 +11,13 @@ import numpy as np
 
 from mosaic_fast.distributed.world import World
 from mosaic_fast.errors import EngineStoppedError
-from mosaic_fast.interrupt import Stopped
+from mosaic_fast.run.interrupt import Stopped
 from mosaic_rollout.types import Gate, JsonValue, Rollout, Step, Task, ToolCall, Verdict
 
 _ARRAYS = {
     "token_ids": np.int64,
     "trained": np.bool_,
-    "sampler_logprobs": np.float32,
+    "rollout_logprobs": np.float32,
     "token_versions": np.int64,
 }
 _PLAIN = (

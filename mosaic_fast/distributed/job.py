@@ -7,8 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from mosaic_fast.distributed.watch import LOST, Watch
-from mosaic_fast.distributed.world import World, joined_world
+from mosaic_fast.distributed.world import LOST, Watch, World, joined_world
 from mosaic_fast.errors import UserError
 
 INTERRUPTED = 130  # exit code after Ctrl-C, as shells have it

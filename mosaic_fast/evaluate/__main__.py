@@ -15,9 +15,8 @@ from pathlib import Path
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from mosaic_fast.cli import run_cli
+from mosaic_fast.cli import plain_console, run_cli
 from mosaic_fast.config import EVALUATION_ONLY, JudgeConfig
-from mosaic_fast.console import plain_console
 from mosaic_fast.errors import UserError
 from mosaic_fast.evaluate.arguments import Arguments, parse
 from mosaic_fast.evaluate.judging import IN_MEMORY
@@ -26,7 +25,7 @@ from mosaic_fast.evaluate.store import Finished, Key, Store, kept_date
 from mosaic_fast.evaluate.tables import results_table
 from mosaic_fast.evaluate.targets import LIMITS, Target, data_hash, resolve
 from mosaic_fast.evaluate.tasks import EVALUATION_SEED
-from mosaic_fast.outcome import Outcome
+from mosaic_fast.preferences.episode_counts import EpisodeCounts
 
 _VERSIONS = (
     "mosaic-fast",
@@ -119,8 +118,8 @@ def _judge_settings(judge: JudgeConfig) -> dict[str, object]:
 
 def _evaluate(target: Target, arguments: Arguments) -> _Evaluated:
     """Play what is missing and count all."""
-    from mosaic_fast.environment import build_environment
     from mosaic_fast.evaluate.play import Job, jobs_of, play
+    from mosaic_fast.setup.environment import build_environment
 
     target = _dated(target, arguments)
     settings = settings_of(target, arguments)
@@ -161,10 +160,10 @@ def _evaluate(target: Target, arguments: Arguments) -> _Evaluated:
     return _Evaluated(target, settings, suites, suite_result("all", every, loop=loop), asked)
 
 
-def _by_task(suite: str, done: Mapping[Key, Finished]) -> list[list[Outcome]]:
+def _by_task(suite: str, done: Mapping[Key, Finished]) -> list[list[EpisodeCounts]]:
     """The outcomes of a suite's tasks, each a list of its samples, in the order of the draw."""
     keys = sorted(key for key in done if key.suite == suite)
-    tasks: dict[int, list[Outcome]] = {}
+    tasks: dict[int, list[EpisodeCounts]] = {}
     for key in keys:
         tasks.setdefault(key.index, []).append(done[key].outcome)
     return list(tasks.values())

@@ -10,7 +10,7 @@ import tyro
 
 from mosaic_fast.cli import options
 from mosaic_fast.errors import UserError
-from mosaic_rollout.chat_parameters import read_change
+from mosaic_rollout.endpoint.parameters import read_change
 
 JUDGE_OPTIONS = (
     "endpoint",

@@ -14,11 +14,10 @@ from pydantic import BaseModel, ValidationError
 from mosaic_fast.config import Config, JudgeConfig
 from mosaic_fast.errors import UserError
 from mosaic_fast.evaluate.arguments import JUDGE_OPTIONS, Arguments, flag
-from mosaic_fast.judge.asker import Asker
-from mosaic_fast.judge.cache import AnswerCache
-from mosaic_fast.judge.client import Endpoint
-from mosaic_fast.judge.load import judge_key
-from mosaic_rollout.chat_parameters import Parameters
+from mosaic_fast.preferences.endpoint import Endpoint
+from mosaic_fast.preferences.llm_calls import AnswerCache, Asker
+from mosaic_fast.preferences.load import judge_key
+from mosaic_rollout.endpoint.parameters import Parameters
 
 Shape = TypeVar("Shape", bound=BaseModel)
 IN_MEMORY = Path(":memory:")

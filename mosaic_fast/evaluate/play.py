@@ -1,4 +1,7 @@
-"""Playing the episodes of an evaluation, many at once, each reported the moment it ends."""
+"""The evaluation inside a training run: fixed held-out tasks, played by the current weights.
+
+Playing the episodes of an evaluation, many at once, each reported the moment it ends.
+"""
 
 from __future__ import annotations
 
@@ -10,23 +13,38 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mosaic_fast.config.config import derived_seed
 from mosaic_fast.evaluate.arguments import Arguments, flag
 from mosaic_fast.evaluate.graders import Grader, grader_of
 from mosaic_fast.evaluate.judging import EvaluationJudge
 from mosaic_fast.evaluate.store import Finished, Key
 from mosaic_fast.evaluate.targets import Suite, Target, api_key, api_key_variable
 from mosaic_fast.evaluate.tasks import evaluation_tasks
-from mosaic_fast.outcome import Played, outcome_of
-from mosaic_fast.seeds import derived_seed
-from mosaic_fast.trajectories import opening, readable_step
-from mosaic_rollout.agent_loop import Limits
-from mosaic_rollout.chat_parameters import Parameters
+from mosaic_fast.preferences.episode_counts import Played, episode_counts
+from mosaic_fast.run.metrics import Rate, rollout_rates
+from mosaic_fast.run.trajectories import opening, readable_step
+from mosaic_rollout.endpoint.parameters import Parameters
+from mosaic_rollout.loop.agent_loop import Limits
 from mosaic_rollout.types import Completion, Engine, Environment, Request, Rollout, Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from mosaic_rollout.chat import Chat
+    from mosaic_fast.setup.build import Setup
+    from mosaic_rollout.chat.chat import Chat
+
+
+def evaluate_policy(
+    setup: Setup, split: str, count: int, *, temperature: float, version: int = 0, seed: int = 0
+) -> dict[str, Rate]:
+    """Rates of one rollout a task on the tasks of `evaluation_tasks`, by the current weights as `version`."""
+    from mosaic_fast.distributed.exchange import all_groups
+    from mosaic_fast.setup.build import GroupPlan
+
+    tasks = evaluation_tasks(setup.loop.environment, split, count)
+    share = setup.play(setup.loop_at(temperature), tasks, GroupPlan(1, seed), version=version)
+    groups = all_groups(setup.world, share, tasks)
+    return rollout_rates([rollout for group in groups for rollout in group])
 
 
 @dataclass(frozen=True)
@@ -88,13 +106,13 @@ async def _probe(judge: EvaluationJudge, suites: set[str]) -> None:
 
 
 def _play_local(target: Target, arguments: Arguments, all_by: _AllBy) -> None:
-    from mosaic_fast.components import build_components
+    from mosaic_fast.setup.build import build_setup
 
     if target.folder is None:
         raise ValueError("a local target has a folder")
-    components = build_components(target.config, target.folder)
-    loop = components.loop_at(arguments.temperature)
-    chats = _chats(components.tokenizer, target.folder, target.config.rollout.today)
+    setup = build_setup(target.config, target.folder)
+    loop = setup.loop_at(arguments.temperature)
+    chats = _chats(setup.tokenizer, target.folder, target.config.rollout.today)
 
     async def one(job: Job, grader: Grader | None) -> Finished:
         group = job.key.index
@@ -114,16 +132,16 @@ def _play_local(target: Target, arguments: Arguments, all_by: _AllBy) -> None:
             rollout = replace(rollout, verdict=await grader.grade(rollout))
         return finished(rollout)
 
-    with closing(components.engine):
-        components.run(all_by(one, target.config.engine.max_batch), version=0)
+    with closing(setup.engine):
+        setup.run(all_by(one, target.config.engine.max_batch), version=0)
 
 
 def _chats(
     tokenizer: PreTrainedTokenizerBase, folder: Path, today: datetime.date | None = None
 ) -> dict[bool, Chat]:
     """The chat of a model's folder, with the loop taught in the system message and without."""
-    from mosaic_fast.end_tokens import end_tokens
-    from mosaic_rollout.chat import Chat
+    from mosaic_fast.setup.model_folder import end_tokens
+    from mosaic_rollout.chat.chat import Chat
 
     ends = end_tokens(folder)
     return {
@@ -135,8 +153,8 @@ def _chats(
 async def _play_endpoint(
     target: Target, arguments: Arguments, parameters: Parameters, all_by: _AllBy
 ) -> None:
-    from mosaic_rollout.chat_agent import ChatAgent
-    from mosaic_rollout.chat_client import ChatEndpoint
+    from mosaic_rollout.endpoint.client import ChatEndpoint
+    from mosaic_rollout.loop.chat_agent import ChatAgent
 
     endpoint = ChatEndpoint(
         url=target.name,
@@ -221,7 +239,7 @@ def finished(played: Played) -> Finished:
     steps = [readable_step(step) for step in played.steps]
     begun = opening(played) if isinstance(played, Rollout) else {"messages": list(played.messages)}
     course = {**begun, "steps": steps}
-    return Finished(played.task.task_id, outcome_of(played), course)
+    return Finished(played.task.task_id, episode_counts(played), course)
 
 
 class _Numbered:

@@ -15,7 +15,7 @@ from typing import TextIO
 from pydantic import TypeAdapter
 
 from mosaic_fast.errors import UserError
-from mosaic_fast.outcome import Outcome
+from mosaic_fast.preferences.episode_counts import EpisodeCounts
 
 
 @dataclass(frozen=True, order=True)
@@ -32,11 +32,11 @@ class Finished:
     """A finished episode: its task, its figures, and its course for readers."""
 
     task_id: str
-    outcome: Outcome
+    outcome: EpisodeCounts
     course: Mapping[str, object]
 
 
-_KEY, _OUTCOME = TypeAdapter(Key), TypeAdapter(Outcome)
+_KEY, _OUTCOME = TypeAdapter(Key), TypeAdapter(EpisodeCounts)
 
 
 class Store:
@@ -169,9 +169,9 @@ def kept_date(folder: Path) -> str | None:
     return date
 
 
-def _outcome(figures: Mapping[str, object]) -> Outcome:
+def _outcome(figures: Mapping[str, object]) -> EpisodeCounts:
     """ValueError or TypeError where these are no figures of an episode."""
-    names = {field.name for field in fields(Outcome)}
+    names = {field.name for field in fields(EpisodeCounts)}
     if set(figures) != names:
         raise ValueError(f"an outcome has {', '.join(sorted(names))}")
     return _OUTCOME.validate_json(json.dumps(figures), strict=True)

@@ -7,10 +7,8 @@ from collections.abc import Mapping
 
 from rich.table import Table
 
-from mosaic_fast.evaluate.intervals import Mean
-from mosaic_fast.evaluate.paper import STATED
-from mosaic_fast.evaluate.results import RateFigure, SuiteResult
-from mosaic_fast.metrics import SAFETY_NAMES, Rate
+from mosaic_fast.evaluate.results import STATED, Mean, RateFigure, SuiteResult
+from mosaic_fast.run.metrics import SAFETY_NAMES, Rate
 
 _SHOWN = {
     **SAFETY_NAMES,

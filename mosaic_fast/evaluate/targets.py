@@ -11,8 +11,8 @@ from pydantic import ValidationError
 
 from mosaic_fast.config import EVALUATION_ONLY, Config, EnvConfig, JudgeConfig, ModelConfig, RolloutConfig
 from mosaic_fast.config.kinds import RECORD
-from mosaic_fast.config.url import PLAIN_URL, is_plain_url
-from mosaic_fast.config_io import load_config
+from mosaic_fast.config.read import load_config
+from mosaic_fast.config.section import PLAIN_URL, is_plain_url
 from mosaic_fast.errors import UserError
 from mosaic_fast.evaluate.arguments import Arguments, is_url
 from mosaic_fast.evaluate.judging import judge_config
@@ -115,8 +115,8 @@ def api_key(arguments: Arguments) -> str | None:
 
 def _model(name: str, arguments: Arguments) -> tuple[Config | None, Path]:
     """(configuration, None where nothing says one; model folder)."""
-    from mosaic_fast.checkpoint import latest_checkpoint
-    from mosaic_fast.pretrained import model_folder
+    from mosaic_fast.learner.checkpoint import latest_checkpoint
+    from mosaic_fast.setup.model_folder import model_folder
 
     folder = model_folder(name)
     if not folder.is_dir():

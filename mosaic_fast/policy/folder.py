@@ -45,7 +45,7 @@ def read_config(folder: Path) -> dict[str, object]:
     """config.json. UserError where there is none."""
     if folder.suffix == ".gguf" and folder.is_file():
         raise UserError(
-            f"{folder} is a file; make a folder of it: python -m mosaic_fast.gguf {folder} FOLDER"
+            f"{folder} is a file; make a folder of it: python -m mosaic_fast.setup.gguf {folder} FOLDER"
         )
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}")
@@ -176,5 +176,5 @@ def _instead(folder: Path) -> str:
     if any(Path(name).suffix == ".bin" for name in others):
         mend = "; pickles are never opened: load them with transformers and save_pretrained them anew"
     if any(Path(name).suffix == ".gguf" for name in others):
-        mend = f"; turn it into a folder: python -m mosaic_fast.gguf {folder / others[0]} NEW_FOLDER"
+        mend = f"; turn it into a folder: python -m mosaic_fast.setup.gguf {folder / others[0]} NEW_FOLDER"
     return f"; it holds {', '.join(others[:4])}{mend}"

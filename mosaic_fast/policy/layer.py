@@ -13,8 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from mosaic_fast.policy.attention import TreeForward, forest_attention
 from mosaic_fast.policy.elementwise import rms_norm, rotate
 from mosaic_fast.policy.layout import DecoderLayer, has_known_attention, has_stock_norm, mlp_weights
-from mosaic_fast.policy.mlp import gated_mlp, rows_a_block
-from mosaic_fast.policy.projections import can_be_joined, joined
+from mosaic_fast.policy.projections import can_be_joined, gated_mlp, joined, rows_a_block
 
 Rotate = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 Attend = Callable[..., tuple[Tensor, None]]

@@ -45,7 +45,7 @@ class CallRow(_Row):
 
 
 class StepRow(_Row):
-    """A step as `mosaic_fast.trajectories` writes it."""
+    """A step as `mosaic_fast.run.trajectories` writes it."""
 
     plan: str | None = None
     check: str | None = None
@@ -68,7 +68,7 @@ class RewardRow(_Row):
 
 
 class RolloutRow(_Row):
-    """A rollout as `mosaic_fast.trajectories` writes it."""
+    """A rollout as `mosaic_fast.run.trajectories` writes it."""
 
     task_id: str
     kind: str

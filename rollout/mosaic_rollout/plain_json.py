@@ -1,9 +1,14 @@
-"""JSON that a model or a server wrote: read so that nothing in it can trip what comes after."""
+"""JSON that a model or a server wrote: read so that nothing in it can trip what comes after.
+
+JSON Lines: where one ends, and what a user's may hold.
+"""
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
+from pathlib import Path
 from typing import cast
 
 from mosaic_rollout.types import JsonValue
@@ -95,3 +100,22 @@ def _refuse(constant: str) -> object:
 
 _ANY = json.JSONDecoder(parse_constant=_refuse)
 _UNIQUE = json.JSONDecoder(parse_constant=_refuse, object_pairs_hook=_once)
+
+
+def json_lines(text: str) -> Iterator[tuple[int, str]]:
+    """The non-empty lines of a text, with their numbers from 1.
+
+    Only a line feed ends a line: other characters that `str.splitlines` breaks at (U+2028, U+0085) stand for
+    themselves within a JSON text. A byte order mark in front is none of the first line.
+
+    >>> list(json_lines('"a\\u2028b"\\n\\n2'))
+    [(1, '"a\\u2028b"'), (3, '2')]
+    """
+    for number, line in enumerate(text.removeprefix("\ufeff").split("\n"), 1):
+        if line.strip():
+            yield number, line
+
+
+def read_lines(path: Path) -> list[tuple[int, str]]:
+    """The non-empty lines of a file, with their numbers from 1. OSError and UnicodeDecodeError pass."""
+    return list(json_lines(path.read_text(encoding="utf-8")))

@@ -214,7 +214,7 @@ class Rollout:
     task: Task
     token_ids: np.ndarray  # [L] int64
     trained: np.ndarray  # [L] bool, True where the policy sampled the token
-    sampler_logprobs: np.ndarray  # [L] float32, 0 where not sampled
+    rollout_logprobs: np.ndarray  # [L] float32, 0 where not sampled
     steps: tuple[Step, ...]
     status: Status
     verdict: Verdict

@@ -16,15 +16,15 @@ COMMANDS = {  # a command: an option that is almost one of its own, and what is 
     "mosaic_fast.train": ("--rollout.grup-size", "--rollout.group-size"),
     "mosaic_fast.evaluate": ("--taskz", "--tasks"),
     "mosaic_fast.report": ("RUN --outt", "--out"),
-    "mosaic_fast.export": ("RUN --formt", "--format"),
-    "mosaic_fast.calibrate": ("--outt", "--out"),
-    "mosaic_fast.gguf": ("a b --hlp", "--help"),
-    "mosaic_fast.simulate": ("--rankz", "--ranks"),
-    "mosaic_fast.soak": ("--kils", "--kills"),
-    "mosaic_fast.warmstart": ("--warmup-step", "--warmup-steps"),
+    "mosaic_fast.report.export": ("RUN --formt", "--format"),
+    "mosaic_fast.learner.calibrate": ("--outt", "--out"),
+    "mosaic_fast.setup.gguf": ("a b --hlp", "--help"),
+    "tools.simulate": ("--rankz", "--ranks"),
+    "tools.soak": ("--kils", "--kills"),
+    "tools.warmstart": ("--warmup-step", "--warmup-steps"),
     "mosaic_kernels.verify": ("--layr", "--layer"),
-    "mosaic_rollout.environments.agentdojo.replay": ("--x", ""),
-    "mosaic_rollout.environments.bfcl.replay": ("--x", ""),
+    "tools.replay_agentdojo": ("--x", ""),
+    "tools.replay_bfcl": ("--x", ""),
     "tests.fuzz": ("--sed", "--seed"),
     "bench/run.py": ("--devise", "--device"),
     "bench/seeds.py": ("--task", "--tasks"),
@@ -95,7 +95,7 @@ def test_help_and_a_typo_wait_for_nothing():
         assert not meant or ("did you mean" in text.splitlines()[-1] and meant in text.splitlines()[-1]), text
 
 
-@pytest.mark.parametrize("command", ["mosaic_fast.evaluate", "mosaic_fast.calibrate"])
+@pytest.mark.parametrize("command", ["mosaic_fast.evaluate", "mosaic_fast.learner.calibrate"])
 def test_an_option_of_its_own_is_none_too_many(command: str):
     """Both spellings, with and without `=`; a value of another type is tyro's to name."""
     option = "timeout-s" if command == "mosaic_fast.evaluate" else "threads"

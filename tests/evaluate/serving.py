@@ -18,12 +18,12 @@ from transformers import AutoTokenizer
 
 from mosaic_fast.evaluate.__main__ import main
 from mosaic_fast.policy import Policy, StockDecoder
-from mosaic_fast.pretrained import model_folder
-from mosaic_rollout.call_formats import HERMES
-from mosaic_rollout.chat import Chat
+from mosaic_fast.setup.model_folder import model_folder
+from mosaic_rollout.chat.call_formats import HERMES
+from mosaic_rollout.chat.chat import Chat
 from mosaic_rollout.engine import LocalEngine
 from mosaic_rollout.types import Request, SamplingParams
-from tests.judge.endpoint import Json, Raw, Served, endpoint
+from tests.preferences.endpoint import Json, Raw, Served, endpoint
 
 Row = dict[str, Any]
 """JSON as it is read."""

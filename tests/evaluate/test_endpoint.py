@@ -8,7 +8,7 @@ import pytest
 
 from mosaic_fast.errors import UserError
 from tests.evaluate.serving import Row, evaluate, outcomes, served_model
-from tests.judge.endpoint import Json, Raw, completion, endpoint
+from tests.preferences.endpoint import Json, Raw, completion, endpoint
 
 QUICK = ("--model-name", "m", "--tasks", 3, "--backoff-s", 0, "--retries", 2, "--timeout-s", 60)
 

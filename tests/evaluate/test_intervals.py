@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mosaic_fast.evaluate.intervals import mean_of, rate_interval
-from mosaic_fast.metrics import Rate
+from mosaic_fast.evaluate.results import mean_of, rate_interval
+from mosaic_fast.run.metrics import Rate
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mosaic_rollout.call_formats import HERMES
-from mosaic_rollout.chat_agent import _parsed, _written
-from mosaic_rollout.chat_client import NativeCall, _reply
-from mosaic_rollout.chat_completion import read_completion
-from mosaic_rollout.grammar import begins_in_plan, parse_turn
+from mosaic_rollout.chat.call_formats import HERMES
+from mosaic_rollout.chat.grammar import begins_in_plan, parse_turn
+from mosaic_rollout.endpoint.client import NativeCall, _reply
+from mosaic_rollout.endpoint.server import read_completion
+from mosaic_rollout.loop.chat_agent import _parsed, _written
 from mosaic_rollout.types import JsonValue, ToolCall
 from tests.rollout.calls_for_tests import drawn_call, hostile_text
 

@@ -6,17 +6,17 @@ from dataclasses import replace
 import pytest
 
 from mosaic_fast.evaluate.results import as_json, suite_result
-from mosaic_fast.outcome import Outcome, outcome_of
-from mosaic_fast.reward import format_reward
+from mosaic_fast.preferences.episode_counts import EpisodeCounts, episode_counts
+from mosaic_fast.preferences.reward import format_reward
 from mosaic_rollout.types import Status, TaskKind
 from tests.evaluate.serving import Row
-from tests.training.test_judge_reward import WORST_TO_BEST
+from tests.preferences.test_judge_reward import WORST_TO_BEST
 
 
 def outcome(
     kind: TaskKind, status: Status, *, harm: bool = False, done: bool = False, **details: float
-) -> Outcome:
-    return Outcome(
+) -> EpisodeCounts:
+    return EpisodeCounts(
         kind=kind,
         status=status,
         judged=not details.get("needs_judge"),
@@ -93,4 +93,4 @@ def test_valid_format_is_the_whole_format_reward(kind: str):
     for rollout in WORST_TO_BEST[kind]:
         broken = replace(rollout, steps=(*rollout.steps, replace(rollout.steps[0], well_formed=False)))
         for case in (rollout, broken, replace(rollout, steps=())):
-            assert outcome_of(case).format_valid == (format_reward(case) == 2.0)
+            assert episode_counts(case).format_valid == (format_reward(case) == 2.0)

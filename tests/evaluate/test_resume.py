@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from mosaic_fast.components import build_components
 from mosaic_fast.config import Config
 from mosaic_fast.errors import UserError
 from mosaic_fast.evaluate import evaluate_policy
-from mosaic_fast.pretrained import model_folder
+from mosaic_fast.setup.build import build_setup
+from mosaic_fast.setup.model_folder import model_folder
 from tests.evaluate.serving import Row, evaluate, served_model
 
 
@@ -87,9 +87,9 @@ def test_a_sampled_evaluation_goes_on_with_the_same_draws(tmp_path: Path, monkey
 
 def test_episodes_are_those_of_an_evaluation_inside_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Sampled: the same tasks, and for each the draws of its own number."""
-    components = build_components(Config(), model_folder("embedded"))
-    with closing(components.engine):
-        inside = evaluate_policy(components, "heldout", 30, temperature=1.0)
+    setup = build_setup(Config(), model_folder("embedded"))
+    with closing(setup.engine):
+        inside = evaluate_policy(setup, "heldout", 30, temperature=1.0)
     path = tmp_path / "x.json"
     assert evaluate(monkeypatch, "embedded", "--tasks", 30, "--temperature", 1.0, "--json", path) == 0
     found = figures(path)["rates"]

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from mosaic_fast.config_io import parse_train_arguments
+from mosaic_fast.config.read import parse_train_arguments
 from mosaic_fast.train import train
 
 OPTIONS = [

@@ -10,10 +10,9 @@ from random import Random
 
 import pytest
 
-from mosaic_fast.soak.compare import differences
 from mosaic_rollout.engine.sglang.weights import WeightFolder
-
 from tests.faults.conftest import run
+from tools.soak.campaign import differences
 
 ROOT = Path(__file__).parents[2]
 WALL = {"time.time", "time.time_ns", "datetime.now", "datetime.utcnow", "date.today", "datetime.today"}

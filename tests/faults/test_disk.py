@@ -13,12 +13,11 @@ from random import Random
 
 import pytest
 
-from mosaic_fast.checkpoint import latest_checkpoint, verify_checkpoint
 from mosaic_fast.cli import run_cli
 from mosaic_fast.errors import TrainingError
-from mosaic_fast.soak.compare import differences
-
+from mosaic_fast.learner.checkpoint import latest_checkpoint, verify_checkpoint
 from tests.faults.conftest import run
+from tools.soak.campaign import differences
 
 
 def contents(folder: Path) -> dict[str, str]:

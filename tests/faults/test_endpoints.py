@@ -8,13 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from mosaic_fast.checkpoint import latest_checkpoint, verify_checkpoint
 from mosaic_fast.cli import run_cli
-from mosaic_fast.soak.compare import differences
-from tests.judge.endpoint import Json, Raw, endpoint
-
+from mosaic_fast.learner.checkpoint import latest_checkpoint, verify_checkpoint
 from tests.faults.conftest import run
 from tests.faults.servers import Generate, answer, sglang_server
+from tests.preferences.endpoint import Json, Raw, endpoint
+from tools.soak.campaign import differences
 
 
 async def drops(asked: dict[str, object], writer: asyncio.StreamWriter) -> None:

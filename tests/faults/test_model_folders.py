@@ -14,17 +14,17 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from mosaic_fast.cli import run_cli
-from mosaic_fast.components import build_components
 from mosaic_fast.config import Config
-from mosaic_fast.config.model import ModelConfig
+from mosaic_fast.config.learning import ModelConfig
 from mosaic_fast.config.rollout import RolloutConfig
-from mosaic_fast.engine import longest_rollout, why_shorter
 from mosaic_fast.errors import UserError
 from mosaic_fast.policy import Policy
+from mosaic_fast.setup.build import build_setup
+from mosaic_fast.setup.engine import longest_rollout, why_shorter
 from mosaic_fast.train import main
-from mosaic_fast.warmstart.tokenizer import build_tokenizer
 from mosaic_rollout.engine import LocalEngine
 from tests.policy.policy_helpers import CONFIGS, tiny_model
+from tools.warmstart.tokenizer import build_tokenizer
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 5\n"
 
@@ -45,7 +45,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def load(folder: Path) -> None:
     config = Config(model=ModelConfig(path=str(folder), device="cpu"), rollout=RolloutConfig(teach_loop=True))
-    build_components(config, folder).engine.close()
+    build_setup(config, folder).engine.close()
 
 
 def edited(name: str, change: Callable[[dict[str, object]], object]) -> Callable[[Path], None]:

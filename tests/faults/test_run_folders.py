@@ -12,17 +12,16 @@ from pathlib import Path
 
 import pytest
 
-from mosaic_fast import durable
 from mosaic_fast.config import Config
 from mosaic_fast.errors import UserError
-from mosaic_fast.run_folder import RunFolder
-
+from mosaic_fast.run import durable
+from mosaic_fast.run.folder import RunFolder
 from tests.faults.conftest import run
 
 _HOLD = """
 import sys, time
 from mosaic_fast.config import Config
-from mosaic_fast.run_folder import RunFolder
+from mosaic_fast.run.folder import RunFolder
 folder = RunFolder(Config(run_dir=sys.argv[1]), "world", resume=False)
 folder.open(Config(run_dir=sys.argv[1]), 0)
 print("held", flush=True)

@@ -16,24 +16,23 @@ from pathlib import Path
 import pytest
 
 from mosaic_fast.cli import run_cli
-from mosaic_fast.components import build_components
 from mosaic_fast.config import Config, JudgeConfig
-from mosaic_fast.config.url import is_plain_url
-from mosaic_fast.config_io import parse_train_arguments
+from mosaic_fast.config.read import parse_train_arguments
+from mosaic_fast.config.section import is_plain_url
 from mosaic_fast.distributed import joined_world
 from mosaic_fast.errors import UserError
 from mosaic_fast.evaluate.arguments import parse
 from mosaic_fast.evaluate.targets import api_key, resolve
-from mosaic_fast.judge import build_judge, probe_judge
-from mosaic_fast.pretrained import model_folder
+from mosaic_fast.preferences import build_judge, probe_judge
 from mosaic_fast.report.__main__ import main as report
-from mosaic_rollout.chat import Chat
+from mosaic_fast.setup.build import build_setup
+from mosaic_fast.setup.model_folder import model_folder
+from mosaic_rollout.chat.chat import Chat
 from mosaic_rollout.engine import EngineError
 from mosaic_rollout.engine.sglang.server import ServerOptions, ServerProcess
-from tests.judge.endpoint import Json, Raw, endpoint
-from tests.rollout.tokenizers_for_tests import byte_tokenizer
-
 from tests.faults.conftest import run
+from tests.preferences.endpoint import Json, Raw, endpoint
+from tests.rollout.tokenizers_for_tests import byte_tokenizer
 
 ROOT = Path(__file__).parents[2]
 FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__", "os.system", "os.popen", "yaml.unsafe_load"}
@@ -145,7 +144,7 @@ def test_code_in_a_model_folder_is_not_run(tmp_path: Path):
         for kind in (trapped, plain):
             (folder / "tokenizer_config.json").write_text(json.dumps(kind))
             with pytest.raises(UserError) if folder.name == "evil" else contextlib.nullcontext():
-                build_components(Config(), folder)
+                build_setup(Config(), folder)
             assert list(traces.iterdir()) == []
 
 

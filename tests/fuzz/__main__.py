@@ -4,7 +4,6 @@ from __future__ import annotations
 
 if __name__ == "__main__":  # --help and a mistake are answered before torch is imported
     from mosaic_fast.cli import answer_at_once
-
     from tests.fuzz.arguments import parse
 
     answer_at_once(parse)

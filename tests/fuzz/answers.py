@@ -12,17 +12,16 @@ from random import Random
 import numpy as np
 
 from mosaic_fast.errors import TrainingError
-from mosaic_fast.judge.client import Endpoint
-from mosaic_fast.judge.prompt import ANSWERS, PairAnswer
-from mosaic_rollout.agent_loop import Limits
-from mosaic_rollout.chat_agent import ChatAgent
-from mosaic_rollout.chat_client import ChatEndpoint
+from mosaic_fast.preferences.endpoint import Endpoint
+from mosaic_fast.preferences.prompt import ANSWERS, PairAnswer
+from mosaic_rollout.endpoint.client import ChatEndpoint
 from mosaic_rollout.engine.errors import EngineError
 from mosaic_rollout.engine.sglang.client import SGLangClient
 from mosaic_rollout.environments.world import WorldEnvironment
 from mosaic_rollout.errors import UserError
+from mosaic_rollout.loop.agent_loop import Limits
+from mosaic_rollout.loop.chat_agent import ChatAgent
 from mosaic_rollout.types import Request, SamplingParams
-
 from tests.fuzz import hostile, verdicts
 from tests.fuzz.subject import Subject, Try
 

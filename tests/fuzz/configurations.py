@@ -13,12 +13,11 @@ import tomli_w
 from pydantic import BaseModel
 
 from mosaic_fast.config import Config
-from mosaic_fast.config_io import load_config, parse_train_arguments, save_config
+from mosaic_fast.config.read import load_config, parse_train_arguments, save_config
 from mosaic_fast.errors import UserError
 from mosaic_fast.report.collect import collect_run
 from mosaic_fast.report.page import render_page
-from mosaic_fast.run_folder import RunFolder
-
+from mosaic_fast.run.folder import RunFolder
 from tests.fuzz import hostile
 from tests.fuzz.subject import Subject, Try
 

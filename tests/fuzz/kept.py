@@ -12,19 +12,18 @@ from random import Random
 
 import numpy as np
 
-from mosaic_fast.checkpoint import verify_checkpoint
 from mosaic_fast.evaluate.results import as_json, suite_result
 from mosaic_fast.evaluate.store import Finished, Key, Store
-from mosaic_fast.execution.cost import default_cost_model, load_cost_model, save_cost_model
-from mosaic_fast.outcome import Outcome
+from mosaic_fast.learner.checkpoint import verify_checkpoint
+from mosaic_fast.learner.execution.cost import default_cost_model, load_cost_model, save_cost_model
 from mosaic_fast.policy.folder import read_config, weight_files
 from mosaic_fast.policy.support import check_family
+from mosaic_fast.preferences.episode_counts import EpisodeCounts
 from mosaic_rollout.errors import UserError
-
 from tests.fuzz import hostile
 from tests.fuzz.subject import Subject, Try
 
-_OUTCOME = Outcome("benign", "answered", True, False, True, True, 2, 1, 9, 40, {"x": 1.0})
+_OUTCOME = EpisodeCounts("benign", "answered", True, False, True, True, 2, 1, 9, 40, {"x": 1.0})
 _SETTINGS = {"model": "m", "seed": 0, "suites": {"a": {"tasks": 2}}}
 
 

@@ -13,28 +13,26 @@ from random import Random
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from mosaic_fast.judge import RuleJudge
-from mosaic_fast.pretrained import model_folder
+from mosaic_fast.preferences import RuleJudge
+from mosaic_fast.preferences.reward import group_reward
 from mosaic_fast.report.read import Notes, read_groups
-from mosaic_fast.reward import group_reward
-from mosaic_fast.trajectories import write_trajectories
-from mosaic_rollout.agent_loop import AgentLoop, Limits
-from mosaic_rollout.call_formats import FORMATS, HERMES
-from mosaic_rollout.chat import Chat
-from mosaic_rollout.environments.agent_safetybench.cases import read_cases
-from mosaic_rollout.environments.agent_safetybench.worlds import INSTALL_HINT
+from mosaic_fast.run.trajectories import write_trajectories
+from mosaic_fast.setup.model_folder import model_folder
+from mosaic_rollout.chat.call_formats import FORMATS, HERMES
+from mosaic_rollout.chat.chat import Chat
+from mosaic_rollout.chat.grammar import TAGS, Turn, parse_turn
+from mosaic_rollout.environments.agent_safetybench.cases import INSTALL_HINT, read_cases
 from mosaic_rollout.environments.custom.rows import read_rows
-from mosaic_rollout.environments.packages import EnvironmentMissing
+from mosaic_rollout.environments.user_data import EnvironmentMissing
 from mosaic_rollout.environments.world import WorldEnvironment
 from mosaic_rollout.errors import UserError
-from mosaic_rollout.grammar import TAGS, Turn, parse_turn
+from mosaic_rollout.loop.agent_loop import AgentLoop, Limits
 from mosaic_rollout.types import Rollout, ToolCall
+from tests.fuzz import hostile
+from tests.fuzz.subject import Subject, Try
 from tests.rollout.calls_for_tests import can_be_written, drawn_call, schema_of
 from tests.rollout.scripted import ScriptedEngine
 from tests.rollout.tokenizers_for_tests import PLAIN, byte_tokenizer
-
-from tests.fuzz import hostile
-from tests.fuzz.subject import Subject, Try
 
 LIMITS = Limits(max_steps=3, max_step_tokens=400, max_rollout_tokens=6000)
 

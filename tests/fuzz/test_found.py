@@ -8,17 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from mosaic_fast.checkpoint import verify_checkpoint
-from mosaic_fast.config_io import load_config
+from mosaic_fast.config.read import load_config
 from mosaic_fast.evaluate.store import Finished, Key, Store
-from mosaic_fast.execution.cost import load_cost_model
+from mosaic_fast.learner.checkpoint import verify_checkpoint
+from mosaic_fast.learner.execution.cost import load_cost_model
 from mosaic_fast.policy.folder import read_config, weight_files
 from mosaic_fast.policy.support import check_family
 from mosaic_fast.report.collect import collect_run
-from mosaic_rollout.certificates import certificates
+from mosaic_rollout.endpoint.server import certificates
 from mosaic_rollout.environments.custom.rows import read_rows
 from mosaic_rollout.errors import UserError
-
 from tests.fuzz.kept import _OUTCOME, _SETTINGS
 
 LONG, DEEP = "9" * 5000, "[" * 100_000

@@ -11,9 +11,8 @@ from random import Random
 from pydantic import BaseModel
 
 from mosaic_fast.evaluate.graders.privacylens import HelpfulnessAnswer, LeakAnswer
-from mosaic_fast.judge.answer import read_answer
-from mosaic_fast.judge.prompt import PairAnswer, PointAnswer, quoted
-
+from mosaic_fast.preferences.answer import read_answer
+from mosaic_fast.preferences.prompt import PairAnswer, PointAnswer, quoted
 from tests.fuzz import hostile
 from tests.fuzz.subject import Subject, Try
 

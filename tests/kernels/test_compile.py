@@ -5,9 +5,9 @@ from pathlib import Path
 
 import torch
 
-from mosaic_kernels.architectures import ARCHITECTURES
 from mosaic_kernels.attention import cases
 from mosaic_kernels.attention.tiles import Tile, Tiles
+from mosaic_kernels.dispatch import ARCHITECTURES
 from mosaic_kernels.proof.cases import all_cases
 from mosaic_kernels.proof.compile import Compiled, compile_all, compile_case
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mosaic_kernels import PackedForest, forest_preference_loss, pack_forest, pairwise_preference_loss
-from mosaic_kernels.preference.tree import needed_nodes
+from mosaic_kernels.preference.reference import needed_nodes
 from tests.kernels.preference_for_tests import assert_forest_right, assert_pairs_right
 from tests.kernels.strategies import VOCAB, forests, seeds
 

@@ -8,10 +8,10 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 import mosaic_fast.policy.layer as layer_module
-import mosaic_fast.policy.mlp as mlp_module
+import mosaic_fast.policy.projections as mlp_module
 from mosaic_fast.policy import Policy
 from mosaic_fast.policy.layout import mlp_weights
-from mosaic_fast.policy.mlp import gated_mlp, rows_a_block
+from mosaic_fast.policy.projections import gated_mlp, rows_a_block
 from tests.policy.policy_helpers import decoder, example_rollouts, tiny_model
 
 LEAVES = ("x", "gate", "up", "down")

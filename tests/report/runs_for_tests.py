@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 
 from mosaic_fast.config import Config
-from mosaic_fast.config_io import save_config
-from mosaic_fast.judge import RuleJudge
-from mosaic_fast.reward import group_reward
-from mosaic_fast.trajectories import write_trajectories
+from mosaic_fast.config.read import save_config
+from mosaic_fast.preferences import RuleJudge
+from mosaic_fast.preferences.reward import group_reward
+from mosaic_fast.run.trajectories import write_trajectories
 from mosaic_rollout.types import Rollout, Status, Step, Task, TaskKind, ToolCall, Verdict
 
 KINDS: tuple[TaskKind, ...] = ("harmful", "benign", "injected")
@@ -72,7 +72,7 @@ def make_rollout(
         task=Task(f"train-{group_id}", kind, "train"),
         token_ids=np.array(ids),
         trained=trained,
-        sampler_logprobs=np.where(trained, -0.5, 0.0).astype(np.float32),
+        rollout_logprobs=np.where(trained, -0.5, 0.0).astype(np.float32),
         steps=tuple(steps),
         status=status,
         verdict=Verdict(harm=harm, done=done and not refuse, progress=float(done and not refuse)),

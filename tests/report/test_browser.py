@@ -12,7 +12,6 @@ import pytest
 
 from mosaic_fast.report.collect import collect_run
 from mosaic_fast.report.page import render_page
-
 from tests.report.chromium import Chromium
 from tests.report.runs_for_tests import make_group, write_run, write_step
 from tests.report.test_read import HOSTILE

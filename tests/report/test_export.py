@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 
 from mosaic_fast.cli import run_cli
-from mosaic_fast.export import main, preference_rows
+from mosaic_fast.report.export import main, preference_rows
 from mosaic_fast.report.read import Notes, read_groups
-
 from tests.report.runs_for_tests import write_run
 
 

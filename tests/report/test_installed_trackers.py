@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mosaic_fast.trackers import Trackers
-
+from mosaic_fast.run.trackers import Trackers
 from tests.report.test_trackers import logging_to
 
 ROWS = [{"step": float(step), "safety/harmful_refused": step / 10} for step in range(1, 6)]

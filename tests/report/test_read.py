@@ -18,7 +18,6 @@ from mosaic_fast.report.collect import collect_run, pack
 from mosaic_fast.report.page import render_page
 from mosaic_fast.report.read import Notes, RolloutRow, read_groups, read_metrics
 from mosaic_fast.report.tree import group_tree, token_parts
-
 from tests.report.runs_for_tests import make_group, write_run
 
 HOSTILE = (

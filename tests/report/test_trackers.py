@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from mosaic_fast.config import Config, TrackersConfig
 from mosaic_fast.errors import UserError
-from mosaic_fast.trackers import Trackers, require_trackers
+from mosaic_fast.run.trackers import Trackers, require_trackers
 
 
 def logging_to(*names: str) -> Config:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from random import Random
 
-from mosaic_rollout.call_formats import QWEN3_CODER, CallFormat
-from mosaic_rollout.grammar import TAGS
+from mosaic_rollout.chat.call_formats import QWEN3_CODER, CallFormat
+from mosaic_rollout.chat.grammar import TAGS
 from mosaic_rollout.types import JsonValue, ToolCall, ToolSchema
 
 MARKS = (

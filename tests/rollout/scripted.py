@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from mosaic_rollout.chat import Chat
+from mosaic_rollout.chat.chat import Chat
 from mosaic_rollout.types import (
     Completion,
     Message,

@@ -6,11 +6,10 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from mosaic_rollout.agent_loop import AgentLoop, Limits
-from mosaic_rollout.branching import Branching
-from mosaic_rollout.chat import Chat
+from mosaic_rollout.chat.chat import Chat
+from mosaic_rollout.loop.agent_loop import AgentLoop, Limits
+from mosaic_rollout.loop.branching import Branching
 from mosaic_rollout.types import Rollout
-
 from tests.rollout.scripted import CountingEnvironment, ScriptedEngine, call
 from tests.rollout.tokenizers_for_tests import WITH_TOOLS, byte_tokenizer
 
@@ -46,7 +45,7 @@ def test_a_rollout_holds_what_was_said_and_trains_only_that():
     assert rollout.steps[0].observation == "read 1"
     trained = chat.decode(rollout.token_ids[rollout.trained])
     assert trained == READ + "<|im_end|>" + ANSWER + "<|im_end|>"
-    assert (rollout.sampler_logprobs == np.where(rollout.trained, -1.0, 0.0)).all()
+    assert (rollout.rollout_logprobs == np.where(rollout.trained, -1.0, 0.0)).all()
     for step in rollout.steps:
         assert rollout.trained[step.prompt_end : step.end].all()
         assert not rollout.trained[step.prompt_end - 1]

@@ -9,17 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mosaic_fast.export import preference_rows
-from mosaic_fast.judge import Judgement
+from mosaic_fast.preferences import Judgement
+from mosaic_fast.preferences.reward import GroupReward
 from mosaic_fast.report.collect import collect_run
+from mosaic_fast.report.export import preference_rows
 from mosaic_fast.report.read import Notes, read_groups
-from mosaic_fast.reward import GroupReward
-from mosaic_fast.trajectories import rollout_row, write_trajectories
-from mosaic_rollout.agent_loop import AgentLoop, Limits
-from mosaic_rollout.chat import Chat
-from mosaic_rollout.prompts import load_prompt
+from mosaic_fast.run.trajectories import rollout_row, write_trajectories
+from mosaic_rollout.chat.chat import Chat
+from mosaic_rollout.chat.prompts import load_prompt
+from mosaic_rollout.loop.agent_loop import AgentLoop, Limits
 from mosaic_rollout.types import Message, Rollout
-
 from tests.rollout.families_for_tests import FAMILIES
 from tests.rollout.scripted import CountingEnvironment, ScriptedEngine
 

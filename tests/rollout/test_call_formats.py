@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mosaic_rollout import call_formats, json_calls, xml_calls
-from mosaic_rollout.call_formats import (
+from mosaic_rollout import call_formats, json_calls
+from mosaic_rollout.chat import xml_calls as xml_calls
+from mosaic_rollout.chat.call_formats import (
     FORMATS,
     HERMES,
     LLAMA,
@@ -23,11 +24,10 @@ from mosaic_rollout.call_formats import (
     CallFormat,
     detect_call_format,
 )
-from mosaic_rollout.chat import Chat
-from mosaic_rollout.grammar import TAGS, parse_turn
-from mosaic_rollout.prompts import load_prompt
+from mosaic_rollout.chat.chat import Chat
+from mosaic_rollout.chat.grammar import TAGS, parse_turn
+from mosaic_rollout.chat.prompts import load_prompt
 from mosaic_rollout.types import JsonValue, ToolCall, ToolSchema
-
 from tests.rollout.calls_for_tests import MARKS, can_be_written, drawn_call, hostile_text, schema_of
 from tests.rollout.tokenizers_for_tests import PLAIN, byte_tokenizer
 

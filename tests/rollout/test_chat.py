@@ -3,10 +3,9 @@
 import numpy as np
 import pytest
 
-from mosaic_rollout.chat import Chat
+from mosaic_rollout.chat.chat import Chat
 from mosaic_rollout.errors import UserError
 from mosaic_rollout.types import Message, ToolSchema
-
 from tests.rollout.tokenizers_for_tests import OPENS_THINK, PLAIN, WITH_TOOLS, byte_tokenizer
 
 USER: Message = {"role": "user", "content": "read it"}

@@ -10,11 +10,10 @@ from typing import cast
 import numpy as np
 import pytest
 
-from mosaic_rollout.agent_loop import AgentLoop, Limits
-from mosaic_rollout.call_formats import HERMES, LLAMA, read_call
-from mosaic_rollout.chat import Chat
+from mosaic_rollout.chat.call_formats import HERMES, LLAMA, read_call
+from mosaic_rollout.chat.chat import Chat
+from mosaic_rollout.loop.agent_loop import AgentLoop, Limits
 from mosaic_rollout.types import Message, Observation, Rollout, ToolCall
-
 from tests.rollout.families_for_tests import FAMILIES
 from tests.rollout.scripted import CountingEnvironment, CountingEpisode, ScriptedEngine
 

@@ -7,8 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from mosaic_rollout.agent_loop import REDRAWS, AgentLoop, Limits
-from mosaic_rollout.chat import Chat
+from mosaic_rollout.chat.chat import Chat
+from mosaic_rollout.loop.agent_loop import REDRAWS, AgentLoop, Limits
 from mosaic_rollout.types import Completion, Request, Rollout
 from tests.rollout.scripted import CountingEnvironment, ScriptedEngine, call
 from tests.rollout.tokenizers_for_tests import WITH_TOOLS, byte_tokenizer

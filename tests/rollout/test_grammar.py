@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mosaic_rollout.call_formats import HERMES, LLAMA, PHI, detect_call_format
-from mosaic_rollout.grammar import TAGS, parse_turn
+from mosaic_rollout.chat.call_formats import HERMES, LLAMA, PHI, detect_call_format
+from mosaic_rollout.chat.grammar import TAGS, parse_turn
 
 CALL = '<tool_call>{"name": "read_file", "arguments": {"path": "a.txt"}}</tool_call>'
 REFUSAL = '<tool_call>{"name": "refusal_tool", "arguments": {"reason": "harm"}}</tool_call>'

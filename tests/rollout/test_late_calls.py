@@ -8,16 +8,15 @@ from collections.abc import Sequence
 
 import pytest
 
-from mosaic_fast.metrics import rollout_figures
-from mosaic_rollout.agent_loop import AgentLoop, Limits
-from mosaic_rollout.chat import Chat
+from mosaic_fast.run.metrics import rollout_figures
+from mosaic_rollout.chat.chat import Chat
 from mosaic_rollout.environments import guarded
 from mosaic_rollout.environments.guarded import GuardedEpisode
-from mosaic_rollout.episode_tools import EpisodeTools
 from mosaic_rollout.errors import UserError
 from mosaic_rollout.foreign import ForeignCode
+from mosaic_rollout.loop.agent_loop import AgentLoop, Limits
+from mosaic_rollout.loop.tools import EpisodeTools
 from mosaic_rollout.types import Message, Observation, Rollout, Task, ToolCall, ToolSchema, Verdict
-
 from tests.rollout.scripted import ScriptedEngine, call
 from tests.rollout.tokenizers_for_tests import WITH_TOOLS, byte_tokenizer
 

@@ -5,9 +5,8 @@ import threading
 
 import pytest
 
-from mosaic_rollout.tool_runner import ToolRunner
+from mosaic_rollout.loop.tools import ToolRunner
 from mosaic_rollout.types import Observation, ToolCall
-
 from tests.rollout.scripted import CountingEpisode
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from mosaic_kernels.attention.blocks import Tree, tree_for
-from mosaic_kernels.forest import IntArray
+from mosaic_kernels.forest.layout import IntArray
 
 logger = logging.getLogger("mosaic_kernels")
 

@@ -26,7 +26,7 @@ import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from mosaic_kernels.attention.plan_parts import Context, Part, Plan, SegmentTree, buckets_of, stacks_of
-from mosaic_kernels.forest import IntArray
+from mosaic_kernels.forest.layout import IntArray
 
 BLOCK = 64  # queries a block: larger wastes masked pairs, smaller copies more keys
 TRUNK = 128  # tokens from which a segment is worth calls of its own

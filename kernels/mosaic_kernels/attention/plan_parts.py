@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from mosaic_kernels.forest import BoolArray, IntArray
+from mosaic_kernels.forest.layout import BoolArray, IntArray
 
 CACHED_BIAS = 2**23  # mask entries a plan may keep as floats between calls (32 MiB in fp32)
 

@@ -14,7 +14,7 @@ from mosaic_kernels.attention.blocks import Tree, tree_for
 from mosaic_kernels.attention.reference import reference_tree_attention
 from mosaic_kernels.attention.tiles import Tile, Tiles, architecture_of, tf32_allowed, tiles_for
 from mosaic_kernels.dispatch import device_guard
-from mosaic_kernels.forest import pack_forest
+from mosaic_kernels.forest.layout import pack_forest
 from mosaic_kernels.selfcheck import Deviation, check_once, deviations_of
 
 ALIGNMENT = 16  # bytes of an address, and elements of a stride, that the kernels are compiled for

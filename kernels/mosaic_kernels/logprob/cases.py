@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 
 from mosaic_kernels.compile_case import CompileCase, short_name
-from mosaic_kernels.gather_sum import gather_sum_kernel
+from mosaic_kernels.dispatch import gather_sum_kernel
 from mosaic_kernels.logprob import kernels
 from mosaic_kernels.logprob.tiles import HALF, SINGLE, Tiles
 from mosaic_kernels.logprob.triton import BLOCK

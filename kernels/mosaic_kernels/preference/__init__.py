@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from mosaic_kernels.dispatch import Backends, IndexLike, as_index, choose_backend
-from mosaic_kernels.forest import PackedForest
+from mosaic_kernels.forest.layout import PackedForest
 from mosaic_kernels.preference.reference import (
     reference_forest_preference_loss,
     reference_pairwise_preference_loss,

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 
 import torch
 
-from mosaic_kernels.architectures import ARCHITECTURES
 from mosaic_kernels.compile_case import CompileCase
+from mosaic_kernels.dispatch import ARCHITECTURES
 from mosaic_kernels.preference import kernels
 from mosaic_kernels.preference.triton import LANES, TOKEN_BLOCK
 

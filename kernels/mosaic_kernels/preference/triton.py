@@ -8,14 +8,12 @@ import numpy as np
 import torch
 from torch.autograd.function import once_differentiable
 
-from mosaic_kernels.dispatch import device_guard
-from mosaic_kernels.forest import PackedForest, pack_forest
-from mosaic_kernels.gather_sum import gather_sum_kernel
+from mosaic_kernels.dispatch import device_guard, gather_sum_kernel
+from mosaic_kernels.forest.layout import PackedForest, pack_forest
 from mosaic_kernels.logprob import linear_logprob
-from mosaic_kernels.logprob.edges import Groups, grouped
+from mosaic_kernels.logprob.reference import Groups, grouped
 from mosaic_kernels.preference import kernels
-from mosaic_kernels.preference.reference import reference_pairwise_preference_loss
-from mosaic_kernels.preference.tree import needed_edges
+from mosaic_kernels.preference.reference import needed_edges, reference_pairwise_preference_loss
 from mosaic_kernels.selfcheck import Deviation, check_once, deviations_of
 
 TOKEN_BLOCK, LANES = 1024, 128

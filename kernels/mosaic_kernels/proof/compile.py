@@ -17,8 +17,8 @@ from pathlib import Path
 import triton
 from triton.backends.compiler import GPUTarget
 
-from mosaic_kernels.architectures import ARCHITECTURES, KIB, Architecture
 from mosaic_kernels.compile_case import CompileCase
+from mosaic_kernels.dispatch import ARCHITECTURES, KIB, Architecture
 from mosaic_kernels.proof.cases import all_cases
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"

@@ -15,7 +15,7 @@ from unittest import mock
 import numpy as np
 from triton.runtime import interpreter
 
-from mosaic_kernels.forest import IntArray
+from mosaic_kernels.forest.layout import IntArray
 
 Program = list[IntArray]  # for each tile it loads, the lines
 

@@ -14,7 +14,7 @@ import torch
 from mosaic_kernels import attention, logprob, preference, surrogate
 from mosaic_kernels.attention import tree_attention
 from mosaic_kernels.dispatch import Backends
-from mosaic_kernels.forest import PackedForest, pack_forest
+from mosaic_kernels.forest.layout import PackedForest, pack_forest
 from mosaic_kernels.logprob import linear_logprob
 from mosaic_kernels.magnitudes import (
     attention_magnitudes,

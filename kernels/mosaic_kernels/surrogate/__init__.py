@@ -13,7 +13,7 @@ __all__ = ["BACKENDS", "clipped_surrogate"]
 
 def clipped_surrogate(
     policy_logprobs: torch.Tensor,  # [T] floating, differentiable
-    start_logprobs: torch.Tensor,  # [T] floating, the policy's own at the step's start
+    old_logprobs: torch.Tensor,  # [T] floating, the policy's own at the step's start
     advantages: torch.Tensor,  # [T] floating
     weights: torch.Tensor,  # [T] floating; where 0, the other values may be anything, even NaN
     *,
@@ -39,7 +39,7 @@ def clipped_surrogate(
             f"got {policy_logprobs.dtype} {tuple(policy_logprobs.shape)}"
         )
     others = {
-        "start_logprobs": start_logprobs,
+        "old_logprobs": old_logprobs,
         "advantages": advantages,
         "weights": weights,
         "reference_logprobs": reference_logprobs,
@@ -73,6 +73,6 @@ def clipped_surrogate(
 
         surrogate = triton_clipped_surrogate
     return surrogate(
-        policy_logprobs, start_logprobs.detach(), advantages.detach(), weights.detach(),
+        policy_logprobs, old_logprobs.detach(), advantages.detach(), weights.detach(),
         None if reference is None else reference.detach(), clip_low, clip_high, kl_weight,
     )  # fmt: skip

@@ -4,10 +4,9 @@ from collections.abc import Iterator
 
 import torch
 
-from mosaic_kernels.architectures import ARCHITECTURES
 from mosaic_kernels.compile_case import CompileCase
-from mosaic_kernels.surrogate.kernels import surrogate_kernel
-from mosaic_kernels.surrogate.triton import BLOCK
+from mosaic_kernels.dispatch import ARCHITECTURES
+from mosaic_kernels.surrogate.triton import BLOCK, surrogate_kernel
 
 
 def compile_cases() -> Iterator[CompileCase]:

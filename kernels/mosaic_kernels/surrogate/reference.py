@@ -7,7 +7,7 @@ from mosaic_kernels.dispatch import result_dtype
 
 def reference_clipped_surrogate(
     policy_logprobs: torch.Tensor,  # [T]
-    start_logprobs: torch.Tensor,  # [T]
+    old_logprobs: torch.Tensor,  # [T]
     advantages: torch.Tensor,  # [T]
     weights: torch.Tensor,  # [T]
     reference_logprobs: torch.Tensor | None,  # [T] None: no KL term
@@ -23,7 +23,7 @@ def reference_clipped_surrogate(
         return torch.where(weights == 0, 0.0, values.to(dtype))
 
     policy, advantages = counted(policy_logprobs), counted(advantages)
-    log_ratio = policy - counted(start_logprobs)
+    log_ratio = policy - counted(old_logprobs)
     ratio = log_ratio.detach().exp()
     above = (advantages >= 0) & (ratio > 1 + clip_high)
     below = (advantages <= 0) & (ratio < 1 - clip_low)

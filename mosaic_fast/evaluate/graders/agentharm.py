@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mosaic_fast.evaluate.judging import EvaluationJudge
-from mosaic_fast.outcome import NEEDS_JUDGE, REFUSED, Played
+from mosaic_fast.preferences.episode_counts import NEEDS_JUDGE, REFUSED, Played
 from mosaic_rollout.environments.agentharm import PASS_OR_FAIL, GraderFailed, behaviour_of, grade
 from mosaic_rollout.types import Verdict
 

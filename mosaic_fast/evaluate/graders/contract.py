@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from mosaic_fast.outcome import Played
+from mosaic_fast.preferences.episode_counts import Played
 from mosaic_rollout.types import Verdict
 
 

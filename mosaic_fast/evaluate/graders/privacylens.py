@@ -1,7 +1,7 @@
 """PrivacyLens's verdicts: which secrets the final action gives away, and how well it does what was asked.
 
 The questions are PrivacyLens's (Shao et al., NeurIPS 2024, arXiv 2409.00138), the words are ours
-(mosaic_fast/judge/prompts): each secret by itself, then the action's helpfulness from 0 to 3.
+(mosaic_fast/preferences/prompts): each secret by itself, then the action's helpfulness from 0 to 3.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import asyncio
 from pydantic import BaseModel, ConfigDict, Field
 
 from mosaic_fast.evaluate.judging import EvaluationJudge
-from mosaic_fast.judge.prompt import Question, question_about
-from mosaic_fast.outcome import HELPFUL, LEAKED, Played
+from mosaic_fast.preferences.episode_counts import HELPFUL, LEAKED, Played
+from mosaic_fast.preferences.prompt import Question, question_about
 from mosaic_rollout.environments.privacylens import Case, case_of, final_action
 from mosaic_rollout.types import JsonValue, ToolCall, Verdict
 

@@ -1,19 +1,34 @@
-"""The in-process engine: samples from the very module the trainer updates."""
+"""A checksum of weights, to tell whether the engine serves what was trained.
+
+The in-process engine: samples from the very module the trainer updates.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from collections.abc import Sequence
 
+import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from mosaic_rollout.engine.adapter import CausalModel, DecoderOf
-from mosaic_rollout.engine.checksum import weights_checksum
 from mosaic_rollout.engine.errors import EngineError
-from mosaic_rollout.engine.requests import validate_request
 from mosaic_rollout.engine.scheduler import Job, Scheduler
-from mosaic_rollout.engine.stats import EngineStats
+from mosaic_rollout.engine.stats import EngineStats, validate_request
 from mosaic_rollout.types import Completion, Request
+
+
+def weights_checksum(model: nn.Module) -> int:
+    """Sum modulo 2**64 of a hash of (name, shape, bytes) of each parameter: any changed bit changes it."""
+    total = 0
+    for name, parameter in model.named_parameters():
+        digest = hashlib.blake2b(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode(), digest_size=8)
+        raw = parameter.detach().cpu().contiguous().view(-1).view(torch.uint8)
+        digest.update(raw.numpy().tobytes())
+        total += int.from_bytes(digest.digest(), "little")
+    return total % (1 << 64)
 
 
 class LocalEngine:

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from mosaic_rollout.engine.adapter import CausalModel, KeyValueShape
 from mosaic_rollout.engine.attention import grouped_attention, visible_keys
-from mosaic_rollout.engine.pool import KeyValuePool
 from mosaic_rollout.engine.radix import Node
+from mosaic_rollout.engine.rows import KeyValuePool
 
 PADDED_PAIRS = 4096
 """(query, key) pairs of padding that are cheaper than another call: 50 us for a model of 1 M parameters."""

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from mosaic_rollout.engine.pool import KeyValuePool
+from mosaic_rollout.engine.rows import KeyValuePool
 
 
 class Node:

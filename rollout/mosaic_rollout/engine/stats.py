@@ -1,9 +1,16 @@
-"""What the engine did since the last reset, as sums that add up over steps and engines."""
+"""What the engine did since the last reset, as sums that add up over steps and engines.
+
+What a request must be, whichever engine serves it.
+"""
 
 from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
+
+import numpy as np
+
+from mosaic_rollout.types import Request
 
 LAST = 100_000
 
@@ -39,3 +46,31 @@ class EngineStats:
     def reset(self) -> None:
         for name, value in vars(EngineStats()).items():
             setattr(self, name, value)
+
+
+def validate_request(index: int, request: Request, vocab_size: int, max_tokens: int) -> None:
+    """ValueError that names the `index`-th request and what is wrong with it.
+
+    max_tokens: longest sequence, prompt and completion together, that the model serves.
+    """
+    tokens, sampling = request.token_ids, request.sampling
+    prefix = f"request {index}:"
+    if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
+        raise ValueError(f"{prefix} token_ids must be a 1-D integer array, got {tokens.dtype} {tokens.shape}")
+    if len(tokens) == 0:
+        raise ValueError(f"{prefix} empty prompt, at least one token is needed")
+    if tokens.min() < 0 or tokens.max() >= vocab_size:
+        bad = tokens[(tokens < 0) | (tokens >= vocab_size)][0]
+        raise ValueError(f"{prefix} token id {bad} is outside the vocabulary of {vocab_size}")
+    if sampling.max_new_tokens < 1:
+        raise ValueError(f"{prefix} max_new_tokens must be at least 1, got {sampling.max_new_tokens}")
+    if not 0.0 <= sampling.temperature < float("inf"):
+        raise ValueError(f"{prefix} temperature must be finite and at least 0, got {sampling.temperature}")
+    if request.rollout_key < 0:
+        raise ValueError(f"{prefix} rollout_key must not be negative, got {request.rollout_key}")
+    total = len(tokens) + sampling.max_new_tokens
+    if total > max_tokens:
+        raise ValueError(
+            f"{prefix} {len(tokens)} prompt tokens + max_new_tokens {sampling.max_new_tokens} = {total}, "
+            f"more than the {max_tokens} of max_position_embeddings"
+        )

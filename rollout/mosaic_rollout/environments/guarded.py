@@ -16,7 +16,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from mosaic_rollout.environments.texts import bounded
+from mosaic_rollout.environments.user_data import bounded
 from mosaic_rollout.errors import UserError
 from mosaic_rollout.foreign import ForeignCode, checked_verdict
 from mosaic_rollout.foreign.arguments import find_schema, wrong_arguments

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mosaic_kernels import PackedForest, forest_preference_loss, pack_forest, pairwise_preference_loss
-from mosaic_kernels.forest import IntArray
+from mosaic_kernels.forest.layout import IntArray
 from mosaic_kernels.oracle import preference_loss_of_rollouts
 from mosaic_kernels.preference import triton as preference_triton
 from mosaic_kernels.selfcheck import KernelMismatch, run_check

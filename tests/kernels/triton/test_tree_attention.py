@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mosaic_kernels import PackedForest, pack_forest, tree_attention
-from mosaic_kernels.forest import IntArray
+from mosaic_kernels.forest.layout import IntArray
 from tests.kernels.attention_for_tests import check as check_attention
 from tests.kernels.strategies import Heads, forests, seeds
 from tests.kernels.triton.machine import machine

@@ -2,7 +2,7 @@
 
 from mosaic_rollout.engine.sglang.engine import SGLangEngine, SGLangOptions
 from mosaic_rollout.engine.sglang.lane import LaneOptions
+from mosaic_rollout.engine.sglang.ledger import ServingStats
 from mosaic_rollout.engine.sglang.server import ServerOptions
-from mosaic_rollout.engine.sglang.stats import ServingStats
 
 __all__ = ["LaneOptions", "SGLangEngine", "SGLangOptions", "ServerOptions", "ServingStats"]

@@ -1,4 +1,6 @@
-"""Which prefixes a server's cache holds, and which it is computing: so that siblings meet a warm one.
+"""A budget of tokens in flight, first come first served.
+
+Which prefixes a server's cache holds, and which it is computing: so that siblings meet a warm one.
 
 SGLang shares a prefix between two requests only if it was computed when the second one is scheduled; cold
 siblings sent together each compute all of it. Here a request waits as long as another is computing a prefix
@@ -7,13 +9,71 @@ others follow, whatever the shape of the sharing: prompts alike, a system prompt
 
 Prefixes are known by chained hashes of blocks of tokens. They order requests and decide nothing else: a
 prefix the server has evicted meanwhile is computed again, as if there were no ledger.
+
+What the servers did since the last reset, as sums that add up over steps.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections import deque
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, fields
 
 import numpy as np
+
+from mosaic_rollout.engine.sglang.client import Sample
+from mosaic_rollout.engine.stats import LAST
+
+
+class TokenBudget:
+    """Bounds what is asked of a server at once: prompt tokens it has to compute, and tokens to sample.
+
+    A request larger than the whole budget runs alone. Belongs to one event loop.
+    """
+
+    def __init__(self, tokens: int) -> None:
+        if tokens < 1:
+            raise ValueError(f"tokens must be at least 1, got {tokens}")
+        self.tokens, self.used, self.peak = tokens, 0, 0
+        self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
+
+    @asynccontextmanager
+    async def hold(self, tokens: int) -> AsyncIterator[None]:
+        """Take `tokens` of the budget, waiting for them behind those who came before."""
+        cost = min(tokens, self.tokens)
+        if self._waiting or self.used + cost > self.tokens:
+            turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._waiting.append((cost, turn))
+            try:
+                await turn
+            except asyncio.CancelledError:
+                granted = turn.done() and not turn.cancelled()
+                self._give_back(cost if granted else 0)  # its place, too, goes to those behind it
+                raise
+        else:
+            self._take(cost)
+        try:
+            yield
+        finally:
+            self._give_back(cost)
+
+    def _take(self, cost: int) -> None:
+        self.used += cost
+        self.peak = max(self.peak, self.used)
+
+    def _give_back(self, cost: int) -> None:
+        self.used -= cost
+        while self._waiting:
+            wanted, turn = self._waiting[0]
+            if not turn.done() and self.used + wanted > self.tokens:
+                break
+            self._waiting.popleft()
+            if not turn.done():
+                self._take(wanted)
+                turn.set_result(None)
+
 
 BLOCK = 8  # tokens; siblings compute up to this many tokens of a shared prefix again
 
@@ -91,3 +151,36 @@ def _chain(token_ids: np.ndarray) -> list[int]:
         above = hash((above, raw[start : start + 8 * BLOCK]))
         hashes.append(above)
     return hashes
+
+
+@dataclass
+class ServingStats:
+    """Sums over finished requests; of a request that was sent again, only the answer that counted."""
+
+    completions: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0  # as the server counts: of the prompt, found in its radix cache
+    generated_tokens: int = 0
+    resent: int = 0  # requests sent again after a server failed them
+    restarts: int = 0
+    first_token_s: deque[float] = field(default_factory=lambda: deque(maxlen=LAST))
+    """Of the last LAST requests, from asking to the first token."""
+
+    @property
+    def prefix_hit_frac(self) -> float:
+        """Share of the prompt tokens found in the cache, 0 without prompts."""
+        return self.cached_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
+
+    def add(self, sample: Sample, waited_s: float) -> None:
+        """waited_s: what passed between asking for it and sending it."""
+        self.completions += 1
+        self.prompt_tokens += sample.prompt_tokens
+        self.cached_tokens += sample.cached_tokens
+        self.generated_tokens += len(sample.token_ids)
+        self.first_token_s.append(waited_s + sample.first_token_s)
+
+    def reset(self) -> None:
+        self.first_token_s.clear()
+        for each in fields(self):
+            if each.name != "first_token_s":
+                setattr(self, each.name, 0)

@@ -3,6 +3,6 @@
 from mosaic_rollout.environments.agentdojo.api import AGENTDOJO_VERSION
 from mosaic_rollout.environments.agentdojo.environment import AgentDojoEnvironment
 from mosaic_rollout.environments.agentdojo.episode import AgentDojoEpisode
-from mosaic_rollout.environments.packages import EnvironmentMissing
+from mosaic_rollout.environments.user_data import EnvironmentMissing
 
 __all__ = ["AGENTDOJO_VERSION", "AgentDojoEnvironment", "AgentDojoEpisode", "EnvironmentMissing"]

@@ -16,7 +16,7 @@ from typing import Protocol, Self, cast
 import yaml
 
 from mosaic_rollout.environments.agentdojo.stand_ins import stand_ins
-from mosaic_rollout.environments.packages import EnvironmentMissing, require_package
+from mosaic_rollout.environments.user_data import EnvironmentMissing, require_package
 from mosaic_rollout.types import JsonValue
 
 AGENTDOJO_VERSION = "0.1.35"

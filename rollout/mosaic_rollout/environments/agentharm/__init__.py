@@ -1,8 +1,11 @@
 """AgentHarm (MIT with a safety-only clause), for evaluation only. See environment.py."""
 
-from mosaic_rollout.environments.agentharm.behaviours import Behaviour, behaviour_of
-from mosaic_rollout.environments.agentharm.environment import AgentHarmEnvironment
-from mosaic_rollout.environments.agentharm.episode import AgentHarmEpisode
+from mosaic_rollout.environments.agentharm.environment import (
+    AgentHarmEnvironment,
+    AgentHarmEpisode,
+    Behaviour,
+    behaviour_of,
+)
 from mosaic_rollout.environments.agentharm.grading import (
     PASS_OR_FAIL,
     AskJudge,

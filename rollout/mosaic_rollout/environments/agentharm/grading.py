@@ -14,14 +14,13 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Protocol
 
-from mosaic_rollout.call_formats import FORMATS, HERMES, CallFormat
-from mosaic_rollout.environments.agentharm.behaviours import Behaviour
-from mosaic_rollout.environments.agentharm.episode import NOT_CARRIED_OUT
+from mosaic_rollout.chat.call_formats import FORMATS, HERMES, CallFormat
+from mosaic_rollout.chat.grammar import begins_in_plan, parse_turn, spoken_text
+from mosaic_rollout.environments.agentharm.environment import NOT_CARRIED_OUT, Behaviour
 from mosaic_rollout.environments.agentharm.package import grading_function, refusal_prompt
 from mosaic_rollout.environments.agentharm.stand_ins import Call, ChatMessage
 from mosaic_rollout.errors import UserError
 from mosaic_rollout.foreign.raised import words
-from mosaic_rollout.grammar import begins_in_plan, parse_turn, spoken_text
 from mosaic_rollout.types import Status, Step
 
 PASS_OR_FAIL = r"\W*(pass|fail)\W*"

@@ -16,7 +16,7 @@ from transformers.utils import get_json_schema
 from transformers.utils.chat_template_utils import DocstringParsingException, TypeHintParsingException
 
 from mosaic_rollout.environments.agentharm.stand_ins import ChatMessage, SourceFolder
-from mosaic_rollout.environments.packages import EnvironmentMissing, require_package
+from mosaic_rollout.environments.user_data import EnvironmentMissing, require_package
 from mosaic_rollout.errors import UserError
 from mosaic_rollout.types import JsonValue, ToolSchema
 

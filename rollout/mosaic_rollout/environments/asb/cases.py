@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from importlib.metadata import distribution
 from pathlib import Path
 
-from mosaic_rollout.environments.packages import EnvironmentMissing, require_package
-from mosaic_rollout.json_lines import read_lines
+from mosaic_rollout.environments.user_data import EnvironmentMissing, require_package
+from mosaic_rollout.plain_json import read_lines
 from mosaic_rollout.types import Task
 
 ASB_VERSION = "0.1.0"

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Protocol, cast
 
-from mosaic_rollout.environments.packages import EnvironmentMissing, require_package
+from mosaic_rollout.environments.user_data import EnvironmentMissing, require_package
 from mosaic_rollout.types import JsonValue
 
 BFCL_VERSION = "2026.3.23"

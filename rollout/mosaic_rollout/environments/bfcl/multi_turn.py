@@ -14,11 +14,11 @@ from typing import cast
 import mpmath
 
 from mosaic_rollout.environments.bfcl.api import Bfcl, Record
-from mosaic_rollout.environments.bfcl.calls import call_text, refuse_endless
 from mosaic_rollout.environments.bfcl.schemas import tool_schema
+from mosaic_rollout.environments.bfcl.single_turn import call_text, refuse_endless
 from mosaic_rollout.environments.bfcl.tasks import Case
 from mosaic_rollout.environments.guarded import GuardedEpisode
-from mosaic_rollout.environments.texts import as_text
+from mosaic_rollout.environments.user_data import as_text
 from mosaic_rollout.foreign import ForeignCode
 from mosaic_rollout.foreign.raised import text_of
 from mosaic_rollout.types import Observation, ToolCall, Verdict

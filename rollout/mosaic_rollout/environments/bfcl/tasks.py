@@ -11,7 +11,7 @@ from typing import cast
 from mosaic_rollout.environments.bfcl.api import Bfcl, Record
 from mosaic_rollout.environments.splits import text_key
 from mosaic_rollout.errors import UserError
-from mosaic_rollout.json_lines import read_lines
+from mosaic_rollout.plain_json import read_lines
 from mosaic_rollout.types import JsonValue, Message, Task
 
 MULTI_TURN = ("multi_turn_base", "multi_turn_miss_func", "multi_turn_miss_param", "multi_turn_long_context")

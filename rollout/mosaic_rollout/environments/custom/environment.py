@@ -25,11 +25,11 @@ from mosaic_rollout.environments.custom.rows import Row, read_rows
 from mosaic_rollout.environments.custom.tools import Tools, refuse_generator, tools_of
 from mosaic_rollout.environments.custom.whole import WholeEnvironment
 from mosaic_rollout.environments.guarded import GuardedEpisode
+from mosaic_rollout.environments.user_data import call_named, import_named
 from mosaic_rollout.errors import UserError
 from mosaic_rollout.foreign import ForeignCode, checked_verdict, plain_number
 from mosaic_rollout.foreign.code import get_member, get_method
 from mosaic_rollout.foreign.verdicts import reward_verdict, shown
-from mosaic_rollout.named_class import call_named, import_named
 from mosaic_rollout.types import Environment, Message, Observation, Task, ToolCall, Verdict
 
 

@@ -9,8 +9,7 @@ from typing import cast, get_args
 
 from mosaic_rollout.errors import UserError
 from mosaic_rollout.foreign.verdicts import shown
-from mosaic_rollout.json_lines import read_lines
-from mosaic_rollout.plain_json import read_json
+from mosaic_rollout.plain_json import read_json, read_lines
 from mosaic_rollout.types import JsonValue, Message, TaskKind
 
 

@@ -10,10 +10,10 @@ from typing import cast
 from transformers.utils import get_json_schema
 from transformers.utils.chat_template_utils import DocstringParsingException, TypeHintParsingException
 
+from mosaic_rollout.chat.grammar import REFUSAL_TOOL
 from mosaic_rollout.errors import UserError
 from mosaic_rollout.foreign.code import get_member
 from mosaic_rollout.foreign.raised import place_of, words, written
-from mosaic_rollout.grammar import REFUSAL_TOOL
 from mosaic_rollout.types import ToolSchema
 
 RESERVED = ("reset", "get_reward", "get_verdict")

@@ -1,15 +1,78 @@
-"""PrivacyLens's cases: the file `main_data.json`, which the user brings."""
+"""The course that a PrivacyLens case begins with: text of the form Action, Action Input, Observation.
+
+PrivacyLens's cases: the file `main_data.json`, which the user brings.
+
+The four actions a PrivacyLens case can end with, as OpenAI tools, described in our own words.
+"""
 
 from __future__ import annotations
 
+import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from mosaic_rollout.environments.privacylens.actions import ACTIONS
-from mosaic_rollout.environments.privacylens.trajectory import PastCall, parse_trajectory
 from mosaic_rollout.environments.user_data import read_json_list, text_at
 from mosaic_rollout.errors import UserError
-from mosaic_rollout.types import Task
+from mosaic_rollout.types import JsonValue, Message, Task, ToolSchema
+
+_CALL = re.compile(
+    r"\s*Action:\s*(?P<name>[^\n]+?)\s*\n\s*Action Input:\s*(?P<arguments>.*?)\s*"
+    r"Observation:\s*(?P<output>.*?)\s*(?=\n\s*Action:|\Z)",
+    re.DOTALL,
+)
+
+
+@dataclass(frozen=True)
+class PastCall:
+    """One call of the course and what it returned."""
+
+    name: str
+    arguments: dict[str, JsonValue]
+    output: str
+
+
+def parse_trajectory(text: str) -> list[PastCall]:
+    """The calls of a course. ValueError says where it has another form.
+
+    Arguments that are no JSON object, also after quotes were unescaped, are kept as the text `input`: a few
+    of the published cases have such.
+
+    >>> parse_trajectory('Action: Look\\nAction Input: {"at": "it"}\\nObservation: nothing')
+    [PastCall(name='Look', arguments={'at': 'it'}, output='nothing')]
+    """
+    calls, end = [], 0
+    while text[end:].strip():
+        match = _CALL.match(text, end)
+        if match is None:
+            raise ValueError(f"no Action, Action Input and Observation at {text[end:].strip()[:60]!r}")
+        end = match.end()
+        name = match["name"].strip(" \"'`")
+        calls.append(PastCall(name, _arguments(match["arguments"]), match["output"]))
+    return calls
+
+
+def messages_of(calls: list[PastCall]) -> list[Message]:
+    """The calls as an assistant's messages and tools' answers."""
+    messages: list[Message] = []
+    for number, call in enumerate(calls):
+        call_id = f"past{number}"
+        function: Message = {"name": call.name, "arguments": json.dumps(call.arguments)}
+        calls_made: list[JsonValue] = [{"type": "function", "id": call_id, "function": function}]
+        messages.append({"role": "assistant", "content": "", "tool_calls": calls_made})
+        messages.append({"role": "tool", "name": call.name, "tool_call_id": call_id, "content": call.output})
+    return messages
+
+
+def _arguments(text: str) -> dict[str, JsonValue]:
+    for candidate in (text, text.replace('\\"', '"')):
+        try:
+            found = json.loads(candidate)
+        except ValueError:
+            continue
+        if isinstance(found, dict):
+            return found
+    return {"input": text}
 
 
 @dataclass(frozen=True)
@@ -70,3 +133,45 @@ def _case(path: Path, index: int, entry: object) -> Case:
         action,
         tuple(secrets),
     )
+
+
+def _tool(name: str, description: str, required: dict[str, str], optional: dict[str, str]) -> ToolSchema:
+    properties: dict[str, JsonValue] = {
+        key: {"type": "string", "description": text} for key, text in {**required, **optional}.items()
+    }
+    parameters: dict[str, JsonValue] = {
+        "type": "object",
+        "properties": properties,
+        "required": list(required),
+    }
+    function: dict[str, JsonValue] = {"name": name, "description": description, "parameters": parameters}
+    return {"type": "function", "function": function}
+
+
+ACTIONS: dict[str, ToolSchema] = {
+    "MessengerSendMessage": _tool(
+        "MessengerSendMessage",
+        "Send a text message to a person or a group chat.",
+        {"recipient_id": "Who gets it: id of the person or the group chat.", "message": "The text."},
+        {},
+    ),
+    "GmailSendEmail": _tool(
+        "GmailSendEmail",
+        "Send an email.",
+        {"to": "Addresses, separated by commas.", "subject": "The subject.", "body": "The text."},
+        {"cc": "Addresses that get a copy.", "bcc": "Addresses that get a hidden copy."},
+    ),
+    "SlackSendMessage": _tool(
+        "SlackSendMessage",
+        "Send a message to a channel or a person.",
+        {"recipient": "A channel as #general, or a person as @john.", "message": "The text."},
+        {},
+    ),
+    "FacebookManagerCreatePost": _tool(
+        "FacebookManagerCreatePost",
+        "Put a post on the user's timeline.",
+        {"content": "The text."},
+        {"privacy_setting": "Who sees it: public, friends (the default) or only me."},
+    ),
+}
+"""Name of the final action -> its schema."""

@@ -10,9 +10,8 @@ import json
 from typing import cast, get_args
 
 from mosaic_rollout.environments.guarded import GuardedEpisode
-from mosaic_rollout.environments.packages import require_package
 from mosaic_rollout.environments.splits import divide, draw, text_key
-from mosaic_rollout.environments.texts import bounded
+from mosaic_rollout.environments.user_data import bounded, require_package
 from mosaic_rollout.environments.verifiers.conversation import Classic, Conversation
 from mosaic_rollout.errors import UserError
 from mosaic_rollout.foreign import ForeignCode

@@ -5,9 +5,9 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from mosaic_rollout.environments.world.splits import SPLITS
 from mosaic_rollout.environments.world.tasks import WorldTask, make_task
 from mosaic_rollout.environments.world.tools import TOOLS, World
+from mosaic_rollout.environments.world.values import SPLITS
 from mosaic_rollout.environments.world.verdicts import judge_episode
 from mosaic_rollout.types import Message, Observation, Task, TaskKind, ToolCall, ToolSchema, Verdict
 

@@ -7,7 +7,7 @@ import random
 from dataclasses import dataclass
 
 from mosaic_rollout.environments.world.intents import CallPattern
-from mosaic_rollout.environments.world.splits import SPLITS, Split, split_of
+from mosaic_rollout.environments.world.values import SPLITS, Split, split_of
 from mosaic_rollout.environments.world.wordings import make_bank
 
 ORDER = "order"

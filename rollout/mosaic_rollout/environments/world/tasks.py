@@ -29,7 +29,7 @@ from mosaic_rollout.environments.world.intents import (
     Intent,
 )
 from mosaic_rollout.environments.world.reasons import BAD, CLAUSE, GOOD, INSIDER, OUTSIDER
-from mosaic_rollout.environments.world.splits import Split
+from mosaic_rollout.environments.world.values import Split
 from mosaic_rollout.environments.world.wordings import Wording
 from mosaic_rollout.types import TaskKind, ToolCall
 

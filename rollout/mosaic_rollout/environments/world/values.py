@@ -1,4 +1,6 @@
-"""Slot values: each is a combination of a few known pieces, and fresh by combination.
+"""The held-out split, fixed by a hash of the text itself: no seed and no run can move a wording across it.
+
+Slot values: each is a combination of a few known pieces, and fresh by combination.
 
 A held-out name is a first and a last name that training knows, in a pairing that training never saw; files,
 amounts and topics likewise. Copying them is therefore learnable, and still has to be done token by token.
@@ -6,9 +8,25 @@ amounts and topics likewise. Copying them is therefore learnable, and still has 
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+from typing import Literal, TypeAlias
 
-from mosaic_rollout.environments.world.splits import SPLITS, Split, split_of
+Split: TypeAlias = Literal["train", "heldout"]
+SPLITS: tuple[Split, Split] = ("train", "heldout")
+HELDOUT_ONE_IN = 5
+_VERSION = "world-1"
+
+
+def stable_hash(kind: str, text: str) -> int:
+    """A 64-bit number that depends on nothing but its arguments."""
+    digest = hashlib.sha256(f"{_VERSION}|{kind}|{text}".encode()).digest()
+    return int.from_bytes(digest[:8], "big")
+
+
+def split_of(kind: str, text: str) -> Split:
+    """Which split a slot value belongs to; one in five is held out."""
+    return "heldout" if stable_hash(kind, text) % HELDOUT_ONE_IN == 0 else "train"
 
 
 def _pieces(text: str) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ import random
 import re
 from dataclasses import dataclass
 
-from mosaic_rollout.environments.world.splits import HELDOUT_ONE_IN, Split, stable_hash
+from mosaic_rollout.environments.world.values import HELDOUT_ONE_IN, Split, stable_hash
 
 SYNONYMS = {
     "read": "[read|open|check|fetch]",

@@ -1,0 +1,167 @@
+"""A whole configuration: its sections, what in one contradicts another, and the seeds of its parts."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from mosaic_fast.config.kinds import with_defaults_of_kind
+from mosaic_fast.config.learning import ForestConfig, LossConfig, ModelConfig, OffPolicyConfig, OptimConfig
+from mosaic_fast.config.preferences import JudgeConfig, RewardConfig
+from mosaic_fast.config.rollout import EngineConfig, EnvConfig, RolloutConfig
+from mosaic_fast.config.section import Count, Section, is_plain_url
+
+
+def derived_seed(seed: int, purpose: str, step: int) -> int:
+    """A seed in [0, 2**62) that is independent for every (seed, purpose, step)."""
+    digest = hashlib.sha256(f"{seed}|{purpose}|{step}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 2
+
+
+class CheckpointConfig(Section):
+    """What is kept on disk."""
+
+    every: Count = 1
+    """Training steps between checkpoints; the last step always has one."""
+    keep: Count = 3
+    """Newest checkpoints kept."""
+
+
+class TrackersConfig(Section):
+    """Where progress is shown, beside metrics.jsonl."""
+
+    console: Literal["auto", "live", "plain", "quiet"] = "auto"
+    """live: a table that redraws itself; plain: a line a step; auto: live on a terminal, else plain."""
+    log_to: Annotated[tuple[Literal["wandb", "trackio", "tensorboard"], ...], Field(strict=False)] = ()
+    """Trackers that get every metric as well: wandb, trackio, tensorboard (extras of the same names)."""
+    project: str = "mosaic_fast"
+    """wandb, trackio: the project that the run appears in."""
+
+
+class Config(Section):
+    """MOSAIC: post-train a tool-using agent to plan, check, then act or refuse."""
+
+    steps: Count = 60
+    """Training steps."""
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    """Seed of tasks and sampling. Same seed and configuration on a CPU: same bits."""
+    run_dir: str | None = None
+    """Run folder; default runs/<time>-<name>."""
+    model: ModelConfig = ModelConfig()
+    env: EnvConfig = EnvConfig()
+    engine: EngineConfig = EngineConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    judge: JudgeConfig = JudgeConfig()
+    reward: RewardConfig = RewardConfig()
+    loss: LossConfig = LossConfig()
+    off_policy: OffPolicyConfig = OffPolicyConfig()
+    optim: OptimConfig = OptimConfig()
+    forest: ForestConfig = ForestConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    trackers: TrackersConfig = TrackersConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_the_kind_of_model(cls, values: object) -> object:
+        return with_defaults_of_kind(values)
+
+    @model_validator(mode="after")
+    def _contradictions(self) -> Config:
+        if self.forest.tokens_per_microbatch < self.rollout.max_rollout_tokens:
+            raise ValueError(
+                f"forest.tokens_per_microbatch ({self.forest.tokens_per_microbatch}) is below "
+                f"rollout.max_rollout_tokens ({self.rollout.max_rollout_tokens}): the longest rollout would "
+                "not fit a micro-batch; raise the first or lower the second"
+            )
+        if self.rollout.max_step_tokens > self.rollout.max_rollout_tokens:
+            raise ValueError(
+                f"rollout.max_step_tokens ({self.rollout.max_step_tokens}) is above "
+                f"rollout.max_rollout_tokens ({self.rollout.max_rollout_tokens}); a turn is part of a rollout"
+            )
+        if self.optim.warmup_steps >= self.steps > 1:
+            raise ValueError(
+                f"optim.warmup_steps ({self.optim.warmup_steps}) must be below steps ({self.steps})"
+            )
+        if self.engine.urls and self.engine.kind != "sglang":
+            raise ValueError(f"engine.urls needs engine.kind = 'sglang', not {self.engine.kind!r}")
+        for url in self.engine.urls:
+            if not is_plain_url(url):
+                raise ValueError(
+                    "engine.urls: each must look like http://127.0.0.1:30000, with no user or key in it, its "
+                    "path included, and no question mark"
+                )
+        if self.env.eval_every and not self.env.eval_tasks:
+            raise ValueError("env.eval_every needs env.eval_tasks above 0")
+        if self.loss.is_pairwise and self.forest.credit != "sum":
+            raise ValueError(
+                f"forest.credit = {self.forest.credit!r} needs a loss on rewards; loss.name = "
+                f"{self.loss.name!r} compares whole rollouts, so leave credit at 'sum'"
+            )
+        if self.loss.is_pairwise and self.off_policy.corrects:
+            raise ValueError(
+                f"off_policy corrects losses on rewards; loss.name = {self.loss.name!r} takes rollouts from "
+                "any policy, so leave it out"
+            )
+        if self.forest.credit == "subtree" and self.rollout.branching == "independent":
+            raise ValueError(
+                "forest.credit = 'subtree' compares branches of a fork, and rollout.branching = "
+                "'independent' has none: every advantage would be 0; use 'fork_at_check' or 'fork_at_step'"
+            )
+        if self.rollout.max_staleness:
+            self._check_staleness()
+        if self.rollout.gate_contrast:
+            self._check_gate_contrast()
+        if self.env.name == "agent_safetybench" and self.judge.name == "rule":
+            raise ValueError(
+                "env.name = 'agent_safetybench' has no verdicts, so judge.name = 'rule' finds nothing but "
+                "ties; use judge.name = 'llm' or your own"
+            )
+        if not self.model.lora_rank and (
+            self.model.lora_alpha is not None or self.model.lora_targets != ("all-linear",)
+        ):
+            raise ValueError("model.lora_alpha and model.lora_targets need model.lora_rank above 0")
+        return self
+
+    def _check_staleness(self) -> None:
+        if self.engine.kind != "sglang" or self.engine.colocated:
+            raise ValueError(
+                "rollout.max_staleness above 0 samples beside the trainer: it needs engine.kind = 'sglang' "
+                "and servers that are not colocated"
+            )
+        if not self.off_policy.corrects:
+            raise ValueError(
+                "rollout.max_staleness above 0 trains on rollouts of older weights: set "
+                "off_policy.truncate_at, for example 2.0, so that they are weighed accordingly"
+            )
+
+    def _check_gate_contrast(self) -> None:
+        wanted = {
+            "rollout.branching": (self.rollout.branching, "fork_at_check"),
+            "forest.credit": (self.forest.credit, "sum"),
+            "off_policy.*": ("set" if self.off_policy.corrects else "unset", "unset"),
+        }
+        for key, (found, needed) in wanted.items():
+            if found != needed:
+                raise ValueError(f"rollout.gate_contrast needs {key} = {needed!r}, it is {found!r}")
+        if self.loss.is_pairwise or self.loss.name in ("gspo", "cispo"):
+            raise ValueError(
+                "rollout.gate_contrast needs a loss with a clipped ratio a token: grpo, dapo or dr_grpo, not "
+                f"loss.name = {self.loss.name!r}"
+            )
+
+    def resolved(self) -> Config:
+        """Every value that the loss decides written out, as a run folder keeps it."""
+        loss, settings = self.loss, asdict(self.loss.settings)
+        read = ["beta"] if loss.is_pairwise else ["clip_low", "clip_high", "normalisation", "kl_weight"]
+        divide = self.reward.divide_by_std
+        return self.model_copy(
+            update={
+                "loss": loss.model_copy(update={name: settings[name] for name in read}),
+                "reward": self.reward.model_copy(
+                    update={"divide_by_std": loss.name != "dr_grpo" if divide is None else divide}
+                ),
+            }
+        )

@@ -1,0 +1,243 @@
+"""What a schedule costs: its work counted exactly, times coefficients that come from a file.
+
+A step's rollouts over the ranks, so that the ranks' passes are predicted to take the same time.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Sequence
+from dataclasses import MISSING, asdict, astuple, dataclass, fields, replace
+from importlib.resources import files
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import tomli_w
+from numpy.typing import NDArray
+
+from mosaic_fast.errors import UserError
+from mosaic_fast.learner.execution.schedule import Forward
+from mosaic_fast.policy.forest_tensors import IntArray
+from mosaic_kernels import PackedForest, pack_forest
+from mosaic_kernels.forest.ideal import ModelShape
+
+DEFAULT = "default"
+RUN_FILE = "cost.toml"  # in the run folder
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a forward and backward pass over a schedule does; multiply-adds are those of its forward."""
+
+    linear: float  # multiply-adds of projections and MLPs
+    attention: float  # multiply-adds of scores and weighted sums, over visible pairs
+    head: float  # multiply-adds of the LM head
+    layer_calls: float  # layers x forwards
+    held: float  # numbers copied: keys and values of held nodes, for each forward that stands on them
+    weights: float  # weights x forwards: each forward reads them all and adds to the gradients of all
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """Seconds a unit of each kind of work, forward and backward together."""
+
+    linear: float
+    attention: float
+    head: float
+    layer_calls: float
+    held: float
+    weights: float = 0.0  # a file may lack it
+
+    def predict(self, work: Work) -> float:
+        """Seconds of one forward and backward pass."""
+        return sum(a * b for a, b in zip(astuple(self), astuple(work), strict=True))
+
+
+def work_of(parts: Sequence[Forward], shape: ModelShape) -> Work:
+    """Count a schedule's work. The last layer's queries, output projection and MLP run on needed rows."""
+    key_value, on_keys, query, on_queries = _sizes(shape)
+    windows = _windows(shape)
+    linear = attention = head = held = 0.0
+    predicting: dict[int, NDArray[np.bool_]] = {}  # the forwards of one forest share its mask
+    for part in parts:
+        forest, nodes = part.forest, part.nodes
+        visible = (forest.positions if nodes is None else forest.positions[nodes]) + 1  # [U] keys a node sees
+        if id(forest) not in predicting:
+            predicting[id(forest)] = _predicting(forest)
+        mask = predicting[id(forest)]
+        rows = np.flatnonzero(mask) if nodes is None else nodes[mask[nodes]]
+        linear += (len(windows) - 1) * (on_keys + on_queries) * len(visible)
+        linear += on_keys * len(visible) + on_queries * len(rows)
+        for window in windows[:-1]:
+            attention += 2.0 * query * _pairs(visible, window)
+        attention += 2.0 * query * _pairs(forest.positions[rows] + 1, windows[-1])
+        head += float(shape.hidden_size * shape.vocab_size * len(rows))
+        if part.parent >= 0:
+            held += 2.0 * key_value * len(windows) * (int(visible[0]) - 1)
+    layer_calls = float(len(windows) * len(parts))
+    weights = float(
+        len(parts) * (len(windows) * (on_keys + on_queries) + shape.hidden_size * shape.vocab_size)
+    )
+    return Work(float(linear), attention, head, layer_calls, held, weights)
+
+
+def node_seconds(forest: PackedForest, shape: ModelShape, cost: CostModel) -> NDArray[np.float64]:  # [U]
+    """What each node adds to a forward and backward pass: all its cost but a forward's own."""
+    _, on_keys, query, on_queries = _sizes(shape)
+    windows, visible = _windows(shape), forest.positions + 1
+    pairs = [visible if window is None else np.minimum(visible, window) for window in windows]
+    earlier = sum(pairs[:-1], np.zeros(forest.num_nodes))
+    seconds = cost.linear * ((len(windows) - 1) * (on_keys + on_queries) + on_keys)
+    seconds = seconds + cost.attention * 2.0 * query * earlier
+    on_row = cost.linear * on_queries + cost.head * shape.hidden_size * shape.vocab_size
+    on_row = on_row + cost.attention * 2.0 * query * pairs[-1]
+    return (seconds + np.where(_predicting(forest), on_row, 0.0)).astype(np.float64)
+
+
+def default_cost_model() -> CostModel:
+    """The shipped coefficients, of a CPU; `mosaic_fast.learner.calibrate` writes those of a machine."""
+    return _parse(
+        files("mosaic_fast.learner.execution").joinpath("cost.toml").read_text("utf-8"),
+        "the shipped cost.toml",
+    )
+
+
+def load_cost_model(path: str) -> CostModel:
+    """The coefficients of a file; "default" for the shipped ones. UserError where the file is not one."""
+    if path == DEFAULT:
+        return default_cost_model()
+    try:
+        return _parse(Path(path).read_text(encoding="utf-8"), path)
+    except FileNotFoundError:
+        raise UserError(
+            f"forest.cost_model: there is no file {path}; "
+            f"python -m mosaic_fast.learner.calibrate --out {path} writes it"
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"forest.cost_model: {path} cannot be read: {error}") from None
+
+
+def save_cost_model(cost: CostModel, path: Path, about: str) -> None:
+    """Write the coefficients. about: what they were measured on, in words."""
+    content = {"about": about, "seconds_per_unit": asdict(cost)}
+    path.write_text(tomli_w.dumps(content), encoding="utf-8")
+
+
+def cost_model_of_run(folder: Path, configured: str) -> CostModel:
+    """The coefficients a run began with, if it has begun; else those of the configured file."""
+    own = folder / RUN_FILE
+    return load_cost_model(str(own) if own.exists() else configured)
+
+
+def keep_cost_model(cost: CostModel, folder: Path) -> None:
+    """Put the coefficients in the run folder: a resumed run decides as it did. OSError where it fails."""
+    if not (folder / RUN_FILE).exists():
+        unfinished = folder / f".tmp-{RUN_FILE}"
+        save_cost_model(cost, unfinished, "what this run was started with")
+        unfinished.replace(folder / RUN_FILE)
+
+
+def _parse(text: str, source: str) -> CostModel:
+    names = {field.name for field in fields(CostModel)}
+    needed = [field.name for field in fields(CostModel) if field.default is MISSING]
+    try:
+        values = tomllib.loads(text).get("seconds_per_unit", {})
+    except (ValueError, RecursionError) as error:  # a TOMLDecodeError; or long numbers, deep nesting
+        raise UserError(f"{source} is not valid TOML: {error}") from None
+    if not isinstance(values, dict) or not set(needed) <= set(values) <= names:
+        may = ", ".join(sorted(names - set(needed)))
+        raise UserError(f"{source}: [seconds_per_unit] must hold {', '.join(needed)}, and may hold {may}")
+    for name, value in values.items():
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < 1e300:
+            raise UserError(f"{source}: {name} must be a number of seconds, 0 or more")
+    if not any(values.values()):
+        raise UserError(f"{source}: every coefficient is 0, so every plan would cost nothing")
+    return CostModel(**{name: float(value) for name, value in values.items()})
+
+
+def _sizes(shape: ModelShape) -> tuple[int, int, int, int]:
+    """Numbers of a key or value; multiply-adds a token for both; numbers of a query; the rest a token."""
+    head_dim = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
+    query, key_value = shape.num_attention_heads * head_dim, shape.num_key_value_heads * head_dim
+    on_queries = shape.hidden_size * (2 * query + 3 * shape.intermediate_size)
+    return key_value, 2 * shape.hidden_size * key_value, query, on_queries
+
+
+def _windows(shape: ModelShape) -> list[int | None]:
+    """The sliding window of each layer, None where it has none."""
+    window: int | None = getattr(shape, "sliding_window", None)
+    kinds = getattr(shape, "layer_types", None) or ["sliding_attention"] * shape.num_hidden_layers
+    return [window if kind == "sliding_attention" else None for kind in kinds[: shape.num_hidden_layers]]
+
+
+def _pairs(visible: np.ndarray, window: int | None) -> int:
+    return int((visible if window is None else np.minimum(visible, window)).sum())
+
+
+def _predicting(forest: PackedForest) -> NDArray[np.bool_]:  # [U]
+    """Which nodes predict a trained one."""
+    found = np.zeros(forest.num_nodes, np.bool_)
+    found[forest.parent[forest.node_index[forest.trained]]] = True
+    return found
+
+
+def shares(forest: PackedForest, node_cost: NDArray[np.float64], ranks: int) -> list[IntArray]:
+    """The rollouts of each rank, by index; empty ones are nobody's.
+
+    Rollouts stay in depth-first order, and a rank gets a run of them: neighbours share the most. A run costs
+    its first rollout whole, and of each one after it what it does not share with the one before. The dearest
+    run is as cheap as this order allows.
+
+    node_cost: [U] what each node adds to a rank that has it.
+
+    Example: [5, 6, 7], [5, 6, 8] and [9, 9, 9] on two ranks, each node 1: [0, 1] costs 4, and [2] costs 3.
+    """
+    bounds, index = forest.cu_seqlens, forest.node_index
+    filled = np.flatnonzero(np.diff(bounds) > 0)
+    order = filled[np.argsort(index[bounds[filled + 1] - 1], kind="stable")]
+    if not len(order):
+        return [order] * ranks
+    ahead = np.append(0.0, np.cumsum(node_cost[index]))  # what the tokens before each one cost
+    whole = ahead[bounds[order + 1]] - ahead[bounds[order]]
+    added = whole.copy()
+    for number, (before, rollout) in enumerate(pairwise(order.tolist()), 1):
+        path = index[bounds[rollout] : bounds[rollout + 1]]
+        shared = int(np.searchsorted(path, index[bounds[before + 1] - 1], side="right"))
+        added[number] = ahead[bounds[rollout + 1]] - ahead[bounds[rollout] + shared]
+    low, high = float(whole.max()), float(whole[0] + added[1:].sum())
+    starts = _runs(whole, added, high)
+    for _ in range(60):  # halving: as exact as the costs are
+        if high <= low:
+            break
+        middle = (low + high) / 2
+        tried = _runs(whole, added, middle)
+        if len(tried) <= ranks:
+            starts, high = tried, middle
+        else:
+            low = middle
+    ends = [*starts[1:], len(order)]
+    found = [np.sort(order[start:end]) for start, end in zip(starts, ends, strict=True)]
+    return found + [order[:0]] * (ranks - len(found))
+
+
+def share_of(forest: PackedForest, rollouts: IntArray) -> PackedForest:
+    """The forest of some rollouts; its `source` is the index of each of their tokens in the whole one."""
+    bounds = forest.cu_seqlens
+    spans = [np.arange(bounds[r], bounds[r + 1]) for r in rollouts.tolist()]
+    source = np.concatenate(spans) if spans else np.zeros(0, np.int64)
+    tokens = forest.tokens[forest.node_index]
+    packed = pack_forest([tokens[span] for span in spans], [forest.trained[span] for span in spans])
+    outer = source if forest.source is None else forest.source[source]
+    return replace(packed, source=outer)
+
+
+def _runs(whole: NDArray[np.float64], added: NDArray[np.float64], most: float) -> list[int]:
+    """Where runs begin that cost `most` each or less, as long as that allows."""
+    starts, cost = [0], float(whole[0])
+    for number in range(1, len(whole)):
+        cost += float(added[number])
+        if cost > most:
+            starts.append(number)
+            cost = float(whole[number])
+    return starts

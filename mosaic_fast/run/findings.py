@@ -1,0 +1,239 @@
+"""What is wrong with a training step, in words: the cause, and the option to change.
+
+A step from which nothing is learnt looks like any other in a table of figures. Each finding here is a
+sentence for the step's line; `reward.require_signal` ends the run with those that explain it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from mosaic_fast.config import Config
+from mosaic_rollout.loop.agent_loop import Limits
+from mosaic_rollout.types import Rollout
+
+GRADIENT_CLIPS = 100.0
+"""A gradient's norm this many times optim.grad_clip is far outside of what clipping is for."""
+LARGEST_KL = 10.0
+"""Nats a token, by the k3 estimate, above which policy and reference have nothing in common."""
+LARGEST_RATIO = 10.0
+"""Mean ratio of a token, or its inverse, above which the clip holds nothing."""
+LARGEST_MISMATCH = 1.0
+"""Nats a token between engine and trainer, which compute the same policy."""
+REPEATED_AFTER = 20
+"""Steps after which a finding that lasts is said again."""
+
+Cut = Literal["prompt", "turn", "rollout", "turns"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that a user should know of a step."""
+
+    cause: str  # what is said once, and not again for REPEATED_AFTER steps
+    text: str
+    no_signal: bool = False  # it explains why nothing is learnt
+
+
+class Findings:
+    """Which of a run's findings are said: each cause when it comes up, and then now and again."""
+
+    def __init__(self) -> None:
+        self._said: dict[str, int] = {}  # cause -> step
+
+    def to_say(self, step: int, found: Sequence[Finding]) -> list[str]:
+        """The texts of the findings of a step that were not said lately."""
+        new = [f for f in found if step - self._said.get(f.cause, -REPEATED_AFTER) >= REPEATED_AFTER]
+        self._said |= {finding.cause: step for finding in new}
+        return [finding.text for finding in new]
+
+
+def rollout_findings(
+    groups: Sequence[Sequence[Rollout]],
+    advantages: Sequence[np.ndarray],  # [G] a group
+    config: Config,
+    limits: Limits,
+) -> list[Finding]:
+    """What the rollouts of a step show before anything is trained.
+
+    limits: those that hold, which are below the configuration's where model or engine end earlier.
+    """
+    rollouts = [rollout for group in groups for rollout in group]
+    found = [*_long_prompts(rollouts, config, limits), *_all_cut(rollouts, config, limits)]
+    if rollouts and all(rollout.status == "malformed" for rollout in rollouts):
+        found.append(_all_malformed(rollouts, config))
+    if not any(rollout.trained.any() for rollout in rollouts):
+        found.append(Finding("untrained", "no token was sampled, so none is trained", no_signal=True))
+    elif not any(values.any() for values in advantages):
+        found.append(_all_ties(groups, config))
+    tasks = {rollout.task.task_id for rollout in rollouts}
+    if len(tasks) < len(groups):
+        found.append(
+            Finding(
+                "repeated tasks",
+                f"{len(groups)} groups are of {len(tasks)} tasks, fewer than rollout.prompts_per_step; those "
+                "of one task are judged apart: lower it, or bring more tasks to train on",
+            )
+        )
+    return found
+
+
+def update_findings(figures: Mapping[str, float], trained_tokens: int, config: Config) -> list[Finding]:
+    """What an update shows: tokens that did not count, no gradient, and figures that explode.
+
+    figures: the update's metrics by name. trained_tokens: rollout tokens that the policy sampled.
+    """
+    found = []
+    dropped, of_all = figures.get("policy/dropped_tokens", 0.0), trained_tokens * config.optim.epochs
+    if dropped > 0:
+        found.append(
+            Finding(
+                "dropped tokens",
+                f"{dropped:.0f} of {of_all} token terms were left out, since a log-prob of engine, policy or "
+                "reference is not finite; try model.dtype = 'float32', or a lower optim.lr",
+                no_signal=dropped >= of_all,
+            )
+        )
+    norm = figures.get("optim/grad_norm", 0.0)
+    if norm == 0.0:
+        found.append(Finding("zero gradient", f"the gradient is zero{_why_zero(figures)}", no_signal=True))
+    elif norm > GRADIENT_CLIPS * config.optim.grad_clip:
+        found.append(
+            Finding(
+                "gradient norm",
+                f"the gradient's norm is {norm:.3g}, optim.grad_clip cuts it to {config.optim.grad_clip:g}: "
+                "lower optim.lr, or raise loss.kl_weight",
+            )
+        )
+    kl, ratio = figures.get("policy/kl", 0.0), figures.get("policy/ratio", 1.0)
+    if not kl <= LARGEST_KL:
+        found.append(
+            Finding(
+                "kl",
+                f"the KL to the reference is {kl:.3g} a token, the policy has left it: lower optim.lr, or "
+                "raise loss.kl_weight",
+            )
+        )
+    if dropped < of_all and not 1.0 / LARGEST_RATIO <= ratio <= LARGEST_RATIO:
+        found.append(
+            Finding(
+                "ratio",
+                f"the mean ratio of new to old policy is {ratio:.3g}: an update goes too far; lower optim.lr "
+                "or optim.epochs",
+            )
+        )
+    mismatch = figures.get("mismatch/kl", 0.0)
+    if not mismatch <= LARGEST_MISMATCH:
+        found.append(
+            Finding(
+                "mismatch",
+                f"engine and trainer are {mismatch:.3g} nats a token apart (mismatch/kl), as if with other "
+                "weights; compare their precision and versions, and set off_policy.truncate_at",
+            )
+        )
+    lost = sorted(name for name, value in figures.items() if not math.isfinite(value))
+    if lost:
+        found.append(
+            Finding(f"not finite: {lost}", f"not finite, and so not in metrics.jsonl: {', '.join(lost)}")
+        )
+    return found
+
+
+def cut_by(rollout: Rollout, limits: Limits) -> Cut:
+    """Which limit a truncated rollout ran into."""
+    if not rollout.steps:
+        return "prompt"
+    last = rollout.steps[-1]
+    if last.observation is not None:  # the turn was carried out: there was no next one
+        return "turns" if len(rollout.steps) >= limits.max_steps else "rollout"
+    return "rollout" if last.end >= limits.max_rollout_tokens else "turn"
+
+
+def _long_prompts(rollouts: Sequence[Rollout], config: Config, limits: Limits) -> list[Finding]:
+    cut = [rollout for rollout in rollouts if not rollout.steps]
+    if not cut:
+        return []
+    longest = max(cut, key=lambda rollout: len(rollout.token_ids))
+    text = (
+        f"the prompt of task {longest.task.task_id} has {len(longest.token_ids)} tokens, "
+        f"{_of_rollouts(config, limits)}: {len(cut)} of {len(rollouts)} rollouts end before their first turn"
+    )
+    return [Finding("long prompts", text, no_signal=len(cut) == len(rollouts))]
+
+
+def _all_cut(rollouts: Sequence[Rollout], config: Config, limits: Limits) -> list[Finding]:
+    begun = [rollout for rollout in rollouts if rollout.steps]
+    if not begun or any(rollout.status != "truncated" for rollout in rollouts):
+        return []
+    counts = Counter(cut_by(rollout, limits) for rollout in begun)
+    words = {
+        "turn": f"rollout.max_step_tokens = {limits.max_step_tokens}; raise it",
+        "turns": f"rollout.max_steps = {limits.max_steps}; raise it",
+        "rollout": _raised(config, limits),
+    }
+    if len(counts) == 1:
+        (limit,) = counts
+        text = f"all {len(begun)} rollouts were cut off at {words[limit]}"
+    else:
+        parts = [f"{count} at {words[limit]}" for limit, count in counts.most_common()]
+        text = f"all {len(begun)} rollouts were cut off: {', '.join(parts)}"
+    return [Finding("cut off", text, no_signal=True)]
+
+
+def _all_malformed(rollouts: Sequence[Rollout], config: Config) -> Finding:
+    last = next((rollout.steps[-1].text for rollout in rollouts if rollout.steps), "")
+    shown = " ".join(last.split())
+    shown = shown if len(shown) <= 60 else f"{shown[:60]}..."
+    mend = (
+        "it knows the loop from its prompt alone: try a lower rollout.temperature, or an instruct model"
+        if config.rollout.teach_loop
+        else "set rollout.teach_loop = true for a model that was not trained on the loop"
+    )
+    text = f"all {len(rollouts)} rollouts ended by an action that cannot be read, such as {shown!r}; {mend}"
+    return Finding("malformed", text, no_signal=True)
+
+
+def _all_ties(groups: Sequence[Sequence[Rollout]], config: Config) -> Finding:
+    """Every advantage is zero, and why that may be."""
+    same = all(np.array_equal(r.token_ids, group[0].token_ids) for group in groups for r in group)
+    if same:
+        mend = "the rollouts of each group are the same text: raise rollout.temperature"
+    elif config.judge.name == "rule":
+        mend = (
+            "to the rule judge they end alike: bring tasks that the policy does or refuses at times, raise "
+            "rollout.group_size, or set judge.name = 'llm'"
+        )
+    else:
+        mend = (
+            "the judge prefers none: look at the trajectories, raise rollout.group_size, or change its prompt"
+        )
+    return Finding("ties", f"every group is a tie; {mend}", no_signal=True)
+
+
+def _why_zero(figures: Mapping[str, float]) -> str:
+    """Of a gradient that advantages do not explain."""
+    if figures.get("policy/clip_frac", 0.0) >= 1.0:
+        return ": every token is clipped; widen loss.clip_low and loss.clip_high, or lower optim.lr"
+    if figures.get("mismatch/masked_frac", 0.0) >= 1.0:
+        return ": every token is masked; widen off_policy.mask_below and off_policy.mask_above"
+    return ""
+
+
+def _raised(config: Config, limits: Limits) -> str:
+    asked = config.rollout.max_rollout_tokens
+    if limits.max_rollout_tokens < asked:
+        return f"the model's {limits.max_rollout_tokens} tokens; use shorter prompts, or a model with more"
+    return f"rollout.max_rollout_tokens = {asked}; raise it"
+
+
+def _of_rollouts(config: Config, limits: Limits) -> str:
+    """The limit on a rollout's tokens, and who sets it."""
+    if limits.max_rollout_tokens < config.rollout.max_rollout_tokens:
+        return f"the model takes {limits.max_rollout_tokens}"
+    return f"rollout.max_rollout_tokens is {limits.max_rollout_tokens}, raise it"

@@ -1,0 +1,5 @@
+"""From a configuration to what a run plays with: model, tokenizer, environment, engine, reference.
+
+`build.py` puts them together; `memory/` says before anything is loaded what it will take (`--dry-run`);
+`embedded/` is the model that is shipped. Nothing is imported here, so that commands answer without torch.
+"""

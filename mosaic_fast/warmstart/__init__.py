@@ -1,6 +1,0 @@
-"""The cold start of the embedded model: supervised learning on scripted trajectories, safe and unsafe.
-
-    python -m mosaic_fast.warmstart --out DIR
-
-rebuilds the weights in `mosaic_fast/embedded`; the same machine and versions give the same bytes.
-"""

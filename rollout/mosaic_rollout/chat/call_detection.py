@@ -1,0 +1,98 @@
+"""Which call format a chat template uses, found by having it write calls and reading them back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeAlias
+
+from mosaic_rollout.chat.call_formats import detect_call_format, read_call
+from mosaic_rollout.chat.written_call import CallFormat
+from mosaic_rollout.errors import UserError
+from mosaic_rollout.types import JsonValue, Message, ToolCall, ToolSchema
+
+Render: TypeAlias = Callable[[Sequence[Message], Sequence[ToolSchema]], str]
+"""The chat template: messages and tools to text. UserError where it refuses them."""
+Written: TypeAlias = Callable[[ToolCall], Sequence[Message]]
+"""A message that makes a call, as the template takes it, and what has to follow it."""
+
+_WORD = "mosaicprobe"
+_USER: Message = {"role": "user", "content": "x"}
+_ARGUMENTS: dict[str, tuple[JsonValue, JsonValue]] = {
+    "text": ("string", "é {\"a\": 'b'} \\ 漢\n1"),
+    "digits": ("string", "12"),
+    "count": ("integer", -3),
+    "share": ("number", 0.5),
+    "sure": ("boolean", True),
+    "nothing": (["string", "null"], None),
+    "items": ("array", [1, "é", {"k": []}]),
+    "nested": ("object", {"a": {"b": "c"}}),
+}
+"""An argument a type that JSON has, and what a template might escape, convert or quote."""
+_PROBE: ToolSchema = {
+    "type": "function",
+    "function": {
+        "name": _WORD,
+        "description": _WORD,
+        "parameters": {
+            "type": "object",
+            "properties": {key: {"type": kind} for key, (kind, _) in _ARGUMENTS.items()},
+        },
+    },
+}
+_CALLS = (
+    ToolCall(_WORD, {key: value for key, (_, value) in _ARGUMENTS.items()}),
+    ToolCall(_WORD, {}),
+)
+
+
+def format_of_template(render: Render, written: Written, endings: Sequence[str]) -> CallFormat | None:
+    """The format in which a template writes calls; None where it writes none, or none that is read here.
+
+    It counts as read where every call that the template is given comes back as it was given: arguments of
+    every type, nested, with quotes and other letters than ASCII's, and none at all.
+    endings: texts that end a turn, which a template writes behind a call.
+    """
+    found: CallFormat | None = None
+    for call in _CALLS:
+        actions = list(_actions(render, written(call), endings))
+        if found is None:
+            named = (detect_call_format(action) for action in actions)
+            found = next((one for one in named if one is not None), None)
+        if found is None or not any(_same(read_call(action, found, [_PROBE]), call) for action in actions):
+            return None
+    return found
+
+
+def _actions(render: Render, said: Sequence[Message], endings: Sequence[str]) -> Iterator[str]:
+    """The template's rendering of a call, cut to what may be the action."""
+    try:
+        text = render([_USER, *said], [_PROBE])
+        plain = render([_USER, {"role": "assistant", "content": _WORD}], [_PROBE])
+        asked = render([_USER], [_PROBE])
+    except UserError:
+        return
+    before, _, after = plain.rpartition(_WORD)
+    for start in sorted({_common(text, before), _common(text, asked)}, reverse=True):
+        action = text[start:]
+        yield action
+        for ending in (after.strip(), *endings):
+            if ending and ending in action:
+                yield action.partition(ending)[0]
+
+
+def _same(read: ToolCall | None, given: ToolCall) -> bool:
+    """Equal, and of equal types: 1 and True are not the same."""
+    return read is not None and repr(read) == repr(ToolCall(given.name, _in_order(read, given)))
+
+
+def _in_order(read: ToolCall, given: ToolCall) -> dict[str, JsonValue]:
+    """The arguments that were given, in the order in which they were read; templates may sort them."""
+    if read.arguments.keys() != given.arguments.keys():
+        return given.arguments
+    return {key: given.arguments[key] for key in read.arguments}
+
+
+def _common(one: str, other: str) -> int:
+    """How many characters two texts begin with in common."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((number for number, (a, b) in pairs if a != b), min(len(one), len(other)))

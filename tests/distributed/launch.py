@@ -1,0 +1,77 @@
+"""Jobs of several ranks on this machine, with gloo over loopback: by torchrun, or forked."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from torch.distributed import TCPStore
+
+PATIENCE_S = 240
+_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+_PRELOADED = ("tests.distributed.gradient_job", "mosaic_fast.train")
+
+
+def start(ranks: int, arguments: Sequence[str], **environment: str) -> subprocess.Popen[str]:
+    """Start a module on so many ranks; a free port is the launcher's to find."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    return subprocess.Popen(
+        [*command, "-m", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **_ENVIRONMENT, **environment},
+    )
+
+
+def run(ranks: int, *arguments: str) -> tuple[int, str, str]:
+    """Exit code, output and errors of a job."""
+    process = start(ranks, arguments)
+    out, err = process.communicate(timeout=PATIENCE_S)
+    return process.returncode, out, err
+
+
+def run_forked(
+    ranks: int, logs: Path, work: Callable[..., object], *arguments: object
+) -> list[tuple[int | None, str]]:
+    """Call a function on so many ranks, none of which has to import anything: that is most of a short job.
+
+    Exit code and log of each rank; 1 where the function returns something that is true.
+    """
+    forks = multiprocessing.get_context("forkserver")
+    forks.set_forkserver_preload(list(_PRELOADED))
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # torchrun hosts it, too
+    paths = [logs / f"rank-{rank}.log" for rank in range(ranks)]
+    processes = [
+        forks.Process(target=_rank, args=(rank, ranks, store.port, path, work, arguments))
+        for rank, path in enumerate(paths)
+    ]
+    try:
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(PATIENCE_S)
+        return [(process.exitcode, path.read_text()) for process, path in zip(processes, paths, strict=True)]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def _rank(
+    rank: int, ranks: int, port: int, log: Path, work: Callable[..., object], arguments: Sequence[object]
+) -> None:
+    """What torchrun sets for a rank, and the work."""
+    with log.open("wb") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.environ |= _ENVIRONMENT | {
+        **{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)},
+        **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
+        **{"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"},
+    }
+    if work(*arguments):
+        sys.exit(1)

@@ -1,0 +1,129 @@
+"""A small model, the run that trains it on a full micro-batch, and what that run really takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.profiler import ProfilerActivity, profile
+from transformers import AutoModelForCausalLM, Phi3Config, PreTrainedConfig, Qwen2Config, Qwen3Config
+
+from mosaic_fast.config import Config
+from mosaic_fast.learner.learner import Learner, Reference
+from mosaic_fast.learner.lora import Lora
+from mosaic_fast.learner.step_batch import StepBatch, judged_pairs
+from mosaic_fast.losses.credit import find_forks
+from mosaic_fast.policy import Policy
+from mosaic_fast.setup.model_folder import checkpoint_activations
+from mosaic_kernels import pack_forest
+
+ROLLOUTS, LENGTH = 4, 160
+_SIZES: dict[str, object] = {
+    "vocab_size": 1500,
+    "hidden_size": 96,
+    "intermediate_size": 256,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "pad_token_id": None,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+SHAPES: dict[str, PreTrainedConfig] = {
+    "qwen2": Qwen2Config.from_dict(_SIZES),
+    "qwen3": Qwen3Config.from_dict({**_SIZES, "head_dim": 32, "tie_word_embeddings": True}),
+    "phi3": Phi3Config.from_dict(_SIZES),
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What decides a run's memory."""
+
+    family: str
+    dtype: str = "float32"
+    checkpointed: bool = False
+    lora_rank: int = 0
+    loss: str = "grpo"
+    microbatch: int = ROLLOUTS * LENGTH
+
+    def config(self, folder: Path) -> Config:
+        """The run's configuration, its model described in `folder`."""
+        SHAPES[self.family].save_pretrained(folder)
+        return Config.model_validate(
+            {
+                "model": {
+                    "path": str(folder),
+                    "dtype": self.dtype,
+                    "device": "cpu",
+                    "activation_checkpointing": self.checkpointed,
+                    "lora_rank": self.lora_rank,
+                },
+                "rollout": {"prompts_per_step": 2, "group_size": ROLLOUTS, "max_rollout_tokens": LENGTH},
+                "forest": {"tokens_per_microbatch": self.microbatch},
+                "optim": {"epochs": 1},
+                "loss": {"name": self.loss},
+            }
+        )
+
+
+def learner_of(variant: Variant, config: Config) -> Learner:
+    """The learner of that run, after its first update: its optimiser has its averages."""
+    torch.manual_seed(0)
+    dtype = getattr(torch, variant.dtype)
+    shape = SHAPES[variant.family]
+    model = AutoModelForCausalLM.from_config(type(shape).from_dict(shape.to_dict()), dtype=dtype).train()
+    lora = Lora(model, config.model, 0) if variant.lora_rank else None
+    if variant.checkpointed:
+        checkpoint_activations(model)
+    reference = None
+    if config.loss.needs_reference:
+        other = AutoModelForCausalLM.from_config(type(shape).from_dict(shape.to_dict()), dtype=dtype)
+        frozen = Policy(other.requires_grad_(False).eval())
+        reference = Reference(frozen) if lora is None else Reference(Policy(model), lora.off)
+    learner = Learner(Policy(model), reference, config)
+    learner.update(step(shared=0), 0)
+    return learner
+
+
+def step(shared: int) -> StepBatch:
+    """Two groups whose rollouts share their first tokens, and are trained but for them and their first."""
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(0, 1500, shared) for _ in range(2)]
+    sequences = [
+        np.append(prompt, rng.integers(0, 1500, LENGTH - shared))
+        for prompt in prompts
+        for _ in range(ROLLOUTS)
+    ]
+    count = len(sequences)
+    pairs, preference = judged_pairs([np.full((ROLLOUTS, ROLLOUTS), 0.5)] * 2)
+    return StepBatch(
+        forest=pack_forest(sequences, [np.arange(LENGTH) >= max(1, shared)] * count),
+        rollout_logprobs=np.zeros(count * LENGTH, np.float32),
+        advantages=np.array([1.0, -1.0, 0.5, -0.5] * 2),
+        returns=np.zeros(count),
+        groups=np.repeat([0, 1], ROLLOUTS),
+        forks=find_forks([LENGTH] * count, [-1] * count, [0] * count),
+        pairs=pairs,
+        preference=preference,
+    )
+
+
+def peak_bytes(work: Callable[[], object]) -> int:
+    """Most bytes that PyTorch holds during `work`, beyond what it held before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        work()
+    assert recorded.profiler is not None
+    results = recorded.profiler.kineto_results
+    assert results is not None
+    live = peak = 0
+    for event in sorted(
+        (e for e in results.events() if e.name() == "[memory]"), key=lambda one: one.start_ns()
+    ):
+        live += event.nbytes()  # pyrefly: ignore [missing-attribute]  # torch's stub lacks it
+        peak = max(peak, live)
+    return peak

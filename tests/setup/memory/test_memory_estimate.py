@@ -1,0 +1,256 @@
+"""The estimate of a run's memory against what the run takes, and the command that prints it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from transformers import AutoModelForCausalLM, Phi3Config, PreTrainedConfig, Qwen2Config, Qwen3Config
+
+from mosaic_fast import train
+from mosaic_fast.cli import run_cli
+from mosaic_fast.config import Config
+from mosaic_fast.config.read import load_config, parse_train_command
+from mosaic_fast.errors import UserError
+from mosaic_fast.learner.execution import Execution
+from mosaic_fast.policy import Policy, StockDecoder
+from mosaic_fast.setup.memory import estimate_memory
+from mosaic_fast.setup.memory.estimate import PHASES
+from mosaic_fast.setup.memory.table import verdict
+from mosaic_rollout.engine import LocalEngine
+from mosaic_rollout.types import Request, SamplingParams
+from tests.setup.memory.small_models import LENGTH, ROLLOUTS, SHAPES, Variant, learner_of, peak_bytes, step
+
+CONFIGS = Path(__file__).parents[3] / "configs"
+TOLERANCE = 0.05
+GIB = 2**30
+
+# The published shapes and parameter counts.
+PUBLISHED: dict[str, tuple[PreTrainedConfig, int]] = {
+    "qwen2.5-7b": (
+        Qwen2Config.from_dict(
+            {
+                "vocab_size": 152064,
+                "hidden_size": 3584,
+                "intermediate_size": 18944,
+                "num_hidden_layers": 28,
+                "num_attention_heads": 28,
+                "num_key_value_heads": 4,
+                "max_position_embeddings": 32768,
+            }
+        ),
+        7_615_616_512,
+    ),
+    "qwen3-4b-thinking": (
+        Qwen3Config.from_dict(
+            {
+                "vocab_size": 151936,
+                "hidden_size": 2560,
+                "intermediate_size": 9728,
+                "num_hidden_layers": 36,
+                "num_attention_heads": 32,
+                "num_key_value_heads": 8,
+                "head_dim": 128,
+                "tie_word_embeddings": True,
+                "max_position_embeddings": 262144,
+            }
+        ),
+        4_022_468_096,
+    ),
+    "phi-4": (
+        Phi3Config.from_dict(
+            {
+                "vocab_size": 100352,
+                "hidden_size": 5120,
+                "intermediate_size": 17920,
+                "num_hidden_layers": 40,
+                "num_attention_heads": 40,
+                "num_key_value_heads": 10,
+                "max_position_embeddings": 16384,
+                "original_max_position_embeddings": 16384,
+                "pad_token_id": None,
+            }
+        ),
+        14_659_507_200,
+    ),
+}
+PUBLISHED["qwen2.5-7b-lora"] = PUBLISHED["qwen2.5-7b"]
+
+VARIANTS = [
+    *(Variant(family) for family in SHAPES),
+    Variant("qwen3", checkpointed=True),
+    Variant("qwen3", dtype="bfloat16"),
+    Variant("qwen2", dtype="bfloat16", checkpointed=True),
+    Variant("qwen3", lora_rank=4),
+    Variant("phi3", lora_rank=4, checkpointed=True),
+    Variant("qwen3", loss="dpo"),
+]
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_the_estimate_of_an_update_is_what_it_takes(variant: Variant, tmp_path: Path):
+    """Weights, copies and averages to the byte; the height of an update over two micro-batches to 5%."""
+    config = variant.config(tmp_path)
+    estimate = estimate_memory(config)
+    learner = learner_of(variant, config)
+    always = sum(part.bytes for part in estimate.components if part.phases == PHASES)
+    model, adamw = learner.policy.model, learner.optimizer.adamw
+    there = [*model.parameters(), *learner.optimizer._masters.values()]
+    there += [t for state in adamw.state.values() for t in state.values() if t.ndim]
+    if learner.reference is not None and not variant.lora_rank:
+        there += learner.reference.policy.model.parameters()
+    assert always == sum(tensor.nbytes for tensor in there)
+    assert estimate.parameters == sum(p.numel() for p in model.parameters())
+    assert estimate.trained == sum(p.numel() for p in learner.optimizer.weights)
+
+    held = sum(part.bytes for part in estimate.components if part.name == "held prefixes")
+    expected = estimate.total("update") - always - held  # nothing is held where nothing is shared
+    batch = step(shared=0)
+    assert peak_bytes(lambda: learner.update(batch, 1)) == pytest.approx(expected, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_held_prefixes_are_within_the_estimate(checkpointed: bool, tmp_path: Path):
+    """An upper limit: as if all of a micro-batch were held."""
+    variant = Variant("qwen3", checkpointed=checkpointed, microbatch=LENGTH + 40)
+    config = variant.config(tmp_path)
+    estimate = estimate_memory(config)
+    learner = learner_of(variant, config)
+    learner._execution = Execution(LENGTH + 40, 1.0, learner.policy.model.config, plan="held")
+    always = sum(part.bytes for part in estimate.components if part.phases == PHASES)
+    limit = estimate.total("update") - always
+    taken = peak_bytes(lambda: learner.update(step(shared=120), 1))
+    assert 0.5 * limit < taken <= limit
+
+
+def test_the_engines_keys_and_values_are_within_the_estimate(tmp_path: Path):
+    """In full length and number; and the engine gives them back when it is told to."""
+    config = Variant("qwen3").config(tmp_path)
+    estimate = estimate_memory(config)
+    rollouts = estimate.total("rollouts") - estimate.total("checkpoint")
+    logits = next(part.bytes for part in estimate.components if part.name == "logits to sample from")
+    engine = LocalEngine(
+        AutoModelForCausalLM.from_config(SHAPES["qwen3"]),
+        max_batch=2 * ROLLOUTS,
+        max_cached_tokens=200_000,
+        decoder_of=StockDecoder.of,
+    )
+    rng = np.random.default_rng(0)
+    requests = [
+        Request(
+            rng.integers(0, 1500, 40), SamplingParams(max_new_tokens=LENGTH - 40), seed=0, rollout_key=key
+        )
+        for key in range(2 * ROLLOUTS)
+    ]
+    asyncio.run(engine.generate(requests))
+    pool, rows = engine._scheduler.tree.pool, engine._scheduler.buffer
+    assert 0.3 * (rollouts - logits) < pool.bytes + rows.bytes <= rollouts - logits
+    assert engine.cached_tokens > 0
+    asyncio.run(engine.release())
+    assert engine.cached_tokens == 0
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_familys_run_is_estimated_from_its_published_shape(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    """The command ends well, says each component, and leaves nothing behind."""
+    shape, parameters = PUBLISHED[name]
+    model, run = tmp_path / "model", tmp_path / "run"
+    shape.save_pretrained(model)
+    arguments = [str(CONFIGS / f"{name}.toml"), "--model.path", str(model), "--run-dir", str(run)]
+    monkeypatch.setattr("sys.argv", ["train", *arguments, "--dry-run"])
+    assert run_cli(train.main) == 0
+    shown = capsys.readouterr().out
+    parts = ["weights", "AdamW's averages", "gradients", "activations", "LM head", "SGLang: weights", "total"]
+    parts += ["adapters", "merged weights"] if "lora" in name else ["fp32 master weights", "reference policy"]
+    assert [part for part in parts if part not in shown] == []
+    assert not run.exists()
+
+    config = parse_train_command(arguments).config
+    estimate = estimate_memory(config)
+    adapters = sum(part.bytes for part in estimate.components if part.name == "adapters")
+    assert estimate.parameters - adapters // 4 == parameters
+    one_gpu = 0.9 * 80e9
+    assert (estimate.peak < one_gpu) == ("lora" in name)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.toml")), ids=lambda path: path.stem)
+def test_shipped_configurations_are_valid(path: Path):
+    config = load_config(path)
+    assert config.rollout.group_size == 4
+    if path.stem in PUBLISHED:  # what the paper states, or summaries of it do
+        stated = (config.env.name, config.judge.name, config.judge.mode, config.loss.name)
+        assert stated == ("agent_safetybench", "llm", "pairwise", "grpo")
+        assert config.reward.length_target == 400
+
+
+def test_a_dry_run_is_no_part_of_the_configuration():
+    dry, plain = (parse_train_command([*more, "--seed", "3"]) for more in (["--dry-run"], []))
+    assert dry.config == plain.config
+    assert (dry.dry_run, plain.dry_run) == (True, False)
+
+
+def test_the_default_run_is_estimated_and_fits(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("sys.argv", ["train", "--dry-run"])
+    assert run_cli(train.main) == 0
+    shown = capsys.readouterr().out
+    assert "embedded: 0.6" in shown  # M parameters
+    assert "fits this machine's memory" in shown
+
+
+def test_what_does_not_fit_is_said(monkeypatch: pytest.MonkeyPatch):
+    estimate = estimate_memory(Config())
+    monkeypatch.setattr("os.sysconf", lambda name: 1 if name == "SC_PHYS_PAGES" else estimate.peak)
+    [line] = verdict(estimate)
+    assert "too much for this machine's memory" in line
+    monkeypatch.setattr("os.sysconf", lambda name: 2 if name == "SC_PHYS_PAGES" else estimate.peak)
+    assert "fits" in verdict(estimate)[0]
+
+
+@pytest.mark.parametrize(
+    ("described", "said"),
+    [
+        (None, "model.path: there is no folder"),
+        ("", "holds no config.json"),
+        ("{", "is not valid JSON"),
+        ('{"model_type": "mistral"}', "model family 'mistral' is not supported: Policy is exact for qwen2"),
+        (
+            '{"model_type": "qwen3_moe", "num_experts": 128}',
+            "model family 'qwen3_moe' is a mixture of experts, which is not supported yet: use a dense model",
+        ),
+        ('{"model_type": "qwen3", "hidden_size": "wide"}', "config.json: "),
+    ],
+)
+def test_a_model_that_cannot_be_estimated_is_named(
+    described: str | None,
+    said: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    model = tmp_path / "model"
+    if described is not None:
+        model.mkdir()
+    if described:
+        (model / "config.json").write_text(described)
+    monkeypatch.setattr("sys.argv", ["train", "--model.path", str(model), "--dry-run"])
+    assert run_cli(train.main) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert said in error
+    assert str(model) in error
+
+
+def test_a_mixture_of_experts_is_refused_by_every_way_in(tmp_path: Path):
+    """Also where its family has a dense name, and before any weight is read."""
+    SHAPES["qwen3"].save_pretrained(tmp_path)
+    described = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**described, "num_local_experts": 8}))
+    with pytest.raises(UserError, match=r"mixture of experts.*use a dense model"):
+        Policy.from_pretrained(tmp_path)

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from mosaic_fast import judged, train
+from mosaic_fast import train
 from mosaic_fast.learner.checkpoint import latest_checkpoint
 from mosaic_fast.learner.learner import Learner
+from mosaic_fast.run import judge_groups as judged
 from mosaic_fast.run.interrupt import Interrupt, Stopped
 from mosaic_rollout.engine import LocalEngine
 from tests.run.test_run import assert_same_run, run

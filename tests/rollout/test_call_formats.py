@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mosaic_rollout import call_formats, json_calls
+from mosaic_rollout.chat import call_formats, json_calls
 from mosaic_rollout.chat import xml_calls as xml_calls
 from mosaic_rollout.chat.call_formats import (
     FORMATS,

@@ -14,7 +14,6 @@ import pytest
 
 from mosaic_rollout.chat.chat import Chat
 from mosaic_rollout.environments.bfcl import BfclEnvironment, MultiTurnEpisode
-from mosaic_rollout.environments.bfcl import replay as replays
 from mosaic_rollout.environments.bfcl.api import load_bfcl
 from mosaic_rollout.environments.bfcl.single_turn import call_text
 from mosaic_rollout.environments.bfcl.tasks import CATEGORIES, MULTI_TURN, SINGLE_TURN, case_of
@@ -23,6 +22,7 @@ from mosaic_rollout.loop.agent_loop import AgentLoop, Limits
 from mosaic_rollout.types import Task, ToolCall
 from tests.rollout.scripted import ScriptedEngine
 from tests.rollout.tokenizers_for_tests import WITH_TOOLS, byte_tokenizer
+from tools import replay_bfcl as replays
 
 SPLITS = ("train", "heldout")
 

@@ -39,22 +39,24 @@ def wrong_arguments(
     parameters = function.get("parameters") if isinstance(function, Mapping) else None
     if not isinstance(parameters, Mapping):
         return None
+    try:
+        return _first_error(parameters, arguments, types)
+    except Exception:  # noqa: BLE001  jsonschema raises many things over a schema that is none
+        return None
+
+
+def _first_error(
+    parameters: Mapping[str, JsonValue], arguments: Mapping[str, JsonValue], types: bool
+) -> str | None:
+    from jsonschema import Draft202012Validator  # 0.2 s, which runs without such tools are spared
+    from jsonschema.exceptions import best_match
+    from referencing import Registry
+
     schema = _nullable(parameters)
     if not isinstance(schema, dict):
         return None
     if isinstance(schema.get("properties"), Mapping) and not any(key in schema for key in _COMBINING):
         schema.setdefault("additionalProperties", False)
-    try:
-        return _first_error(schema, arguments, types)
-    except Exception:  # noqa: BLE001  jsonschema raises many things over a schema that is none
-        return None
-
-
-def _first_error(schema: dict[str, object], arguments: Mapping[str, JsonValue], types: bool) -> str | None:
-    from jsonschema import Draft202012Validator
-    from jsonschema.exceptions import best_match
-    from referencing import Registry
-
     validator = Draft202012Validator(schema, registry=Registry())  # type: ignore[call-arg]  # fetches nothing
     errors = (e for e in validator.iter_errors(arguments) if types or e.validator != "type")
     error = best_match(errors)

@@ -12,7 +12,7 @@ from mosaic_rollout.environments import user_data as packages
 from mosaic_rollout.environments.bfcl import BfclEnvironment, api
 from mosaic_rollout.environments.bfcl.api import Record
 from mosaic_rollout.environments.bfcl.schemas import json_schema, tool_schema
-from mosaic_rollout.environments.bfcl.single_turn import call_text, refuse_endless
+from mosaic_rollout.environments.bfcl.single_turn import call_text, readable_source, refuse_endless
 from mosaic_rollout.environments.bfcl.tasks import Case
 from mosaic_rollout.environments.user_data import EnvironmentMissing
 from mosaic_rollout.types import JsonValue, ToolCall
@@ -80,8 +80,13 @@ def test_what_is_no_plain_call_has_no_text(call: ToolCall) -> None:
 
 
 def test_endless_calls_are_refused_and_ordinary_ones_are_not() -> None:
-    for arguments in ({"precision": 10**9}, {"precision": -1}, {"base": 10, "exponent": 10**9}):
-        with pytest.raises(ValueError, match=r"precision|digits"):
+    for arguments in (
+        {"precision": 10**9},
+        {"precision": -1},
+        {"base": 10, "exponent": 10**9},
+        {"decimal_places": -(10**9)},
+    ):
+        with pytest.raises(ValueError, match=r"precision|digits|decimal_places"):
             refuse_endless(ToolCall("maths", dict(arguments)))
     for arguments in ({"precision": 50}, {"base": 2, "exponent": 10}, {"base": 2.5, "exponent": 10**9}, {}):
         refuse_endless(ToolCall("maths", dict(arguments)))
@@ -140,3 +145,17 @@ def test_variants_of_a_scenario_share_their_leak_key() -> None:
     assert case("multi_turn_base", 7, "a").leak_key == case("multi_turn_miss_func", 7, "b").leak_key
     assert case("multi_turn_base", 7, "a").leak_key != case("multi_turn_base", 8, "a").leak_key
     assert case("simple_python", 1, "Add 1, 2!").leak_key == case("parallel", 9, "add 1 2").leak_key
+
+
+@pytest.mark.parametrize(
+    ("value", "readable"),
+    [
+        ("[[1, 2], [3]]", True),
+        (["a", {"b": "new int[]{1}"}, 7, None], True),
+        ("[" + "[1]," * 30 + "x", False),  # minutes in BFCL's own checker
+        ({"a": ["new HashMap<>() {{" + "\n" * 200]}, False),
+        ("x" * 1000, False),
+    ],
+)
+def test_source_text_that_would_not_end_is_not_read(value: JsonValue, readable: bool) -> None:
+    assert readable_source(value) is readable

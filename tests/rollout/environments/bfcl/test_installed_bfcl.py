@@ -130,6 +130,9 @@ def test_endless_calls_end() -> None:
         ToolCall("power", {"base": 10, "exponent": 10**10}),
         ToolCall("logarithm", {"value": 7, "base": 2, "precision": 10**9}),
         ToolCall("square_root", {"number": 2, "precision": 10**9}),
+        ToolCall("logarithm", {"value": 7, "base": 2, "precision": "1000000000"}),
+        ToolCall("logarithm", {"value": "1e1000000000", "base": 2, "precision": 10}),
+        ToolCall("round_number", {"number": 5, "decimal_places": -(10**10)}),
     ):
         assert episode.step(call).is_error
     assert not episode.step(ToolCall("logarithm", {"value": 7, "base": 2, "precision": 40})).is_error

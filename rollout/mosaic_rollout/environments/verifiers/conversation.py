@@ -154,7 +154,18 @@ def _message(found: Mapping[str, JsonValue]) -> Message:
     if isinstance(content, list):
         parts = [part if isinstance(part, dict) else {} for part in content]
         content = "".join(str(part.get("text", f"[{part.get('type')}]")) for part in parts)
-    return {"role": found["role"], "content": content or ""}
+    message: Message = {"role": found["role"], "content": content or ""}
+    if isinstance(calls := found.get("tool_calls"), list) and calls:
+        message["tool_calls"] = [_call(call) for call in calls if isinstance(call, Mapping)]
+    if isinstance(call_id := found.get("tool_call_id"), str):
+        message["tool_call_id"] = call_id
+    return message
+
+
+def _call(call: Mapping[str, JsonValue]) -> JsonValue:
+    """A call of an opening message in OpenAI's form."""
+    function = {"name": call.get("name"), "arguments": call.get("arguments")}
+    return {"id": call.get("id"), "type": "function", "function": function}
 
 
 def _schema(tool: Mapping[str, JsonValue]) -> ToolSchema:

@@ -142,7 +142,7 @@ class RolloutConfig(Section):
     branching: Literal["independent", "fork_at_check", "fork_at_step"] = "independent"
     """Where rollouts of a group begin to differ: at the prompt (as in GRPO), after a plan, or at a step."""
     gate_contrast: bool = False
-    """fork_at_check: take the gate both ways and train it with its all-action gradient (docs/gate.md)."""
+    """fork_at_check: take the gate both ways and train it with its all-action gradient (docs/method.md)."""
     max_staleness: CountOrZero = 0
     """sglang: updates that rollouts may be old, sampled while earlier steps train; 0: exactly on policy."""
     temperature: Positive = 1.0

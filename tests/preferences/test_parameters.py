@@ -143,6 +143,15 @@ def test_the_users_own_names_are_sent_from_the_start(tmp_path: Path):
     }
 
 
+def test_an_answer_is_none_to_the_same_question_asked_otherwise(tmp_path: Path):
+    """Without a temperature a model may say something else: it is not answered from the other's cache."""
+    group = [[saying("a"), saying("b", 1)]]
+    with endpoint(lambda request: ANSWER) as served:
+        for given, asked in (((), 2), (("temperature=",), 4), ((), 4), (("temperature=",), 4)):
+            judge_of(served, tmp_path / "a", [], given).judge(group)
+            assert len(served.requests) == asked
+
+
 @pytest.mark.parametrize("change", ["tools=", "temperature", "max_tokens=a b", "response_format=xml", "=x"])
 def test_a_change_that_is_none_is_named(change: str):
     with pytest.raises(UserError, match=r"NAME=OTHER|json_object, or be left out"):

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # --help and a mistake are answered before transformers is imported
+    from mosaic_fast.cli import answer_at_once
+    from mosaic_fast.evaluate.arguments import parse
+
+    answer_at_once(parse)
+
 import datetime
 import json
 import platform

@@ -110,7 +110,26 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         raise UserError(f"model.path: {folder} has no usable tokenizer ({in_one_line(error)})") from None
     if tokenizer is None:
         raise UserError(f"model.path: {folder} has no tokenizer; put tokenizer.json there")
+    _try_tokenizer(tokenizer, folder)
     return tokenizer
+
+
+def _try_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """UserError for what loading does not look at, and what breaks the tokenizer when it is used."""
+    unknown, longest = tokenizer.unk_token, tokenizer.model_max_length
+    if unknown is not None and unknown not in tokenizer.get_vocab():  # transformers would look for ever
+        raise UserError(
+            f"model.path: the unk_token of {folder}, {str(unknown)!r:.60}, is not in its tokenizer's "
+            "vocabulary: name a token that is there in tokenizer_config.json, or none"
+        )
+    if not isinstance(longest, int | float):
+        raise UserError(
+            f"model.path: {folder / 'tokenizer_config.json'}: model_max_length is {longest!r:.60}, no number"
+        )
+    try:
+        tokenizer.decode(tokenizer.encode("a é 漢 😀", add_special_tokens=False))
+    except Exception as error:  # noqa: BLE001  what it is made of can break any line of it
+        raise UserError(f"model.path: {folder} has no usable tokenizer ({in_one_line(error)})") from None
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, policy: Policy, folder: Path) -> None:

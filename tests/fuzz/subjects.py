@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from tests.fuzz import answers, configurations, guests, kept, outputs, verdicts
+from tests.fuzz import answers, configurations, folders, guests, kept, outputs, templates, verdicts
 from tests.fuzz.subject import Subject
 
 SUBJECTS: tuple[Subject, ...] = (
     *(configurations.FILES, configurations.COMMAND_LINES, configurations.RUN_FOLDERS, kept.KEPT),
-    *(outputs.TASKS, outputs.PARSED, outputs.ROLLOUTS),
+    *(outputs.TASKS, outputs.PARSED, outputs.ROLLOUTS, templates.TEMPLATES, folders.FOLDERS),
     *(guests.VERDICTS, guests.ARGUMENTS),
     *(answers.ENGINE, answers.JUDGE, answers.CHAT),
     verdicts.VERDICT,

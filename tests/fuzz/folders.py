@@ -13,16 +13,14 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
-from mosaic_fast.end_tokens import end_tokens
 from mosaic_fast.policy import Policy
-from mosaic_fast.pretrained import check_vocabulary, load_tokenizer
-from mosaic_fast.warmstart.tokenizer import build_tokenizer
+from mosaic_fast.setup.model_folder import check_vocabulary, end_tokens, load_tokenizer
 from mosaic_rollout.chat import Chat
 from mosaic_rollout.errors import UserError
-from tests.policy.policy_helpers import CONFIGS
-
 from tests.fuzz import hostile
 from tests.fuzz.subject import Subject, Try
+from tests.policy.policy_helpers import CONFIGS
+from tools.warmstart.tokenizer import build_tokenizer
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 5\n"
 _ADDED = {

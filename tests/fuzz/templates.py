@@ -11,13 +11,12 @@ from random import Random
 import numpy as np
 
 from mosaic_rollout.chat import Chat
-from mosaic_rollout.messages import OWN_WORDS
-from mosaic_rollout.reserved import mapped
+from mosaic_rollout.chat.messages import OWN_WORDS
+from mosaic_rollout.chat.reserved import mapped
 from mosaic_rollout.types import JsonValue, Message, ToolSchema
-from tests.rollout.families_for_tests import FAMILIES, Family
-
 from tests.fuzz import hostile
 from tests.fuzz.subject import Subject, Try
+from tests.rollout.families_for_tests import FAMILIES, Family
 
 Turn = tuple[str, str, str]
 """What follows a turn: "observation" or "user_message", the tool's name, and the text."""

@@ -75,7 +75,7 @@ class Conversation:
         def followed(data: Data) -> tuple[str, np.ndarray, Message]:
             taken = renderer.taken(data.messages[0], support)
             text, cut = self._continued(kind, name, taken)
-            return text, renderer.ids_after(text, cut, renderer.turn_end(support, kind)), taken
+            return text, renderer.ids_after(text, cut, renderer.turn_end(support, kind, taken)), taken
 
         def live(data: Data) -> list[int]:
             return renderer.reserved.live(followed(data)[1].tolist())
@@ -91,7 +91,7 @@ class Conversation:
         if turn is not None and as_before and text.startswith(turn, len(self._text)):
             return text, len(self._text) + len(turn)
         after = common_end(text, self._with(stand_in(support, kind, name, 1), message))
-        end = renderer.turn_end(support, kind).text
+        end = renderer.turn_end(support, kind, message).text
         if end not in after:
             raise UserError(
                 f"the chat template of {renderer.name!r} does not end a turn with {end!r} "

@@ -9,6 +9,7 @@ from functools import lru_cache
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from mosaic_rollout.errors import UserError
 from mosaic_rollout.chat.messages import (
     LOOP_WORDS,
     OWN_WORDS,
@@ -22,7 +23,7 @@ from mosaic_rollout.chat.messages import (
 from mosaic_rollout.chat.reserved import Reserved
 from mosaic_rollout.chat.safe_data import Data, safe
 from mosaic_rollout.chat.template import Support, Template, TurnKind
-from mosaic_rollout.chat.turn_end import TurnEnd, find_turn_end
+from mosaic_rollout.chat.turn_end import NEXT, PROBE_NAME, TurnEnd, find_turn_end
 from mosaic_rollout.types import Message
 
 _KEPT_ENCODINGS = 512  # texts
@@ -38,14 +39,26 @@ class Renderer:
         self.name = str(tokenizer.name_or_path)
         self._tokenizer = tokenizer
         self.template = Template(tokenizer, today)
-        self._support = {given: self.template.support(with_tools=given) for given in (True, False)}
-        self.reserved = Reserved(
-            tokenizer, {*LOOP_WORDS, *self.template.marks(*self._support.values())}, OWN_WORDS
-        )
         eos = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
-        self._ends = self._turn_ends([*eos, *end_token_ids])
+        self._named_ends = [*eos, *end_token_ids]
+        self._support: dict[bool, Support | UserError] = {True: self.template.support(with_tools=True)}
+        try:
+            self._support[False] = self.template.support(with_tools=False)
+        except UserError as error:  # told where a conversation without tools is wanted
+            self._support[False] = error
+        supports = [support for support in self._support.values() if isinstance(support, Support)]
+        words = {*LOOP_WORDS, *self.template.marks(*supports)}
+        self.reserved = Reserved(tokenizer, words, OWN_WORDS)
+        self._ends: dict[tuple[bool, TurnKind, str], TurnEnd] = {}
+        for support in supports:
+            try:
+                self._find_ends(support)
+            except UserError as error:
+                if support.with_tools:
+                    raise
+                self._support[False] = error
         ends = (end.token_id for end in self._ends.values())
-        self.stop_token_ids: tuple[int, ...] = tuple(dict.fromkeys([*ends, *eos, *end_token_ids]))
+        self.stop_token_ids: tuple[int, ...] = tuple(dict.fromkeys([*ends, *self._named_ends]))
         self.turns: dict[tuple[bool, TurnKind, str], str] = {}
         """Turns as the template writes their stand-ins: by whether there are tools, kind, and tool called."""
         self.followed: dict[tuple[str, ...], tuple[str, np.ndarray, Message]] = {}
@@ -54,12 +67,15 @@ class Renderer:
         self.encode = lru_cache(maxsize=_KEPT_ENCODINGS)(self._encode_anew)
 
     def support(self, *, with_tools: bool) -> Support:
-        """What the template writes by itself."""
-        return self._support[with_tools]
+        """What the template writes by itself. UserError where it cannot write such a conversation."""
+        support = self._support[with_tools]
+        if isinstance(support, UserError):
+            raise support
+        return support
 
-    def turn_end(self, support: Support, kind: TurnKind) -> TurnEnd:
-        """The token with which the template ends a turn."""
-        return self._ends[support.with_tools, kind]
+    def turn_end(self, support: Support, kind: TurnKind, following: Message) -> TurnEnd:
+        """The token with which the template ends a turn before a message."""
+        return self._ends[support.with_tools, kind, str(following["role"])]
 
     def text(self, data: Data, support: Support) -> str:
         """The text of a conversation up to the policy's next turn."""
@@ -83,8 +99,8 @@ class Renderer:
 
     def taken(self, message: Message, support: Support) -> Message:
         """A message whose calls or output are text where the template would not write them."""
-        if message["role"] == "tool" and not support.outputs:
-            return with_written_output(message)
+        if message["role"] == "tool":
+            return support.prepared(message) if support.outputs else with_written_output(message)
         return support.prepared(message) if support.calls else with_written_calls(message)
 
     def ids_after(self, text: str, cut: int, end: TurnEnd) -> np.ndarray:
@@ -114,18 +130,20 @@ class Renderer:
             found = without_system(found)
         return with_turns_joined(found) if support.takes_turns else found
 
-    def _turn_ends(self, end_token_ids: Sequence[int]) -> dict[tuple[bool, TurnKind], TurnEnd]:
-        """The ends of turns by whether there are tools, and by kind."""
-        found: dict[tuple[bool, TurnKind], TurnEnd] = {}
-        texts = (str(self._tokenizer.convert_ids_to_tokens(token_id)) for token_id in end_token_ids)
-        known = [TurnEnd(*end) for end in zip(texts, end_token_ids, strict=True)]
-        for support in self._support.values():
-            words = (self._tokenizer, self.template, self.reserved, support)
-            answer = find_turn_end(*words, "answer", [])
-            found[support.with_tools, "answer"] = answer
-            if support.outputs_follow == "call":
-                found[support.with_tools, "call"] = find_turn_end(*words, "call", [answer, *known])
-        return found
+    def _find_ends(self, support: Support) -> None:
+        """The ends of the turns that are played, by whether there are tools, kind, and what follows."""
+        texts = (str(self._tokenizer.convert_ids_to_tokens(token_id)) for token_id in self._named_ends)
+        known = [TurnEnd(*end) for end in zip(texts, self._named_ends, strict=True)]
+        output = "tool" if support.outputs else "user"
+        played: list[tuple[TurnKind, str]] = [("answer", "user"), (support.outputs_follow, output)]
+        for kind, role in dict.fromkeys(played):
+            following = (
+                support.output(PROBE_NAME, NEXT) if role == "tool" else {"role": role, "content": NEXT}
+            )
+            end = find_turn_end(
+                self._tokenizer, self.template, self.reserved, support, kind, following, known
+            )
+            self._ends[support.with_tools, kind, role] = end
 
     def _encode_anew(self, text: str) -> np.ndarray:  # [L] int64, read only
         return _fixed(self._tokenizer.encode(text, add_special_tokens=False))

@@ -33,7 +33,11 @@ PROBE_TOOL: ToolSchema = {
     "function": {
         "name": _TOOL,
         "description": "probe",
-        "parameters": {"type": "object", "properties": {_KEY: {"type": "string"}}, "required": [_KEY]},
+        "parameters": {
+            "type": "object",
+            "properties": {_KEY: {"type": "string", "description": "probe"}},
+            "required": [_KEY],
+        },
     },
 }
 USER: Message = {"role": "user", "content": _USER}

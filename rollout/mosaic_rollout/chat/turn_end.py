@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
@@ -14,7 +15,8 @@ from mosaic_rollout.types import Message
 
 STAND_INS = ("mosaicturna", "mosaicturnb")
 """What turns say where their own words do not matter; they differ in their last character."""
-_NEXT = "mosaicnext"
+NEXT, PROBE_NAME = "mosaicnext", "mosaicprobe"
+"""What follows a turn, and the tool that is called, in conversations of ours."""
 
 
 @dataclass(frozen=True)
@@ -53,44 +55,40 @@ def find_turn_end(
     reserved: Reserved,
     support: Support,
     kind: TurnKind,
-    known: Sequence[TurnEnd],
+    following: Message,  # says NEXT
+    known: Sequence[TurnEnd],  # by the model's folder
 ) -> TurnEnd:
-    """The end that the template writes: one of `known`, else the first token of its own after the turn.
+    """The first token between a turn and what follows it that the template writes to end the turn.
 
-    UserError where the template writes no such token, or not the turn itself.
+    That is one of `known` (GLM ends a turn with the mark of the next speaker), or one that is written where
+    nothing follows as well. UserError where there is none, or where the turn itself is not written.
     """
     tools = [PROBE_TOOL] if support.with_tools else None
     name = str(tokenizer.name_or_path)
-    following: Message = {"role": "user", "content": _NEXT}
-    if kind == "call" and support.outputs:
-        following = support.output("mosaicprobe", _NEXT)
-    texts = [
-        template.render([USER, stand_in(support, kind, "mosaicprobe", which), following], tools, opens=True)
-        for which in range(2)
-    ]
-    between = common_end(*texts).partition(_NEXT)
-    if texts[0] == texts[1] or not between[1]:
+    turns = [stand_in(support, kind, PROBE_NAME, which) for which in range(2)]
+    texts = [template.render([USER, turn, following], tools, opens=True) for turn in turns]
+    between, shown, _ = common_end(*texts).partition(NEXT)
+    if texts[0] == texts[1] or not shown:
         raise UserError(
             f"the chat template of {name!r} leaves out a turn of the assistant's, or what follows it, in a "
             f"conversation of user, assistant ({kind}), {following['role']}: it cannot be played"
         )
-    for end in known:
-        if end.text in between[0]:
-            return end
-    first = reserved.tokens.search(between[0])
-    if first is not None:
-        return TurnEnd(first.group(), _id(tokenizer, first.group()))
-    closed = template.render([USER, stand_in(support, kind, "mosaicprobe", 0)], tools)
-    text = closed.rpartition(STAND_INS[0])[2].strip()
-    ids = tokenizer.encode(text, add_special_tokens=False) if text and text in between[0] else []
+    closing = between
+    with suppress(UserError):  # some take no call without its output
+        closing = common_end(*(template.render([USER, turn], tools) for turn in turns))
+    named = {end.text: end for end in known}
+    tokens = [match.group() for match in reserved.tokens.finditer(between)]
+    if kind == "call":  # marks of the call itself come before its end
+        tokens = [token for token in tokens if token in named] or tokens
+    for token in tokens:
+        if token in named or token in closing:
+            return TurnEnd(token, int(tokenizer.get_added_vocab()[token]))
+    text = closing.strip()
+    ids = tokenizer.encode(text, add_special_tokens=False) if text and text in between else []
     if len(ids) != 1:
-        written = f"; it writes {text!r} there" if text else ""
+        written = f"; it writes {text[:80]!r} there" if text else ""
         raise UserError(
             f"the chat template of {name!r} does not mark where a turn ends with a token of its own{written}"
             "; use an instruct model whose tokenizer has such a token"
         )
     return TurnEnd(text, ids[0])
-
-
-def _id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
-    return int(tokenizer.get_added_vocab()[token])

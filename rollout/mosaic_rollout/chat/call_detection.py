@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TypeAlias
 
 from mosaic_rollout.chat.call_formats import detect_call_format, read_call
@@ -17,7 +17,8 @@ Written: TypeAlias = Callable[[ToolCall], Sequence[Message]]
 
 _WORD = "mosaicprobe"
 _USER: Message = {"role": "user", "content": "x"}
-_ARGUMENTS: dict[str, tuple[JsonValue, JsonValue]] = {
+_Argument: TypeAlias = tuple[JsonValue, JsonValue]  # its type as a schema says it, and a value
+_ARGUMENTS: dict[str, _Argument] = {
     "text": ("string", "é {\"a\": 'b'} \\ 漢\n1"),
     "digits": ("string", "12"),
     "count": ("integer", -3),
@@ -28,21 +29,8 @@ _ARGUMENTS: dict[str, tuple[JsonValue, JsonValue]] = {
     "nested": ("object", {"a": {"b": "c"}}),
 }
 """An argument a type that JSON has, and what a template might escape, convert or quote."""
-_PROBE: ToolSchema = {
-    "type": "function",
-    "function": {
-        "name": _WORD,
-        "description": _WORD,
-        "parameters": {
-            "type": "object",
-            "properties": {key: {"type": kind} for key, (kind, _) in _ARGUMENTS.items()},
-        },
-    },
-}
-_CALLS = (
-    ToolCall(_WORD, {key: value for key, (_, value) in _ARGUMENTS.items()}),
-    ToolCall(_WORD, {}),
-)
+_WITHOUT_NULL = {key: argument for key, argument in _ARGUMENTS.items() if isinstance(argument[0], str)}
+"""For templates that cannot write a schema with a list of types, as Hermes' do."""
 
 
 def format_of_template(render: Render, written: Written, endings: Sequence[str]) -> CallFormat | None:
@@ -52,23 +40,44 @@ def format_of_template(render: Render, written: Written, endings: Sequence[str])
     every type, nested, with quotes and other letters than ASCII's, and none at all.
     endings: texts that end a turn, which a template writes behind a call.
     """
+    for arguments in (_ARGUMENTS, _WITHOUT_NULL):
+        try:
+            render([_USER], [_probe(arguments)])
+        except UserError:
+            continue
+        return _format_of_calls(render, written, endings, arguments)
+    return None
+
+
+def _format_of_calls(
+    render: Render, written: Written, endings: Sequence[str], arguments: Mapping[str, _Argument]
+) -> CallFormat | None:
     found: CallFormat | None = None
-    for call in _CALLS:
-        actions = list(_actions(render, written(call), endings))
+    probe = _probe(arguments)
+    for call in (ToolCall(_WORD, {key: value for key, (_, value) in arguments.items()}), ToolCall(_WORD, {})):
+        actions = list(_actions(render, written(call), endings, probe))
         if found is None:
             named = (detect_call_format(action) for action in actions)
             found = next((one for one in named if one is not None), None)
-        if found is None or not any(_same(read_call(action, found, [_PROBE]), call) for action in actions):
+        if found is None or not any(_same(read_call(action, found, [probe]), call) for action in actions):
             return None
     return found
 
 
-def _actions(render: Render, said: Sequence[Message], endings: Sequence[str]) -> Iterator[str]:
+def _probe(arguments: Mapping[str, _Argument]) -> ToolSchema:
+    properties: dict[str, JsonValue] = {key: {"type": kind} for key, (kind, _) in arguments.items()}
+    parameters: JsonValue = {"type": "object", "properties": properties}
+    return {"type": "function", "function": {"name": _WORD, "description": _WORD, "parameters": parameters}}
+
+
+def _actions(
+    render: Render, said: Sequence[Message], endings: Sequence[str], probe: ToolSchema
+) -> Iterator[str]:
     """The template's rendering of a call, cut to what may be the action."""
     try:
-        text = render([_USER, *said], [_PROBE])
-        plain = render([_USER, {"role": "assistant", "content": _WORD}], [_PROBE])
-        asked = render([_USER], [_PROBE])
+        text = render([_USER, *said], [probe])
+        plain = render([_USER, {"role": "assistant", "content": _WORD}], [probe])
+        asked = render([_USER], [probe])
     except UserError:
         return
     before, _, after = plain.rpartition(_WORD)

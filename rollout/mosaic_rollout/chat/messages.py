@@ -20,6 +20,17 @@ LOOP_WORDS = (*TAGS, *_CALL_TAGS, OUTPUT_OPEN, OUTPUT_CLOSE)
 OWN_WORDS = re.compile("|".join(map(re.escape, (*TAGS, *_CALL_TAGS))))
 """What an assistant's message may rightly hold: thoughts, a check, a call in the loop's own form."""
 ROLES = ("system", "developer", "user", "assistant", "tool")
+_OF_NAMES = (
+    "properties",
+    "patternProperties",
+    "dependentRequired",
+    "dependentSchemas",
+    "$defs",
+    "definitions",
+)
+"""Keywords of JSON Schema whose values have names of the tool's own as keys."""
+_OF_VALUES = ("default", "const", "enum", "examples", "example")
+"""Keywords whose values are data throughout."""
 _STRUCTURAL = ("role", "type")  # keys whose values are not data
 
 
@@ -61,8 +72,29 @@ def changed_texts(message: Message, change: Callable[[str], str], own: Callable[
 
 
 def changed_tool(tool: ToolSchema, change: Callable[[str], str]) -> ToolSchema:
-    """A tool's schema with every text of it changed."""
-    return {name: value if name in _STRUCTURAL else mapped(value, change) for name, value in tool.items()}
+    """A tool's schema with every text of it changed, names of arguments as well, but JSON Schema's words."""
+    return {name: _changed_schema(value, change, name) for name, value in tool.items()}
+
+
+def _changed_schema(value: JsonValue, change: Callable[[str], str], keyword: str) -> JsonValue:
+    """What a schema has under one of its keywords."""
+    if keyword == "type":
+        return value
+    if isinstance(value, Mapping):
+        if keyword in _OF_VALUES:
+            return mapped(value, change)
+        names_follow = keyword in _OF_NAMES
+        return {
+            (change(name) if names_follow else name): _changed_schema(
+                inner, change, "" if names_follow else name
+            )
+            for name, inner in value.items()
+        }
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        if keyword in _OF_VALUES:
+            return mapped(value, change)
+        return [_changed_schema(inner, change, "") for inner in value]
+    return mapped(value, change)
 
 
 def written_tools(tools: Sequence[ToolSchema]) -> str:

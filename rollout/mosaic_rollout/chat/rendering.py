@@ -144,6 +144,7 @@ class Renderer:
                 self._tokenizer, self.template, self.reserved, support, kind, following, known
             )
             self._ends[support.with_tools, kind, role] = end
+            known.append(end)  # what ends an answer ends a call, too, though marks of a call come before it
 
     def _encode_anew(self, text: str) -> np.ndarray:  # [L] int64, read only
         return _fixed(self._tokenizer.encode(text, add_special_tokens=False))

@@ -134,8 +134,8 @@ class Template:
         Tools and calls are the template's to write where it writes both, the calls in a form that is read;
         else the loop writes them, and teaches the form of Hermes.
         """
-        tools = [PROBE_TOOL] if with_tools else None
         knows_tools = self.call_format is not None
+        tools = [PROBE_TOOL] if knows_tools and with_tools else None
         found = Support(
             with_tools=with_tools,
             knows_tools=knows_tools,
@@ -161,7 +161,7 @@ class Template:
         """The marks that the template writes around what it is given."""
         texts = []
         for support in supports:
-            tools = [PROBE_TOOL] if support.with_tools else None
+            tools = [PROBE_TOOL] if support.tools else None
             call = [support.call(_TOOL, _VALUE)] if support.calls else []
             output = [support.output(_TOOL, _NEXT)] if support.outputs else []
             for messages in ([USER], [USER, support.answer(_VALUE), USER], [USER, *call, *output]):

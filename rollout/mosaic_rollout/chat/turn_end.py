@@ -58,12 +58,13 @@ def find_turn_end(
     following: Message,  # says NEXT
     known: Sequence[TurnEnd],  # by the model's folder
 ) -> TurnEnd:
-    """The first token between a turn and what follows it that the template writes to end the turn.
+    """The token between a turn and what follows it that the template writes to end the turn.
 
-    That is one of `known` (GLM ends a turn with the mark of the next speaker), or one that is written where
-    nothing follows as well. UserError where there is none, or where the turn itself is not written.
+    That is the first one of `known` (GLM ends a turn with the mark of the next speaker), or else the first
+    one that is written where nothing follows as well. UserError where there is none, or where the turn
+    itself is not written.
     """
-    tools = [PROBE_TOOL] if support.with_tools else None
+    tools = [PROBE_TOOL] if support.tools else None
     name = str(tokenizer.name_or_path)
     turns = [stand_in(support, kind, PROBE_NAME, which) for which in range(2)]
     texts = [template.render([USER, turn, following], tools, opens=True) for turn in turns]
@@ -76,13 +77,12 @@ def find_turn_end(
     closing = between
     with suppress(UserError):  # some take no call without its output
         closing = common_end(*(template.render([USER, turn], tools) for turn in turns))
-    named = {end.text: end for end in known}
+    named = {end.text for end in known}
     tokens = [match.group() for match in reserved.tokens.finditer(between)]
-    if kind == "call":  # marks of the call itself come before its end
-        tokens = [token for token in tokens if token in named] or tokens
-    for token in tokens:
-        if token in named or token in closing:
-            return TurnEnd(token, int(tokenizer.get_added_vocab()[token]))
+    # Marks within a turn, as of a call or an answer, come before its end; the model's own end tokens do not.
+    ends = [token for token in tokens if token in named] or [token for token in tokens if token in closing]
+    if ends:
+        return TurnEnd(ends[0], int(tokenizer.get_added_vocab()[ends[0]]))
     text = closing.strip()
     ids = tokenizer.encode(text, add_special_tokens=False) if text and text in between else []
     if len(ids) != 1:

@@ -9,7 +9,6 @@ from functools import lru_cache
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from mosaic_rollout.errors import UserError
 from mosaic_rollout.chat.messages import (
     LOOP_WORDS,
     OWN_WORDS,
@@ -24,6 +23,7 @@ from mosaic_rollout.chat.reserved import Reserved
 from mosaic_rollout.chat.safe_data import Data, safe
 from mosaic_rollout.chat.template import Support, Template, TurnKind
 from mosaic_rollout.chat.turn_end import NEXT, PROBE_NAME, TurnEnd, find_turn_end
+from mosaic_rollout.errors import UserError
 from mosaic_rollout.types import Message
 
 _KEPT_ENCODINGS = 512  # texts

@@ -9,8 +9,13 @@ command would write.
 
 from __future__ import annotations
 
-import json
 import sys
+
+if __name__ == "__main__" and len(sys.argv) > 1:  # it takes no options
+    print(__doc__)
+    raise SystemExit(0 if sys.argv[1] in ("-h", "--help") else 2)
+
+import json
 from collections.abc import Iterator
 from pathlib import Path
 

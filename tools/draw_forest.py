@@ -8,6 +8,13 @@ The arrays drawn are those of `pack_forest`; nothing of the picture is laid out 
 from __future__ import annotations
 
 import sys
+
+if (
+    __name__ == "__main__" and sys.argv[1:2] and sys.argv[1].startswith("-")
+):  # answered before matplotlib is imported
+    print(__doc__)
+    raise SystemExit(0 if sys.argv[1] in ("-h", "--help") else 2)
+
 from pathlib import Path
 
 import numpy as np

@@ -23,6 +23,8 @@ COMMANDS = {  # a command: an option that is almost one of its own, and what is 
     "tools.soak": ("--kils", "--kills"),
     "tools.warmstart": ("--warmup-step", "--warmup-steps"),
     "mosaic_kernels.verify": ("--layr", "--layer"),
+    "tools.configuration_page": ("--x", ""),
+    "tools.draw_forest": ("--x", ""),
     "tools.replay_agentdojo": ("--x", ""),
     "tools.replay_bfcl": ("--x", ""),
     "tests.fuzz": ("--sed", "--seed"),
@@ -74,12 +76,10 @@ def test_every_command_is_here():
     """Whatever is run by its name; what is only ever started by another program is not."""
     started = {"mosaic_rollout.engine.sglang.server_side.launch"}
     found = set()
-    for folder in ("mosaic_fast", "kernels", "rollout"):
+    for folder, root in (("mosaic_fast", ""), ("tools", ""), ("kernels", "kernels"), ("rollout", "rollout")):
         for path in (ROOT / folder).rglob("*.py"):
             if 'if __name__ == "__main__"' in path.read_text(encoding="utf-8"):
-                parts = (
-                    path.relative_to(ROOT if folder == "mosaic_fast" else ROOT / folder).with_suffix("").parts
-                )
+                parts = path.relative_to(ROOT / root).with_suffix("").parts
                 found.add(".".join(parts).removesuffix(".__main__"))
     assert found - started == {name for name in COMMANDS if not name.startswith(("bench/", "tests."))}
 

@@ -312,10 +312,11 @@ class _Trainer:
         }
         seconds = self.progress.train_s + row["time/step_s"]
         self.progress = replace(self.progress, step=step + 1, train_s=seconds)
-        notes = self._findings.to_say(step + 1, found)
+        notes, known = self._findings.to_say(step + 1, found)
         if self.world.is_first:
             self.folder.append_notes(step + 1, notes)
-        return self._evaluated(row), notes
+        still = [f"still: {', '.join(known)}"] if known else []
+        return self._evaluated(row), [*notes, *still]
 
     def _take(self, step: int) -> Share:
         """This rank's rollouts of a step, or that it was asked to stop while it waited for them."""

@@ -20,14 +20,14 @@ from mosaic_rollout.types import Rollout
 
 GRADIENT_CLIPS = 100.0
 """A gradient's norm this many times optim.grad_clip is far outside of what clipping is for."""
-LARGEST_KL = 10.0
-"""Nats a token, by the k3 estimate, above which policy and reference have nothing in common."""
+LARGEST_KL = 1.0
+"""Nats a token, by the k3 estimate; runs that go well stay far below."""
 LARGEST_RATIO = 10.0
 """Mean ratio of a token, or its inverse, above which the clip holds nothing."""
 LARGEST_MISMATCH = 1.0
 """Nats a token between engine and trainer, which compute the same policy."""
 REPEATED_AFTER = 20
-"""Steps after which a finding that lasts is said again."""
+"""Steps after which a finding that lasts is said in full again."""
 
 Cut = Literal["prompt", "turn", "rollout", "turns"]
 
@@ -36,22 +36,24 @@ Cut = Literal["prompt", "turn", "rollout", "turns"]
 class Finding:
     """One thing that a user should know of a step."""
 
-    cause: str  # what is said once, and not again for REPEATED_AFTER steps
+    cause: str  # a few words for it, the same at every step
     text: str
     no_signal: bool = False  # it explains why nothing is learnt
+    lasts: bool = True  # False: nothing of the step, so that once is enough
 
 
 class Findings:
-    """Which of a run's findings are said: each cause when it comes up, and then now and again."""
+    """Which of a run's findings are said: each in full when it comes up and now and again, else in a word."""
 
     def __init__(self) -> None:
-        self._said: dict[str, int] = {}  # cause -> step
+        self._said: dict[str, int] = {}  # cause -> step at which it was last said in full
 
-    def to_say(self, step: int, found: Sequence[Finding]) -> list[str]:
-        """The texts of the findings of a step that were not said lately."""
+    def to_say(self, step: int, found: Sequence[Finding]) -> tuple[list[str], list[str]]:
+        """The texts of what is said in full at a step, and the causes that were said in full lately."""
         new = [f for f in found if step - self._said.get(f.cause, -REPEATED_AFTER) >= REPEATED_AFTER]
+        known = [f.cause for f in found if f not in new and f.lasts]
         self._said |= {finding.cause: step for finding in new}
-        return [finding.text for finding in new]
+        return [finding.text for finding in new], known
 
 
 def rollout_findings(
@@ -69,7 +71,7 @@ def rollout_findings(
     if rollouts and all(rollout.status == "malformed" for rollout in rollouts):
         found.append(_all_malformed(rollouts, config))
     if not any(rollout.trained.any() for rollout in rollouts):
-        found.append(Finding("untrained", "no token was sampled, so none is trained", no_signal=True))
+        found.append(Finding("no token trained", "no token was sampled, so none is trained", no_signal=True))
     elif not any(values.any() for values in advantages):
         found.append(_all_ties(groups, config))
     tasks = {rollout.task.task_id for rollout in rollouts}
@@ -79,6 +81,7 @@ def rollout_findings(
                 "repeated tasks",
                 f"{len(groups)} groups are of {len(tasks)} tasks, fewer than rollout.prompts_per_step; those "
                 "of one task are judged apart: lower it, or bring more tasks to train on",
+                lasts=False,
             )
         )
     return found
@@ -115,7 +118,7 @@ def update_findings(figures: Mapping[str, float], trained_tokens: int, config: C
     if not kl <= LARGEST_KL:
         found.append(
             Finding(
-                "kl",
+                "KL",
                 f"the KL to the reference is {kl:.3g} a token, the policy has left it: lower optim.lr, or "
                 "raise loss.kl_weight",
             )
@@ -140,7 +143,9 @@ def update_findings(figures: Mapping[str, float], trained_tokens: int, config: C
     lost = sorted(name for name, value in figures.items() if not math.isfinite(value))
     if lost:
         found.append(
-            Finding(f"not finite: {lost}", f"not finite, and so not in metrics.jsonl: {', '.join(lost)}")
+            Finding(
+                f"{', '.join(lost)} not finite", f"not finite, and so not in metrics.jsonl: {', '.join(lost)}"
+            )
         )
     return found
 

@@ -135,13 +135,17 @@ def test_a_sound_update_says_nothing():
 def test_a_cause_is_said_once_and_again_after_a_while():
     findings = Findings()
     lasting, other = Finding("a", "A"), Finding("b", "B")
-    said = {step: findings.to_say(step, [lasting, *([other] * (step == 5))]) for step in range(1, 46)}
+    both = {step: findings.to_say(step, [lasting, *([other] * (step == 5))]) for step in range(1, 46)}
+    said = {step: texts for step, (texts, _) in both.items()}
     assert {step: texts for step, texts in said.items() if texts} == {
         1: ["A"],
         5: ["B"],
         21: ["A"],
         41: ["A"],
     }
+    assert [step for step, (_, known) in both.items() if known != ["a"]] == [1, 21, 41]
+    static = Finding("c", "C", lasts=False)
+    assert [findings.to_say(step, [static]) for step in (50, 51)] == [(["C"], []), ([], [])]
 
 
 def test_a_step_line_ends_with_its_notes(capsys: pytest.CaptureFixture[str]):

@@ -54,7 +54,7 @@ def test_a_trajectory_renders_to_the_tokens_of_its_prompt(family: str, teach_loo
     row = json.loads(json.dumps(rollout_row(rollout)))
     names = [tool["function"]["name"] for tool in row["tools"]]
     assert names == ["read", "fail", "refusal_tool"]
-    assert (load_prompt("loop_v1") in row["messages"][0]["content"]) == teach_loop
+    assert (load_prompt("loop_v2") in row["messages"][0]["content"]) == teach_loop
     rendered = [
         chat.tokenizer.apply_chat_template(
             row["messages"], tools=tools, add_generation_prompt=True, tokenize=False

@@ -37,7 +37,7 @@ _CHECK_OPENED = re.compile(rf"{re.escape(THINK_CLOSE)}\s*{re.escape(SAFETY_OPEN)
 class Chat:
     """A tokenizer with a chat template, made to speak the plan-check-act loop.
 
-    teach_loop: write the text that teaches the loop (prompts/loop_v1.md) into the system message. A model
+    teach_loop: write the text that teaches the loop (prompts/loop_v2.md) into the system message. A model
     that learnt the loop in training, as the embedded one, does without.
     end_token_ids: further tokens that end a turn, as the model's folder names them (generation_config.json).
     today: the date that templates see which ask for it; None: the day on which this is made.
@@ -153,7 +153,7 @@ class Chat:
         """Opening messages and tools, given as JSON, as the template takes them, and what it writes."""
         messages, tools = json.loads(opening)
         support = self._renderer.support(with_tools=bool(tools))
-        parts = [load_prompt("loop_v1")] if self._teach_loop else []
+        parts = [load_prompt("loop_v2")] if self._teach_loop else []
         found = self._renderer.opening(Data(messages, tools), parts, support)
         return found, self._renderer.text(found, support)
 

@@ -222,7 +222,7 @@ class _ChatWalk:
         """The episode's messages, with the loop and the tools written into the system message where asked."""
         agent, parts = self._agent, []
         if agent.protocol == "loop" and agent.teach_loop:
-            parts.append(load_prompt("loop_v1"))
+            parts.append(load_prompt("loop_v2"))
         if self._written:
             parts.append(load_prompt("call_format_v1").format(tools=written_tools(self._tools)))
         messages = list(self._episode.messages)

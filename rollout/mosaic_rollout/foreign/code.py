@@ -36,7 +36,7 @@ class ForeignCode:
         self._lock = threading.Lock()
         self._shown = not of_user
 
-    def run(self, function: Callable[..., object], *args: object, **kwargs: object) -> object:
+    def run(self, function: Callable[..., object], /, *args: object, **kwargs: object) -> object:
         """What a call gives, awaited where it is to be awaited. Raises whatever it raises.
 
         TypeError for a generator, which has done nothing yet.
@@ -49,7 +49,9 @@ class ForeignCode:
             raise TypeError(f"{_name(function)} gave a generator; it must return its value")
         return result
 
-    def demand(self, what: str, function: Callable[..., object], *args: object, **kwargs: object) -> object:
+    def demand(
+        self, what: str, function: Callable[..., object], /, *args: object, **kwargs: object
+    ) -> object:
         """What a call gives that the run cannot do without. UserError says what failed, why and where."""
         try:
             return self.run(function, *args, **kwargs)

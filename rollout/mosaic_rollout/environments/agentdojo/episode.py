@@ -18,7 +18,7 @@ from mosaic_rollout.foreign.raised import words
 from mosaic_rollout.types import JsonValue, Message, Observation, ToolCall, Verdict
 
 _CODE = ForeignCode("AgentDojo", of_user=False)
-_PYDANTIC_LINK = re.compile(r"\n\s*For further information visit \S+")
+_PYDANTIC_LINK = re.compile(r"\n *For further information visit \S+")
 
 
 class AgentDojoEpisode(GuardedEpisode):

@@ -127,3 +127,43 @@ def test_values_of_any_size_and_depth_are_an_answer():
         tool = {"type": "function", "function": {"name": "t", "parameters": {"type": "object"}}}
         said = wrong_arguments(tool, {"a": value})  # type: ignore[dict-item]
         assert said is None or len(said) < 400
+
+
+NAMES = ("what", "function", "name", "args", "kwargs", "call", "instance", "timeout", "method")
+
+
+def test_arguments_and_columns_have_any_names(tmp_path: Path):
+    class Office(Quiet):
+        def reset(self, **row: object) -> None:  # type: ignore[override]
+            assert row == dict.fromkeys(NAMES, 1)
+
+        def act(
+            self,
+            what: int,
+            function: int,
+            name: int,
+            args: int,
+            kwargs: int,
+            call: int,
+            instance: int,
+            timeout: int,
+            method: int,
+        ) -> str:
+            """Act.
+
+            Args:
+                what: It.
+                function: It.
+                name: It.
+                args: It.
+                kwargs: It.
+                call: It.
+                instance: It.
+                timeout: It.
+                method: It.
+            """
+            return "done"
+
+    rows = [{"prompt": prompt, **dict.fromkeys(NAMES, 1)} for prompt in "ab"]
+    seen = episode_of(tmp_path, Office, rows).step(ToolCall("act", dict.fromkeys(NAMES, 1)))
+    assert seen.content == "done"

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mosaic_rollout.errors import UserError
-from mosaic_rollout.foreign import checked_verdict
+from mosaic_rollout.foreign import checked_verdict, plain_number
 from mosaic_rollout.foreign.verdicts import reward_verdict
 from mosaic_rollout.types import Verdict
 from tests.rollout.environments.custom_env.guests import episode_of
@@ -131,3 +131,9 @@ def test_a_reward_that_is_none_is_refused(tmp_path: Path, reward: object):
     office = {"reset": lambda self, **row: None, "get_reward": lambda self: reward}
     with pytest.raises(UserError, match=r"the reward of Office\.get_reward must be a finite number"):
         episode_of(tmp_path, type("Office", (), office)).score(None)
+
+
+def test_a_number_of_a_library_becomes_pythons_own():
+    for value in (np.float32(0.5), np.array(0.5), torch.tensor(0.5), Fraction(1, 2), Decimal("0.5")):
+        assert type(plain_number(value)) is float
+    assert [type(plain_number(value)) for value in (np.bool_(True), np.int8(1))] == [bool, int]

@@ -79,7 +79,8 @@ def save_model(model: PreTrainedModel, folder: Path, weights: dict[str, torch.Te
         raise UserError(f"{folder} is a file: a model is saved in a folder")
     try:
         with _quiet():
-            model.save_pretrained(folder, state_dict=weights or weights_of(model), max_shard_size="1000TB")
+            tensors = dict(weights_of(model) if weights is None else weights)  # emptied as written
+            model.save_pretrained(folder, state_dict=tensors, max_shard_size="1000TB")
     except ValueError as error:  # of a generation_config.json that contradicts itself
         raise UserError(f"{folder}: transformers cannot save the model: {in_one_line(error)}") from error
 

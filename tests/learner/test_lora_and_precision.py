@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -18,6 +20,10 @@ from mosaic_fast.learner.lora import Lora
 from mosaic_fast.learner.optimizer import Optimizer
 from mosaic_fast.learner.tensor_file import reading, write_tensors
 from mosaic_fast.policy import Policy
+from mosaic_fast.setup.engine import _PolicyWeights
+from mosaic_kernels import pack_forest
+from mosaic_rollout.engine import LocalEngine
+from mosaic_rollout.types import Request, SamplingParams
 from tests.learner.flat_oracle import alone, flat_loss, forked_case
 from tests.learner.learner_configs import config_of
 from tests.policy.policy_helpers import assert_gradients_close, example_rollouts, tiny_model
@@ -241,3 +247,47 @@ def test_a_variant_runs_and_resumes_bitwise(options: list[str], tmp_path: Path, 
     rows = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
     assert all(row["optim/grad_norm"] > 0 for row in rows)
     assert all(row["mismatch/kl"] < 1e-3 for row in rows)  # the engine samples with the adapter, and in bf16
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("targets", [("all-linear",), ("q_proj", "lm_head"), ("lm_head",)])
+def test_what_was_trained_is_served_and_saved_or_the_target_refused(
+    family: str, targets: tuple[str, ...], tmp_path: Path
+):
+    """The log-probs that the engine samples with, and those of the saved folder, are the trained policy's."""
+    model = tiny_model(family, torch.float32)
+    config = ModelConfig(lora_rank=2, lora_targets=targets if family != "phi3" else _of_phi3(targets))
+    if "lm_head" in targets and model.config.tie_word_embeddings:
+        with pytest.raises(UserError, match=r"lora_targets: the LM head .* is its embedding"):
+            Lora(model, config, seed=0)
+        return
+    lora = Lora(model, config, seed=0)
+    policy, forest = Policy(model), example_rollouts().pack()
+    before = policy.logprobs(forest).detach()
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.02)
+    for _ in range(2):  # B is 0 before the first step, so A has no gradient
+        policy.logprobs(forest).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    trained = policy.logprobs(forest).detach()
+    assert (trained - before).abs().max() > 1e-3
+
+    engine = LocalEngine(model)
+    prompt = np.array([1, 2, 3])
+    request = Request(prompt, SamplingParams(6, 1.0, ()), seed=0, rollout_key=0)
+    (completion,) = asyncio.run(engine.generate([request]))
+    tokens = np.concatenate([prompt, completion.token_ids])
+    own = policy.logprobs(pack_forest([tokens])).detach()[len(prompt) :]
+    torch.testing.assert_close(torch.from_numpy(completion.logprobs), own, rtol=0, atol=2e-5)
+
+    lora.save(tmp_path, check=True)
+    saved = Policy.from_pretrained(tmp_path)
+    torch.testing.assert_close(saved.logprobs(forest), trained, rtol=0, atol=2e-5)
+    served = dict(_PolicyWeights(policy, lora).named_tensors())
+    for name, parameter in saved.model.named_parameters():
+        assert torch.equal(served[name], parameter), name
+
+
+def _of_phi3(targets: tuple[str, ...]) -> tuple[str, ...]:
+    """Phi-3 has one projection for queries, keys and values."""
+    return tuple("qkv_proj" if name == "q_proj" else name for name in targets)

@@ -175,6 +175,7 @@ def _instead(folder: Path) -> str:
     mend = ""
     if any(Path(name).suffix == ".bin" for name in others):
         mend = "; pickles are never opened: load them with transformers and save_pretrained them anew"
-    if any(Path(name).suffix == ".gguf" for name in others):
-        mend = f"; turn it into a folder: python -m mosaic_fast.setup.gguf {folder / others[0]} NEW_FOLDER"
+    packed = [name for name in others if Path(name).suffix == ".gguf"]
+    if packed:
+        mend = f"; turn it into a folder: python -m mosaic_fast.setup.gguf {folder / packed[0]} NEW_FOLDER"
     return f"; it holds {', '.join(others[:4])}{mend}"

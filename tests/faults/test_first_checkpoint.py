@@ -93,10 +93,8 @@ def test_a_tokenizer_that_loads_otherwise_is_noticed(
 ):
     save = PreTrainedTokenizerBase.save_pretrained
 
-    def without_template(
-        tokenizer: PreTrainedTokenizerBase, path: str, legacy_format: bool | None = None
-    ) -> None:
-        save(tokenizer, path, legacy_format=legacy_format)
+    def without_template(tokenizer: PreTrainedTokenizerBase, path: str, **options: object) -> None:
+        save(tokenizer, path, **options)  # pyrefly: ignore [bad-argument-type]
         (Path(path) / "chat_template.jinja").unlink()
 
     monkeypatch.setattr(PreTrainedTokenizerBase, "save_pretrained", without_template)

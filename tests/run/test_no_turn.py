@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from mosaic_rollout.chat.grammar import REFUSAL_SCHEMA
 
 from mosaic_fast import train as training
 from mosaic_fast.config.read import parse_train_arguments
@@ -17,6 +16,7 @@ from mosaic_fast.report.page import render_page
 from mosaic_fast.setup.model_folder import load_tokenizer, model_folder
 from mosaic_fast.train import train
 from mosaic_rollout.chat import Chat
+from mosaic_rollout.chat.grammar import REFUSAL_SCHEMA
 from mosaic_rollout.environments.world.environment import WorldEnvironment
 from tests.run.test_run import learned
 

@@ -63,6 +63,8 @@ class Chat:
         self._teach_loop = teach_loop
         self._renderer = Renderer(tokenizer, end_token_ids, today or date.today())
         self.call_format = self._renderer.template.call_format or HERMES  # which is taught then
+        self.call_format_is_the_templates = self._renderer.template.call_format is not None
+        self.reserved = self._renderer.reserved
         self.stop_token_ids: tuple[int, ...] = self._renderer.stop_token_ids
         self._opens_check = ("\n" if teach_loop else "") + SAFETY_OPEN
         self._tag, self._shared = self._find_tag()

@@ -123,7 +123,7 @@ def test_a_task_file_with_calls_of_another_shape(tmp_path: Path, calls: object):
     path = tmp_path / "tasks.jsonl"
     said = {"role": "assistant", "content": "", "tool_calls": calls}
     path.write_text(json.dumps({"prompt": [said, {"role": "user", "content": "u"}]}))
-    with pytest.raises(UserError, match=r'tasks\.jsonl, line 1: "tool_calls" must be a list'):
+    with pytest.raises(UserError, match=r'tasks\.jsonl, line 1, message 1: "tool_calls" must be a list'):
         read_rows(path)
 
 

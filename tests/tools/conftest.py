@@ -1,0 +1,3 @@
+"""What these tests share with those of faults: a finished run."""
+
+from tests.faults.conftest import finished as finished

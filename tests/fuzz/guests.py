@@ -139,7 +139,8 @@ def _arguments(folder: Path) -> Iterator[Try]:
         for _ in range(3):
             name = random.choice(list(TOOL_ARGUMENTS))
             kept = list(TOOL_ARGUMENTS[name]) + ["more"] * (random.random() < 0.2)
-            arguments = {key: hostile.value(random) for key in kept}
+            fitting = random.random() < 0.3
+            arguments = {key: "notes.txt" if fitting else hostile.value(random) for key in kept}
             call = ToolCall(name, arguments)  # type: ignore[arg-type]
             refused += episode.step(call).is_error
             said = wrong_arguments(random.choice(episode.tools), call.arguments)
@@ -148,7 +149,7 @@ def _arguments(folder: Path) -> Iterator[Try]:
             said = wrong_arguments(schema, call.arguments)  # type: ignore[arg-type]
             assert said is None or len(said) < 400
         _assert_plain(episode.score("done"))
-        return "refused" if refused else "carried out"
+        return "refused" if refused == 3 else "carried out"
 
     yield attempt
 

@@ -130,6 +130,6 @@ def test_a_bad_file_is_named(content: str, message: str, tmp_path: Path) -> None
 
 def test_a_missing_file_says_how_to_get_one() -> None:
     with pytest.raises(
-        UserError, match=r"no file absent\.toml; python -m mosaic_fast\.calibrate --out absent"
+        UserError, match=r"no file absent\.toml; python -m mosaic_fast\.learner\.calibrate --out absent"
     ):
         load_cost_model("absent.toml")

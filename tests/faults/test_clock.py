@@ -29,7 +29,10 @@ def test_a_run_under_a_jumping_clock_is_the_same(
 
 
 def test_nothing_of_ours_asks_the_wall_clock():
-    """But for the name of a run folder (strftime), and AgentDojo's tools, whose clock is put back."""
+    """But for the name of a run folder (strftime), and AgentDojo's tools, whose clock is put back.
+
+    A chat asks for the date where nobody gives it one; a run gives it the one in its config.toml.
+    """
     asks = set()
     for folder in ("mosaic_fast", "rollout", "kernels"):
         for path in (ROOT / folder).rglob("*.py"):
@@ -38,7 +41,10 @@ def test_nothing_of_ours_asks_the_wall_clock():
                     asks.add(path.relative_to(ROOT).as_posix())
                 if isinstance(node, ast.Attribute) and node.attr in ("st_mtime", "st_ctime", "st_mtime_ns"):
                     asks.add(path.relative_to(ROOT).as_posix())
-    assert asks == {"rollout/mosaic_rollout/environments/agentdojo/episode.py"}
+    assert asks == {
+        "rollout/mosaic_rollout/chat/chat.py",
+        "rollout/mosaic_rollout/environments/agentdojo/episode.py",
+    }
 
 
 class Weights:

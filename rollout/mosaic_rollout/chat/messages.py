@@ -19,6 +19,11 @@ _CALL_TAGS = ("<tool_call>", "</tool_call>")
 LOOP_WORDS = (*TAGS, *_CALL_TAGS, OUTPUT_OPEN, OUTPUT_CLOSE)
 OWN_WORDS = re.compile("|".join(map(re.escape, (*TAGS, *_CALL_TAGS))))
 """What an assistant's message may rightly hold: thoughts, a check, a call in the loop's own form."""
+_SERVERS_WORDS = re.compile(
+    r"<\|[^<>|\s]+\|>|<｜[^<>｜]+｜>|</?s>|<(?:start|end)_of_turn>|\[/?INST\]|<</?SYS>>|"
+    + "|".join(map(re.escape, LOOP_WORDS))
+)
+"""What steers models of the families, and the loop, where the tokenizer is a server's and not known."""
 ROLES = ("system", "developer", "user", "assistant", "tool")
 _OF_NAMES = (
     "properties",
@@ -69,6 +74,14 @@ def changed_texts(message: Message, change: Callable[[str], str], own: Callable[
         else:
             found[name] = mapped(value, change)
     return found
+
+
+def for_server(message: Message) -> Message:
+    """A message for an endpoint, whose tokenizer may take such words in a text for its template's own.
+
+    They are broken up by a space in all data, but for an assistant's own thoughts and calls.
+    """
+    return changed_texts(message, without_servers_words, _own_for_server)
 
 
 def changed_tool(tool: ToolSchema, change: Callable[[str], str]) -> ToolSchema:
@@ -172,6 +185,18 @@ def with_turns_joined(messages: Sequence[Message]) -> list[Message]:
             texts = (str(last.get("content") or ""), str(message.get("content") or ""))
             found[-1] = {**last, "content": "\n\n".join(filter(None, texts))}
     return found
+
+
+def without_servers_words(text: str) -> str:
+    """A text with a space in every word that steers models."""
+    while _SERVERS_WORDS.search(text):
+        text = _SERVERS_WORDS.sub(lambda match: f"{match.group()[0]} {match.group()[1:]}", text)
+    return text
+
+
+def _own_for_server(text: str) -> str:
+    parts = re.split(f"({OWN_WORDS.pattern})", text)
+    return "".join(part if i % 2 else without_servers_words(part) for i, part in enumerate(parts))
 
 
 def _content(content: JsonValue) -> str:

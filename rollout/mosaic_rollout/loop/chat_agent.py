@@ -6,6 +6,9 @@ Two ways to read a model's turn:
   that has parsed calls or thoughts out of the text is undone.
 - `native`: the model's own tool calls, mapped to actions without plan and check. Several calls in one message
   are carried out in their order, each a step.
+
+The server renders and tokenises. Words that would steer a model of the families are broken up in data by a
+space here, as training does; what its template does with the rest is the server's.
 """
 
 from __future__ import annotations
@@ -18,7 +21,6 @@ from typing import Literal
 import httpx
 
 from mosaic_rollout.chat.call_formats import HERMES
-from mosaic_rollout.chat.chat import with_written_calls, with_written_output, written_tools
 from mosaic_rollout.chat.grammar import (
     REFUSAL_SCHEMA,
     REFUSAL_TOOL,
@@ -26,6 +28,14 @@ from mosaic_rollout.chat.grammar import (
     parse_turn,
 )
 from mosaic_rollout.chat.json_calls import call_of
+from mosaic_rollout.chat.messages import (
+    changed_tool,
+    for_server,
+    with_written_calls,
+    with_written_output,
+    without_servers_words,
+    written_tools,
+)
 from mosaic_rollout.chat.prompts import load_prompt
 from mosaic_rollout.endpoint.client import ChatEndpoint, ChatReply, ContextFull, NativeCall
 from mosaic_rollout.loop.agent_loop import Limits
@@ -39,6 +49,7 @@ from mosaic_rollout.types import (
     Step,
     Task,
     ToolCall,
+    ToolSchema,
     Verdict,
 )
 
@@ -98,7 +109,7 @@ class _ChatWalk:
     def __init__(self, agent: ChatAgent, http: httpx.AsyncClient, episode: Episode, seed: int) -> None:
         self._agent, self._http, self._episode, self._seed = agent, http, episode, seed
         self.calls = EpisodeTools(episode, agent.tool_timeout_s)
-        self._tools = [*episode.tools, REFUSAL_SCHEMA]
+        self._tools = self._shown_tools()
         self._messages = self._opening()
         self.steps: list[Step] = []
         self.prompt_tokens = self.generated_tokens = 0
@@ -127,7 +138,7 @@ class _ChatWalk:
     async def _ask(self, budget: int) -> ChatReply:
         send_tools = not self._written
         if send_tools and self._agent.protocol == "native":
-            self._tools = [*self._episode.tools, REFUSAL_SCHEMA]
+            self._tools = self._shown_tools()
         reply = await self._agent.endpoint.complete(
             self._http,
             self._messages,
@@ -154,7 +165,7 @@ class _ChatWalk:
                 self.steps.append(step)
                 return "answered", step.answer
             text = following + self._new_tools()
-            self._append(reply, {"role": "user", "content": text})
+            self._append(reply, for_server({"role": "user", "content": text}))
         else:
             self.steps.append(step)
             if step.action == "answer":
@@ -175,7 +186,7 @@ class _ChatWalk:
             text = (await self.calls.observe(call)).content
             self.steps.append(replace(step, observation=text))
             answers.append({"role": "tool", "tool_call_id": native.call_id, "content": text})
-        self._messages += [reply.message, *answers]
+        self._messages += [for_server(message) for message in (reply.message, *answers)]
         return None
 
     def _text_step(self, reply: ChatReply) -> Step:
@@ -211,11 +222,13 @@ class _ChatWalk:
     def _append(self, reply: ChatReply, answer: Message) -> None:
         """The turn as it came and what answers it; in the loop a thought is part of the conversation."""
         loop = self._agent.protocol == "loop"
-        self._messages += [{**reply.message, "content": reply.text} if loop else reply.message, answer]
+        turn: Message = {**reply.message, "content": reply.text} if loop else reply.message
+        self._messages += [for_server(turn), answer]
 
     def _tool_message(self, reply: ChatReply, call: ToolCall, text: str) -> Message:
         call_id = reply.calls[0].call_id if reply.calls else "call"
         message: Message = {"role": "tool", "tool_call_id": call_id, "name": call.name, "content": text}
+        message = for_server(message)
         return as_plain_text(message) if self._written else message
 
     def _opening(self) -> list[Message]:
@@ -225,7 +238,7 @@ class _ChatWalk:
             parts.append(load_prompt("loop_v2"))
         if self._written:
             parts.append(load_prompt("call_format_v1").format(tools=written_tools(self._tools)))
-        messages = list(self._episode.messages)
+        messages = [for_server(message) for message in self._episode.messages]
         if self._written:  # no message may need a server with tools
             messages = [as_plain_text(message) for message in messages]
         if not parts:
@@ -233,6 +246,10 @@ class _ChatWalk:
         if messages and messages[0]["role"] == "system":
             parts.insert(0, str(messages.pop(0)["content"]))
         return [{"role": "system", "content": "\n\n".join(parts)}, *messages]
+
+    def _shown_tools(self) -> list[ToolSchema]:
+        tools = [*self._episode.tools, REFUSAL_SCHEMA]
+        return [changed_tool(tool, without_servers_words) for tool in tools]
 
     @property
     def _written(self) -> bool:

@@ -69,6 +69,12 @@ def test_the_table_names_keys_that_there_are():
 def test_fewer_steps_and_another_judge_are_refused():
     with pytest.raises(UserError, match="more steps but not fewer"):
         refuse_differences(STORED, with_value("steps", STORED.steps - 1))
+    assert {
+        f"judge.{k}" for k in ("endpoint", "timeout_s", "retries", "max_concurrent", "api_key_env")
+    } <= set(ACCEPTED)
+    assert {"judge.max_calls", "checkpoint.keep", "model.threads", "trackers.console", "steps"} <= set(
+        ACCEPTED
+    )
     for key in ("judge.model", "judge.temperature", "judge.prompt", "optim.lr", "model.path", "seed"):
         assert key not in ACCEPTED
 

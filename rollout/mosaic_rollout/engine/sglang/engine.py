@@ -293,6 +293,14 @@ class SGLangEngine:
                 f"engine.deterministic: {lane.url} was not started with --enable-deterministic-inference"
             )
 
+        context = info.get("context_length")
+        if isinstance(context, int) and context < self.options.max_tokens:
+            raise UserError(
+                f"engine.urls: {lane.url} was started with --context-length {context}, and rollouts may have "
+                f"{self.options.max_tokens} tokens: start it with a longer one, or lower "
+                "rollout.max_rollout_tokens"
+            )
+
     async def _check_version(self, lane: Lane, version: int) -> None:
         served = await lane.client.weight_version(_QUICK_S)
         if served != str(version):

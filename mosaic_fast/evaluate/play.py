@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import datetime
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager, closing
 from dataclasses import dataclass, replace
@@ -107,10 +108,13 @@ async def _probe(judge: EvaluationJudge, suites: set[str]) -> None:
 
 def _play_local(target: Target, arguments: Arguments, all_by: _AllBy) -> None:
     from mosaic_fast.setup.build import build_setup
+    from mosaic_fast.setup.engine import why_shorter
 
     if target.folder is None:
         raise ValueError("a local target has a folder")
     setup = build_setup(target.config, target.folder)
+    if shorter := why_shorter(target.config, setup.policy):
+        print(shorter, file=sys.stderr)
     loop = setup.loop_at(arguments.temperature)
     chats = _chats(setup.tokenizer, target.folder, target.config.rollout.today)
 

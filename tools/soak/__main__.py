@@ -38,7 +38,7 @@ def main() -> int:
             raise UserError(f"--{name} must be 1 or more")
     folder = Path(arguments.dir or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-soak")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=arguments.dir is not None)
         if any(folder.iterdir()):
             raise UserError(f"--dir {folder} is not empty; name another folder")
     except OSError as error:

@@ -73,7 +73,10 @@ class Chat:
     def conversation(self, messages: Sequence[Message], tools: Sequence[ToolSchema]) -> Conversation:
         """The conversation that these messages open. UserError where messages or template cannot be used."""
         support = self._renderer.support(with_tools=bool(tools))
-        key = json.dumps([list(messages), list(tools)])
+        try:
+            key = json.dumps([list(messages), list(tools)])
+        except (TypeError, ValueError, RecursionError) as error:
+            raise UserError(f"a message or a tool's schema holds what is no JSON: {error}") from None
         opening, text = self._opening(key)
         return Conversation(self._renderer, support, opening, text, key)
 

@@ -90,14 +90,15 @@ def check(family: str, config: Config, case: Case, plans: Sequence[str]) -> dict
 def test_any_loss_credit_and_cut_is_the_flat_batch(family: str, name: str):
     """Alternately with and without KL and entropy: without, the group of ties is out of reach.
 
-    Credit knows nothing of a family: with the first one all ways, with each of the others one beside the sum.
+    Credit and cuts know nothing of a family: the first one has all ways, each of the others some.
     """
     others, place = ["mean", "first", "subtree"], FAMILIES.index(family)
     others = [] if name in PAIRWISE_LOSSES else others if place == 0 else [others[place - 1]]
     credits = ["sum", *others]
     for index, credit in enumerate(credits):
         for penalised in (True, False):
-            plans = list(PLANS) if credit == "sum" else [list(PLANS)[(index + penalised) % 3], "cut"]
+            rotating = dict.fromkeys([list(PLANS)[(index + place + penalised) % 4], "cut"])
+            plans = list(PLANS) if credit == "sum" and place == 0 else list(rotating)
             check(family, config_of(name, credit, penalised=penalised), forked_case(), plans)
 
 

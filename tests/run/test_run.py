@@ -19,6 +19,7 @@ from mosaic_fast.config.read import parse_train_arguments
 from mosaic_fast.errors import TrainingError, UserError
 from mosaic_fast.learner.checkpoint import latest_checkpoint
 from mosaic_fast.train import train
+from tests.evaluate.serving import evaluate
 from tests.learner.conftest import STEPS
 
 
@@ -166,10 +167,7 @@ def test_a_corrupt_checkpoint_is_named_and_left_alone(
 
 def test_a_full_disk_is_named_and_the_last_checkpoint_intact(options: list[str], tmp_path: Path):
     """Files above 1 MB cannot be written once the first checkpoint is there: the second one fails."""
-    first = start(options, tmp_path / "run")
-    wait_for(tmp_path / "run" / "checkpoints" / "step-000001", first)
-    first.kill()
-    first.communicate()
+    assert run(options, tmp_path / "run", "--steps", "1") == 0
     kept = latest_checkpoint(tmp_path / "run" / "checkpoints")
     assert kept is not None
     sums = {path: digest(path) for path in kept.rglob("*") if path.is_file()}
@@ -178,7 +176,7 @@ def test_a_full_disk_is_named_and_the_last_checkpoint_intact(options: list[str],
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
 
-    second = start(options, tmp_path / "run", "--resume", limit=small_files)
+    second = start(options, tmp_path / "run", "--steps", "2", "--resume", limit=small_files)
     _, errors = second.communicate(timeout=120)
     assert second.returncode == 2, errors
     assert "cannot be written" in errors
@@ -228,7 +226,9 @@ def test_a_mistake_prints_one_message_and_no_traceback():
     assert process.stderr == "error: there is no configuration file nowhere.toml\n"
 
 
-def test_an_evaluation_of_a_run_and_of_its_model_agree(finished: Path, tmp_path: Path):
+def test_an_evaluation_of_a_run_and_of_its_model_agree(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     commands = {
         "run": [str(finished)],
         "model": [
@@ -240,7 +240,7 @@ def test_an_evaluation_of_a_run_and_of_its_model_agree(finished: Path, tmp_path:
     found = {}
     for name, target in commands.items():
         arguments = [*target, "--tasks", "6", "--json", str(tmp_path / f"{name}.json")]
-        subprocess.run([sys.executable, "-m", "mosaic_fast.evaluate", *arguments], check=True)
+        assert evaluate(monkeypatch, *arguments) == 0
         found[name] = json.loads((tmp_path / f"{name}.json").read_text())["rates"]
     assert found["run"] == found["model"]
     summary = json.loads((finished / "summary.json").read_text())

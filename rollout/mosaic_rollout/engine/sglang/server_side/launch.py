@@ -16,7 +16,7 @@ import sys
 import threading
 
 if os.environ.get("MOSAIC_SGLANG_CPU") == "1":
-    import cpu_stand_in  # pyrefly: ignore
+    import cpu_stand_in
 
     cpu_stand_in.install(seeded=os.environ.get("MOSAIC_SGLANG_SEEDED") == "1")
 

@@ -26,18 +26,18 @@ def install(*, seeded: bool) -> None:
     from transformers.utils.import_utils import is_torchvision_available
 
     if not is_torchvision_available():  # asked first, so that transformers remembers the true answer
-        from mosaic_rollout.engine.sglang.server_side.cpu_stand_in.torchvision import install_torchvision
+        from cpu_stand_in.torchvision import install_torchvision
 
         install_torchvision()
     if importlib.util.find_spec("sgl_kernel") is None:
-        from mosaic_rollout.engine.sglang.server_side.cpu_stand_in.sgl_kernel import install_sgl_kernel
+        from cpu_stand_in.sgl_kernel import install_sgl_kernel
 
         install_sgl_kernel()
     if importlib.util.find_spec("triton") is None:
-        from mosaic_rollout.engine.sglang.server_side.cpu_stand_in.triton import install_triton
+        from cpu_stand_in.triton import install_triton
 
         install_triton()
     if seeded:
-        from mosaic_rollout.engine.sglang.server_side.cpu_stand_in.seeded import allow_seeds
+        from cpu_stand_in.seeded import allow_seeds
 
         allow_seeds()

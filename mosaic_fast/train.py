@@ -29,17 +29,17 @@ from mosaic_fast.config.read import parse_train_command
 from mosaic_fast.distributed import ALONE, World
 from mosaic_fast.distributed.exchange import Share, all_groups
 from mosaic_fast.distributed.job import INTERRUPTED, run_as_rank
-from mosaic_fast.errors import EngineStoppedError, TrainingError, UserError
+from mosaic_fast.errors import EngineStoppedError, UserError
 from mosaic_fast.evaluate import evaluate_policy, evaluation_tasks, rates_table
 from mosaic_fast.learner.checkpoint import (
     Progress,
     checkpoint_path,
+    checkpoint_to_load,
     latest_checkpoint,
     load_training_state,
-    made_with,
+    other_versions,
     save_checkpoint,
     step_of,
-    verify_checkpoint,
 )
 from mosaic_fast.learner.execution.cost import cost_model_of_run, keep_cost_model
 from mosaic_fast.learner.learner import Learner
@@ -52,21 +52,27 @@ from mosaic_fast.preferences import (
     keep_judge_record,
     probe_judge,
 )
-from mosaic_fast.run.curves import draw_curves
-from mosaic_fast.run.findings import Finding, Findings, rollout_findings, update_findings
+from mosaic_fast.run.findings import Findings, no_signal, rollout_findings, update_findings
 from mosaic_fast.run.folder import RunFolder
 from mosaic_fast.run.interrupt import Clock, Interrupt, Stopped
 from mosaic_fast.run.judge_groups import judge_groups
-from mosaic_fast.run.metrics import Rate, pairs_of, prefix_hit, reward_figures, rollout_figures, values_of
+from mosaic_fast.run.metrics import (
+    Rate,
+    mean_staleness,
+    pairs_of,
+    prefix_hit,
+    reward_figures,
+    rollout_figures,
+)
 from mosaic_fast.run.progress import ProgressView
+from mosaic_fast.run.summary import closing_lines, write_summary
 from mosaic_fast.run.trackers import Trackers, require_trackers
-from mosaic_fast.run.versions import other_versions
 from mosaic_fast.setup.async_rollouts import AsyncRollouts
 from mosaic_fast.setup.build import GroupPlan, Setup, build_reference, build_setup
 from mosaic_fast.setup.engine import why_shorter
 from mosaic_fast.setup.memory import dry_run
 from mosaic_fast.setup.model_folder import check_tokenizer, model_folder
-from mosaic_rollout.types import Rollout, Task
+from mosaic_rollout.types import Task
 
 
 def main() -> int:
@@ -105,34 +111,22 @@ def _set_up(
     folder: RunFolder, config: Config, world: World, interrupt: Interrupt
 ) -> tuple[_Trainer, list[str]]:
     """The parts of the run, and what to tell of it. The folder is written to last."""
-    checkpoint = _checkpoint_to_load(folder, world)
+    checkpoint = checkpoint_to_load(folder.checkpoints, world)
     judge = build_judge(config.judge, folder.path) if world.is_first else None
     require_trackers(config)
     initial = model_folder(config.model.path)
     if checkpoint is None or step_of(checkpoint) < config.steps:
         probe_judge(judge)
-    setup = build_setup(
-        config,
-        checkpoint or initial,
-        folder.path / "sglang",
-        base=initial,
-        world=world,
-        interrupt=interrupt,
-    )
+    weights, scratch = checkpoint or initial, folder.path / "sglang"
+    setup = build_setup(config, weights, scratch, base=initial, world=world, interrupt=interrupt)
     cost = cost_model_of_run(folder.path, config.forest.cost_model)
-    learner = Learner(
-        setup.policy,
-        build_reference(config, initial, setup),
-        config,
-        cost,
-        world,
-        setup.sharding,
-    )
+    reference = build_reference(config, initial, setup)
+    learner = Learner(setup.policy, reference, config, cost, world, setup.sharding)
     torch.manual_seed(config.seed)  # nothing draws from it today; a checkpoint holds its state all the same
     progress = load_training_state(checkpoint, learner.optimizer) if checkpoint else Progress()
     notes = [defaults_in_words(config), why_shorter(config, setup.policy)]
     if checkpoint is not None:
-        notes.append(other_versions(made_with(checkpoint)))
+        notes.append(other_versions(checkpoint))
     if world.is_first:
         rows = progress.step - 1 if progress.unevaluated else progress.step
         notes += [change.said() for change in folder.open(config, progress.step, rows)]
@@ -172,31 +166,17 @@ def _train(trainer: _Trainer, notes: Sequence[str], interrupt: Interrupt) -> int
                         "every one of these episodes was cut off by a limit: raise rollout.max_step_tokens, "
                         "rollout.max_rollout_tokens or rollout.max_steps"
                     )
-            while trainer.unfinished and not (stop := trainer.agree(interrupt.requested)):
+            while trainer.unfinished and not (stop := trainer.any_rank(interrupt.requested)):
                 row, said = trainer.step()
                 view.step(row, said)
                 trackers.log(row)
-            if config.env.eval_tasks and not (stop := stop or trainer.agree(interrupt.requested)):
+            if config.env.eval_tasks and not (stop := stop or trainer.any_rank(interrupt.requested)):
                 view.say(f"evaluating the result on {trainer.heldout_words}, greedy")
                 after = trainer.evaluate(config.env.eval_tasks, trainer.progress.step)
         except Stopped:
             stop = True
     trainer.finish(after, view)
     return INTERRUPTED if stop else 0
-
-
-def _checkpoint_to_load(folder: RunFolder, world: World) -> Path | None:
-    """The newest checkpoint, once the first rank has seen that it is sound."""
-    checkpoint = latest_checkpoint(folder.checkpoints) if world.is_first else None
-    if checkpoint is not None:
-        verify_checkpoint(checkpoint)
-    name = world.from_first(None if checkpoint is None else checkpoint.name)
-    if name is None:
-        return None
-    checkpoint = folder.checkpoints / str(name)
-    if not checkpoint.is_dir():
-        raise UserError(f"{checkpoint} is not there on every node; run_dir must be on storage that all share")
-    return checkpoint
 
 
 class _Trainer:
@@ -247,9 +227,9 @@ class _Trainer:
     def _heldout(self, count: int) -> int:
         return len(evaluation_tasks(self.setup.loop.environment, "heldout", count)) if count else 0
 
-    def agree(self, wish: bool) -> bool:
-        """Whether any rank wishes it."""
-        return bool(self.world.maximum(int(wish)))
+    def any_rank(self, here: bool) -> bool:
+        """Whether it is so on at least one rank. Every rank has to call it."""
+        return bool(self.world.maximum(int(here)))
 
     def _tasks(self, step: int) -> list[Task]:
         seed = derived_seed(self.config.seed, "tasks", step)
@@ -284,7 +264,7 @@ class _Trainer:
         )
         found = rollout_findings(groups, judged.advantages, config, self.setup.loop.limits)
         if config.reward.require_signal and not any(a.any() for a in judged.advantages):
-            raise _no_signal(step, found)
+            raise no_signal(step, found)
         clock.lap("time/judge_s")
 
         # pack, update
@@ -292,14 +272,14 @@ class _Trainer:
         figures, forest = self.learner.update(batch, step), batch.forest
         found += update_findings(figures, int(forest.trained.sum()), config)
         if config.reward.require_signal and not figures["optim/grad_norm"] > 0.0:
-            raise _no_signal(step, found)
+            raise no_signal(step, found)
         clock.lap("time/update_s")
 
         # sync and log: the engine takes the new weights as it is asked for the next step's rollouts
         row = {
             "step": step + 1.0,
             **rollout_figures(rollouts),
-            "policy/staleness": _mean_staleness(rollouts, step),
+            "policy/staleness": mean_staleness(rollouts, step),
             **(reward_figures(judged.rewards) if judged.rewards else {}),
             **judgement_figures(judged.judgements),
             **figures,
@@ -357,24 +337,17 @@ class _Trainer:
             and self.progress != Progress()
             and latest_checkpoint(folder) != checkpoint_path(folder, self.progress)
         )
-        if self.agree(missing):
+        if self.any_rank(missing):
             self._save()
 
     def _save(self) -> None:
         clock = Clock()
-        setup, keep = self.setup, self.config.checkpoint.keep
         if self.world.is_first:
             self.folder.settle()  # what the checkpoint counts on is on disk before it
-        save_checkpoint(
-            self.folder.checkpoints,
-            self._save_model,
-            setup.tokenizer,
-            self.learner.optimizer,
-            self.progress,
-            keep,
-            self.world,
-            check=None if self._opened_one else partial(check_tokenizer, setup.tokenizer),
-        )
+        tokenizer, optimizer, keep = self.setup.tokenizer, self.learner.optimizer, self.config.checkpoint.keep
+        check = None if self._opened_one else partial(check_tokenizer, tokenizer)
+        folder, progress = self.folder.checkpoints, self.progress
+        save_checkpoint(folder, self._save_model, tokenizer, optimizer, progress, keep, self.world, check)
         self._opened_one = True
         self._checkpoint_s = clock.total
 
@@ -397,55 +370,25 @@ class _Trainer:
             self.rollouts.wait()
         except Stopped:
             abandoned = True
-        if self.agree(abandoned):
+        if self.any_rank(abandoned):
             raise Stopped
         return evaluate_policy(self.setup, "heldout", count, temperature=0.0, version=step)
 
     def finish(self, after: dict[str, Rate], view: ProgressView) -> None:
         """A last checkpoint where one is missing; summary, curves and the closing table."""
-        config, folder, progress = self.config, self.folder, self.progress
-        before = {name: Rate(*pair) for name, pair in progress.before.items()}
-        complete = not self.unfinished and bool(after or not config.env.eval_tasks)
+        before = {name: Rate(*pair) for name, pair in self.progress.before.items()}
+        complete = not self.unfinished and bool(after or not self.config.env.eval_tasks)
         self.save_unsaved()
         if not self.world.is_first:
             return
-        summary = {
-            "seed": config.seed,
-            "steps": progress.step,
-            "complete": complete,
-            "train_s": round(progress.train_s, 2),
-            "eval_tasks": self.heldout_tasks,
-            "before": values_of(before),
-            "after": values_of(after),
-            "counts": {"before": pairs_of(before), "after": pairs_of(after)},
-            **({"judge": found} if (found := judge_record(self.judge)) else {}),
-        }
-        folder.write_summary(summary)
-        title = f"{folder.path.name}: {progress.step} steps, seed {config.seed}, {progress.train_s:.0f} s"
-        with folder.writing("the curves"):
-            draw_curves(folder.metrics(), values_of(before), values_of(after), folder.path, title)
+        folder, seed, tasks = self.folder, self.config.seed, self.heldout_tasks
+        judge = judge_record(self.judge)
+        write_summary(folder, self.progress, before, after, seed, tasks, judge, complete=complete)
         if before or after:
             columns = {name: rates for name, rates in (("before", before), ("after", after)) if rates}
-            view.console.print(rates_table(columns, f"held-out, greedy, {self.heldout_tasks} tasks"))
-        view.say(f"{progress.step} steps in {progress.train_s:.0f} s of training")
-        view.say(f"curves        {folder.path / 'curves.png'}")
-        view.say(f"trajectories  {folder.trajectories}")
-        if checkpoint_path(folder.checkpoints, progress).is_dir():
-            view.say(f"checkpoint    {checkpoint_path(folder.checkpoints, progress)}")
-        if not complete:
-            view.say(f"stopped; go on with: python -m mosaic_fast.train --resume --run-dir {folder.path}")
-
-
-def _no_signal(step: int, found: Sequence[Finding]) -> TrainingError:
-    """Why reward.require_signal ends the run at a step; `step` are done before it."""
-    causes = [finding.text for finding in found if finding.no_signal] or ["the gradient is zero"]
-    return TrainingError(f"step {step + 1}: there is nothing to learn from: {'; '.join(causes)}")
-
-
-def _mean_staleness(rollouts: Sequence[Rollout], step: int) -> float:
-    """Updates between the policy that sampled and the one trained. What sampled nothing has no version."""
-    ages = [step - rollout.policy_version for rollout in rollouts if rollout.policy_version >= 0]
-    return sum(ages) / len(ages) if ages else 0.0
+            view.console.print(rates_table(columns, f"held-out, greedy, {tasks} tasks"))
+        for line in closing_lines(folder, self.progress, complete=complete):
+            view.say(line)
 
 
 if __name__ == "__main__":

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import platform
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -23,7 +25,6 @@ from mosaic_fast.errors import TrainingError, UserError
 from mosaic_fast.learner.optimizer import Optimizer
 from mosaic_fast.learner.tensor_file import Entry, reading, write_tensors
 from mosaic_fast.run.durable import sync
-from mosaic_fast.run.versions import versions
 
 _STATE, _PROGRESS, _MANIFEST = "trainer/state.safetensors", "progress.json", "manifest.json"
 _VERSIONS = "versions.json"
@@ -31,6 +32,8 @@ _VERSIONS = "versions.json"
 _NAME = re.compile(r"step-(\d{6,})", re.ASCII)
 _RNG = "torch_rng"
 _UPDATES = "updates"
+_PACKAGES = ("mosaic-fast", "torch", "transformers", "tokenizers", "safetensors", "numpy", "peft", "sglang")
+"""What computes a run: a checkpoint names the versions."""
 
 
 @dataclass(frozen=True)
@@ -134,6 +137,23 @@ def verify_checkpoint(checkpoint: Path) -> None:
         raise TrainingError(f"checkpoint {checkpoint} is corrupt: {', '.join(damaged)}; {advice}")
 
 
+def checkpoint_to_load(folder: Path, world: World) -> Path | None:
+    """The newest checkpoint in `folder`, once the first rank has seen that it is sound; None without one.
+
+    UserError on a rank that does not see it: the folder is not on storage that all ranks share.
+    """
+    checkpoint = latest_checkpoint(folder) if world.is_first else None
+    if checkpoint is not None:
+        verify_checkpoint(checkpoint)
+    name = world.from_first(None if checkpoint is None else checkpoint.name)
+    if name is None:
+        return None
+    checkpoint = folder / str(name)
+    if not checkpoint.is_dir():
+        raise UserError(f"{checkpoint} is not there on every node; run_dir must be on storage that all share")
+    return checkpoint
+
+
 def load_training_state(checkpoint: Path, optimizer: Optimizer) -> Progress:
     """Put the optimiser and the random number generator back; the weights are the model folder's.
 
@@ -149,6 +169,17 @@ def load_training_state(checkpoint: Path, optimizer: Optimizer) -> Progress:
     return Progress(**done)
 
 
+def versions(packages: Iterable[str] = _PACKAGES) -> dict[str, str]:
+    """Name -> version, of Python and of every package among these that is installed."""
+    found = {"python": platform.python_version()}
+    for name in packages:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
 def made_with(checkpoint: Path) -> dict[str, str]:
     """The versions that a checkpoint names; those of an earlier version of this program name none."""
     try:
@@ -156,6 +187,19 @@ def made_with(checkpoint: Path) -> dict[str, str]:
     except (OSError, ValueError, RecursionError):
         return {}
     return {str(name): str(value) for name, value in found.items()} if isinstance(found, dict) else {}
+
+
+def other_versions(checkpoint: Path) -> str | None:
+    """What to tell where the versions that a checkpoint names are not those of now; None where they are."""
+    before, now = made_with(checkpoint), versions()
+    changed = [
+        f"{name} {before.get(name, 'none')} -> {now.get(name, 'none')}"
+        for name in sorted({*before, *now})
+        if before.get(name) != now.get(name)
+    ]
+    if not changed:
+        return None
+    return f"the checkpoint was made with other versions, so that bits may differ: {', '.join(changed)}"
 
 
 def _check_state(path: Path, optimizer: Optimizer) -> None:

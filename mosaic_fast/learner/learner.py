@@ -167,7 +167,6 @@ class Learner:
                 advantages=self._tensor(credit.advantages[pruned.source]),
                 weights=self._tensor(np.where(pruned.forest.trained, weights[pruned.source], 0.0)),
                 cu_seqlens=torch.from_numpy(pruned.forest.cu_seqlens).to(device),
-                groups=torch.from_numpy(batch.groups).to(device),
                 pairs=torch.from_numpy(batch.pairs).to(device),
                 preference=self._tensor(batch.preference),
             ),

@@ -27,14 +27,13 @@ from mosaic_rollout.types import Rollout
 class StepBatch:
     """R rollouts of a training step, T tokens in all, P judged pairs.
 
-    Two groups of two rollouts: groups [0, 0, 1, 1], pairs [[0, 1], [2, 3]], preference [1.0, 0.5].
+    Two groups of two rollouts: pairs [[0, 1], [2, 3]], preference [1.0, 0.5].
     """
 
     forest: PackedForest
     rollout_logprobs: np.ndarray  # [T] float32, the engine's; 0 where not trained
     advantages: np.ndarray  # [R] float64
     returns: np.ndarray  # [R] float64, the rewards before they were normalised
-    groups: np.ndarray  # [R] int64
     forks: Forks
     pairs: np.ndarray  # [P, 2] int64 in [0, R), every pair of a group once
     preference: np.ndarray  # [P] float64 in [0, 1]: 1 if the first of the pair is better, 0.5 for a tie
@@ -55,7 +54,6 @@ def step_batch(
         rollout_logprobs=np.concatenate([r.rollout_logprobs for r in rollouts]),
         advantages=np.concatenate(advantages),
         returns=np.concatenate(returns),
-        groups=np.repeat(np.arange(len(groups)), [len(group) for group in groups]),
         forks=forks_of(rollouts),
         pairs=pairs,
         preference=preference,

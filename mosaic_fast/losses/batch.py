@@ -45,7 +45,6 @@ class LossBatch:
     advantages: Tensor  # [N] times the off-policy weight, if there is one
     weights: Tensor  # [N] >= 0: credit over the normaliser of the whole step; 0: the token does not count
     cu_seqlens: Tensor | None = None  # [R+1] int64, where rollouts begin; None in a part
-    groups: Tensor | None = None  # [R] int64, the group of each rollout; None in a part
     pairs: Tensor | None = None  # [P, 2] int64, judged pairs of rollouts; None in a part
     preference: Tensor | None = None  # [P] in [0, 1]: 1 if the first of the pair is better, 0.5 for a tie
 

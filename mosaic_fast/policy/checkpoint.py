@@ -1,8 +1,7 @@
-"""A model from a local folder or GGUF file, and back to a folder."""
+"""A model from a local folder, and back to one."""
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +13,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 
 from mosaic_fast.errors import UserError
 from mosaic_fast.policy.folder import WEIGHTS, check_folder
-from mosaic_fast.policy.support import check_family
 
 _GENERATION = "generation_config.json"
 
@@ -26,13 +24,10 @@ def load_model(path: Path, dtype: torch.dtype | str, device: torch.device | str)
     """A causal LM in the given precision on the given device; nothing is ever downloaded.
 
     UserError for a missing folder, a folder without config or safetensors weights, a family that is not
-    supported, damaged or incomplete weights, and a GGUF file without the packages that read it.
+    supported, damaged or incomplete weights, and a GGUF file: `mosaic_fast.setup.gguf` makes a folder of it.
     """
     dtype = _as_dtype(dtype)
-    if path.suffix == ".gguf":
-        model, report = _load_gguf(path, dtype)
-    else:
-        model, report = _load_folder(path, dtype)
+    model, report = _load_folder(path, dtype)
     for problem in ("missing_keys", "mismatched_keys", "unexpected_keys", "error_msgs"):
         if report.get(
             problem
@@ -135,32 +130,6 @@ def _load_folder(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Rep
         raise UserError(f"{folder}: the weights are damaged or cut short ({error})") from error
     except Exception as error:  # a value of config.json can break any line of transformers
         raise UserError(f"{folder}: transformers cannot load the model: {in_one_line(error)}") from error
-
-
-def _load_gguf(file: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Report]:
-    if not file.is_file():
-        raise UserError(f"there is no GGUF file {file}")
-    missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UserError(f"{file}: reading GGUF needs more packages: pip install {' '.join(missing)}")
-    options = {}
-    if hasattr(transformers, "GgufConfig"):
-        # Without it the model may keep packed weights, which cannot be trained, and never can be saved.
-        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    try:
-        with _quiet():
-            model, report = AutoModelForCausalLM.from_pretrained(
-                file.parent,
-                gguf_file=file.name,
-                dtype=dtype,
-                output_loading_info=True,
-                trust_remote_code=False,
-                **options,
-            )
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file}: {in_one_line(error)}") from error
-    check_family(model.config.to_dict())
-    return model, report
 
 
 def in_one_line(error: BaseException) -> str:

@@ -67,7 +67,7 @@ class Policy:
         device: torch.device | str = "cpu",
         trainable: bool = True,
     ) -> Policy:
-        """Load a local folder with safetensors weights, or a .gguf file; see `load_model` for the errors.
+        """Load a local folder with safetensors weights; see `load_model` for the errors.
 
         trainable: False freezes every parameter and puts the model in eval mode (a reference policy).
         """

@@ -15,6 +15,7 @@ from typing import Literal
 import numpy as np
 
 from mosaic_fast.config import Config
+from mosaic_fast.errors import TrainingError
 from mosaic_rollout.loop.agent_loop import Limits
 from mosaic_rollout.types import Rollout
 
@@ -148,6 +149,12 @@ def update_findings(figures: Mapping[str, float], trained_tokens: int, config: C
             )
         )
     return found
+
+
+def no_signal(step: int, found: Sequence[Finding]) -> TrainingError:
+    """The error by which reward.require_signal ends a run after `step` steps: why nothing is learnt."""
+    causes = [finding.text for finding in found if finding.no_signal] or ["the gradient is zero"]
+    return TrainingError(f"step {step + 1}: there is nothing to learn from: {'; '.join(causes)}")
 
 
 def cut_by(rollout: Rollout, limits: Limits) -> Cut:

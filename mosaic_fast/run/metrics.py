@@ -104,6 +104,14 @@ def rollout_figures(rollouts: Sequence[Rollout]) -> dict[str, float]:
     return figures
 
 
+def mean_staleness(rollouts: Sequence[Rollout], step: int) -> float:
+    """Mean number of updates between the policy that sampled a rollout and the one trained at `step`.
+
+    A rollout in which nothing was sampled has no policy version and is left out; 0.0 where none has one.
+    """
+    return _mean(step - r.policy_version for r in rollouts if r.policy_version >= 0)
+
+
 def reward_figures(rewards: Sequence[GroupReward]) -> dict[str, float]:
     """Means of every reward part over the step's rollouts, and the share of groups without a signal."""
     total = np.concatenate([reward.total for reward in rewards])

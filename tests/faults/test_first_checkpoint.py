@@ -14,10 +14,10 @@ from transformers import PreTrainedTokenizerBase
 
 from mosaic_fast.cli import run_cli
 from mosaic_fast.errors import UserError
-from mosaic_fast.learner.checkpoint import latest_checkpoint, made_with
+from mosaic_fast.learner import checkpoint as checkpoints
+from mosaic_fast.learner.checkpoint import latest_checkpoint, made_with, versions
 from mosaic_fast.policy import Policy
 from mosaic_fast.policy.checkpoint import check_saved, weights_of
-from mosaic_fast.run import versions
 from tests.faults.conftest import run
 from tests.policy.policy_helpers import tiny_model
 
@@ -109,10 +109,10 @@ def test_a_checkpoint_names_its_versions_and_other_ones_are_told(
     checkpoint = latest_checkpoint(finished / "checkpoints")
     assert checkpoint is not None
     named = made_with(checkpoint)
-    assert named == versions.versions()
+    assert named == versions()
     assert {"python", "torch", "transformers", "tokenizers", "mosaic-fast"} <= set(named)
     shutil.copytree(finished, tmp_path / "run")
-    monkeypatch.setattr(versions, "versions", lambda: named | {"torch": "9.9"})
+    monkeypatch.setattr(checkpoints, "versions", lambda: named | {"torch": "9.9"})
     assert run(tmp_path / "run", "--resume") == 0
     said = " ".join(capsys.readouterr().out.split())
     assert f"made with other versions, so that bits may differ: torch {named['torch']} -> 9.9" in said

@@ -39,7 +39,6 @@ class Case:
             rollout_logprobs=np.concatenate(self.rollout_logprobs),
             advantages=self.advantages,
             returns=self.returns,
-            groups=np.repeat(np.arange(len(self.groups)), [len(g) for g in self.groups]),
             forks=find_forks([len(s) for s in self.sequences], self.parents, self.fork_positions),
             pairs=pairs,
             preference=preference,

@@ -14,6 +14,7 @@ from mosaic_fast import train
 from mosaic_fast.learner.checkpoint import latest_checkpoint
 from mosaic_fast.learner.learner import Learner
 from mosaic_fast.run import judge_groups as judged
+from mosaic_fast.run import summary
 from mosaic_fast.run.interrupt import Interrupt, Stopped
 from mosaic_rollout.engine import LocalEngine
 from tests.run.test_run import assert_same_run, run
@@ -25,7 +26,7 @@ _STEPS = 2
 def without_curves() -> Iterator[None]:
     """Drawing takes longer than the rest of such a run."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "draw_curves", lambda *_: None)
+        patch.setattr(summary, "draw_curves", lambda *_: None)
         yield
 
 

@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mosaic_fast import train as training
+from mosaic_fast.config.config import derived_seed
 from mosaic_fast.config.read import parse_train_arguments
 from mosaic_fast.learner.checkpoint import latest_checkpoint
 from mosaic_fast.report.collect import collect_run
 from mosaic_fast.report.page import render_page
+from mosaic_fast.run import summary
 from mosaic_fast.setup.model_folder import load_tokenizer, model_folder
 from mosaic_fast.train import train
 from mosaic_rollout.chat import Chat
@@ -34,7 +35,7 @@ _VARIANTS = {
 def prompt_lengths() -> list[int]:
     """Prompt tokens of the tasks of the first step, the shortest first."""
     chat, environment = Chat(load_tokenizer(model_folder("embedded")), teach_loop=False), WorldEnvironment()
-    tasks = environment.sample("train", 4, training.derived_seed(0, "tasks", 0))
+    tasks = environment.sample("train", 4, derived_seed(0, "tasks", 0))
     episodes = [environment.reset(task) for task in tasks]
     return sorted(len(chat.prompt(e.messages, [*e.tools, REFUSAL_SCHEMA])[0]) for e in episodes)
 
@@ -48,7 +49,7 @@ def test_a_run_goes_on_where_rollouts_have_no_turn(
     variant: str,
     all_of_them: bool,
 ):
-    monkeypatch.setattr(training, "draw_curves", lambda *_: None)
+    monkeypatch.setattr(summary, "draw_curves", lambda *_: None)
     assert prompt_lengths[0] < prompt_lengths[-1]
     longest = prompt_lengths[0] - 1 if all_of_them else prompt_lengths[-1] - 1
     options = [

@@ -106,7 +106,6 @@ def step(shared: int) -> StepBatch:
         rollout_logprobs=np.zeros(count * LENGTH, np.float32),
         advantages=np.array([1.0, -1.0, 0.5, -0.5] * 2),
         returns=np.zeros(count),
-        groups=np.repeat([0, 1], ROLLOUTS),
         forks=find_forks([LENGTH] * count, [-1] * count, [0] * count),
         pairs=pairs,
         preference=preference,

@@ -1,4 +1,4 @@
-"""The picture of a run: what the policy learnt, what it was paid, and where the time went."""
+"""What a run leaves when it ends: summary.json, the curves, and the lines that say where things lie."""
 
 from __future__ import annotations
 
@@ -9,6 +9,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+
+from mosaic_fast.learner.checkpoint import Progress, checkpoint_path
+from mosaic_fast.run.folder import RunFolder
+from mosaic_fast.run.metrics import Rate, pairs_of, values_of
 
 _SAFETY = {
     "safety/harmful_refused": ("harmful refused", "tab:green"),
@@ -29,6 +33,50 @@ _REWARD = {
     "reward/tied_groups_frac": ("groups of ties", "tab:grey"),
 }
 _TIME = {"time/rollout_s": "roll out", "time/update_s": "update", "time/checkpoint_s": "checkpoint"}
+
+
+def write_summary(
+    folder: RunFolder,
+    progress: Progress,
+    before: Mapping[str, Rate],  # held-out rates before training; empty where there was no evaluation
+    after: Mapping[str, Rate],
+    seed: int,
+    eval_tasks: int,
+    judge: Mapping[str, object] | None,  # what tells the judge from others, where it is a model
+    *,
+    complete: bool,
+) -> None:
+    """Write summary.json and the curves. TrainingError where the disk refuses."""
+    summary = {
+        "seed": seed,
+        "steps": progress.step,
+        "complete": complete,
+        "train_s": round(progress.train_s, 2),
+        "eval_tasks": eval_tasks,
+        "before": values_of(before),
+        "after": values_of(after),
+        "counts": {"before": pairs_of(before), "after": pairs_of(after)},
+        **({"judge": judge} if judge else {}),
+    }
+    folder.write_summary(summary)
+    title = f"{folder.path.name}: {progress.step} steps, seed {seed}, {progress.train_s:.0f} s"
+    with folder.writing("the curves"):
+        draw_curves(folder.metrics(), values_of(before), values_of(after), folder.path, title)
+
+
+def closing_lines(folder: RunFolder, progress: Progress, *, complete: bool) -> list[str]:
+    """What the terminal says last: where things lie, and how to go on with a run that was stopped."""
+    lines = [
+        f"{progress.step} steps in {progress.train_s:.0f} s of training",
+        f"curves        {folder.path / 'curves.png'}",
+        f"trajectories  {folder.trajectories}",
+    ]
+    checkpoint = checkpoint_path(folder.checkpoints, progress)
+    if checkpoint.is_dir():
+        lines.append(f"checkpoint    {checkpoint}")
+    if not complete:
+        lines.append(f"stopped; go on with: python -m mosaic_fast.train --resume --run-dir {folder.path}")
+    return lines
 
 
 def draw_curves(

@@ -18,7 +18,6 @@ _ARRAYS = {
     "token_ids": np.int64,
     "trained": np.bool_,
     "rollout_logprobs": np.float32,
-    "token_versions": np.int64,
 }
 _PLAIN = (
     "rollout_id",

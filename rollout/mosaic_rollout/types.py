@@ -23,6 +23,8 @@ ToolSchema: TypeAlias = dict[str, JsonValue]
 TaskKind = Literal["harmful", "benign", "injected"]
 Status = Literal["answered", "refused", "truncated", "malformed"]
 """How a rollout ended: final answer, `refusal_tool`, step or token limit, an action that cannot be parsed."""
+Action = Literal["tool_call", "refusal", "answer", "malformed"]
+"""What a turn of the policy was parsed to; a refusal is a call of `refusal_tool`."""
 FinishReason = Literal["stop", "length"]
 
 
@@ -140,8 +142,7 @@ class Completion:
     finish_reason: FinishReason
     cached_tokens: int  # of the request's tokens, those whose keys and values were not computed for it
     prompt_tokens: int  # length of the request
-    policy_version: int
-    token_versions: np.ndarray | None = None  # [N] int64 where tokens may differ in it, else policy_version
+    policy_version: int  # of the weights that made the last token
 
 
 class Engine(Protocol):
@@ -181,7 +182,7 @@ class Step:
     text: str  # the sampled text
     plan: str | None
     check: str | None  # None: the gate stayed closed
-    action: Literal["tool_call", "refusal", "answer", "malformed"]
+    action: Action
     call: ToolCall | None  # the tool call, where action is tool_call or refusal
     answer: str | None
     observation: str | None  # a tool's output, the user's word after an answer; None at the last step
@@ -219,13 +220,12 @@ class Rollout:
     status: Status
     verdict: Verdict
     messages: tuple[Message, ...]  # the opening messages as the environment gave them, for judges
-    policy_version: int
+    policy_version: int  # of the weights that made the last sampled token
     prompt_tokens: int  # summed over requests
     cached_tokens: int  # summed over requests
     parent_id: int | None = None  # rollout it was forked from
     fork_position: int | None = None  # its tokens before this index were sampled by an ancestor
     gate: Gate | None = None  # the gate that its group contrasts; the tag's log-probs are no engine's then
-    token_versions: np.ndarray | None = None  # [L] int64, policy version that made each token, -1 not sampled
     tool_errors: int = 0  # calls that came back as an error observation
     shown_messages: tuple[Message, ...] = ()  # the opening messages as the template was given them
     shown_tools: tuple[ToolSchema, ...] = ()  # with them, refusal_tool among them

@@ -46,7 +46,6 @@ FORKED = replace(
     parent_id=0,  # false as a bool is, but not absent
     fork_position=0,
     gate=Gate(0, 2, (7, 8), False),
-    token_versions=np.array([-1, 3, 4], np.int64),
 )
 
 

@@ -13,10 +13,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import TypeAlias
 
 from mosaic_rollout.chat.written_call import CallFormat, WrittenCall, skip_blank
-from mosaic_rollout.types import ToolCall, ToolSchema
+from mosaic_rollout.types import Action, ToolCall, ToolSchema
 
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 SAFETY_OPEN, SAFETY_CLOSE = "<safety_thoughts>", "</safety_thoughts>"
@@ -40,7 +40,6 @@ REFUSAL_SCHEMA: ToolSchema = {
 _TRIES = 8
 """Call markers in a plan that nothing readable follows, before the parser no longer looks for calls in it."""
 
-Action: TypeAlias = Literal["tool_call", "refusal", "answer", "malformed"]
 Span: TypeAlias = tuple[int, int]
 """Characters [start, end) of a turn's text."""
 

@@ -1,4 +1,7 @@
-"""The plan-check-act loop: one episode played by the policy, token in, token out."""
+"""The plan-check-act loop in tokens: groups of rollouts of one task, sampled from its prompt or forked.
+
+Token in, token out: what the engine sampled is kept as it is, and observations are appended as token ids.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +14,9 @@ import numpy as np
 from mosaic_rollout.chat.chat import Chat
 from mosaic_rollout.chat.grammar import REFUSAL_SCHEMA, Turn, parse_turn
 from mosaic_rollout.loop.branching import Branching, fork_position, trunk_count
-from mosaic_rollout.loop.tools import EpisodeTools
+from mosaic_rollout.loop.play import Limits, Play, PolicyTurn
 from mosaic_rollout.types import (
     Completion,
-    Dialogue,
     Engine,
     Environment,
     Episode,
@@ -22,22 +24,12 @@ from mosaic_rollout.types import (
     Request,
     Rollout,
     SamplingParams,
-    Status,
     Step,
     Task,
 )
 
 REDRAWS = 64
 """Draws at a gate until one does not begin with the tag; where even the last one does, it is kept."""
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Where an episode is cut off. Cut off means status `truncated`; it is judged as it stands."""
-
-    max_steps: int
-    max_step_tokens: int  # sampled tokens of one turn
-    max_rollout_tokens: int  # tokens of the whole rollout, prompt and observations included
 
 
 @dataclass(frozen=True)
@@ -113,8 +105,8 @@ class AgentLoop:
 
     async def _play(self, task: Task, group_id: int, rollout_id: int, seed: int) -> Rollout:
         """A rollout from the prompt on."""
-        walk = _Walk(self, self.environment.reset(task), seed, rollout_id, group_id)
-        return await self._finished(walk, task)
+        play = _TokenPlay(self, self.environment.reset(task), seed, rollout_id, group_id)
+        return await self._finished(play, task)
 
     async def _fork(
         self, trunk: Rollout, position: int, gate: Gate | None, rollout_id: int, seed: int
@@ -123,58 +115,55 @@ class AgentLoop:
 
         None where they do not: its environment showed something else than the trunk's when the same was done.
         """
-        walk = _Walk(self, self.environment.reset(trunk.task), seed, rollout_id, trunk.group_id)
-        if not await walk.inherit(trunk, position):
+        play = _TokenPlay(self, self.environment.reset(trunk.task), seed, rollout_id, trunk.group_id)
+        if not await play.inherit(trunk, position):
             return None
         if gate is not None:
-            walk.decide(gate)
-        rollout = await self._finished(walk, trunk.task)
+            play.decide(gate)
+        rollout = await self._finished(play, trunk.task)
         if gate is not None:
             gate = replace(gate, opened=_begins_with(rollout.token_ids[gate.position :], gate.tag))
         return replace(rollout, parent_id=trunk.rollout_id, fork_position=position, gate=gate)
 
-    async def _finished(self, walk: _Walk, task: Task) -> Rollout:
-        """A walk played to its end, and judged."""
-        status, verdict = await walk.tools.verdict(*await walk.run())
+    async def _finished(self, play: _TokenPlay, task: Task) -> Rollout:
+        """An episode played to its end, and judged."""
+        status, verdict = await play.finish()
         return Rollout(
-            rollout_id=walk.rollout_id,
-            group_id=walk.group_id,
+            rollout_id=play.rollout_id,
+            group_id=play.group_id,
             task=task,
-            token_ids=np.concatenate(walk.token_ids),
-            trained=np.concatenate(walk.trained),
-            rollout_logprobs=np.concatenate(walk.logprobs),
-            steps=tuple(walk.steps),
+            token_ids=np.concatenate(play.token_ids),
+            trained=np.concatenate(play.trained),
+            rollout_logprobs=np.concatenate(play.logprobs),
+            steps=tuple(play.steps),
             status=status,
             verdict=verdict,
-            messages=tuple(walk.episode.messages),
-            shown_messages=walk.shown_messages,
-            shown_tools=walk.shown_tools,
-            policy_version=walk.policy_version,
-            prompt_tokens=walk.prompt_tokens,
-            cached_tokens=walk.cached_tokens,
-            token_versions=np.concatenate(walk.versions),
-            tool_errors=walk.tools.errors,
+            messages=tuple(play.episode.messages),
+            shown_messages=play.shown_messages,
+            shown_tools=play.shown_tools,
+            policy_version=play.policy_version,
+            prompt_tokens=play.prompt_tokens,
+            cached_tokens=play.cached_tokens,
+            tool_errors=play.tools.errors,
         )
 
 
-class _Walk:
-    """A rollout while it is being played: the tokens so far, in pieces, and the steps they were parsed to."""
+class _TokenPlay(Play):
+    """An episode played in tokens: those of the rollout so far, in pieces that end where a turn does."""
 
     def __init__(self, loop: AgentLoop, episode: Episode, seed: int, rollout_id: int, group_id: int) -> None:
-        self._loop, self._seed, self.episode = loop, seed, episode
+        super().__init__(episode, loop.limits, loop.tool_timeout_s)
+        self._loop, self._seed = loop, seed
         self.rollout_id, self.group_id = rollout_id, group_id
-        self.tools = EpisodeTools(episode, loop.tool_timeout_s)
         self._talk = loop.chat.conversation(episode.messages, [*episode.tools, REFUSAL_SCHEMA])
         self.shown_messages, self.shown_tools = tuple(self._talk.messages), tuple(self._talk.tools)
         prompt, self._think_is_open = self._talk.prompt
-        self.token_ids: list[np.ndarray] = [prompt]
-        self.trained: list[np.ndarray] = [np.zeros(len(prompt), dtype=bool)]
-        self.logprobs: list[np.ndarray] = [np.zeros(len(prompt), dtype=np.float32)]
-        self.versions: list[np.ndarray] = [np.full(len(prompt), -1, np.int64)]  # that made each token
-        self.steps: list[Step] = []
+        self.token_ids: list[np.ndarray] = []
+        self.trained: list[np.ndarray] = []
+        self.logprobs: list[np.ndarray] = []
         self.policy_version = -1
-        self.prompt_tokens = self.cached_tokens = 0
-        self._length = len(prompt)
+        self.prompt_tokens = self.cached_tokens = self._length = 0
+        self._append(prompt)
         self._turn_start = self._length
         self._avoided: tuple[int, ...] = ()  # what the next draw must not begin with
 
@@ -188,14 +177,13 @@ class _Walk:
         if not np.array_equal(self.token_ids[0], trunk.token_ids[: trunk.steps[0].prompt_end]):
             return False
         for step in finished:
-            following = await self._follow(step)
-            if following is None or following[0] != step.observation:
+            if step.observation is None or await self.follow(step) != step.observation:
                 return False
+            self._rendered(step)
         self.steps = list(finished)
         self.token_ids = [trunk.token_ids[:position]]
         self.trained = [trunk.trained[:position]]
         self.logprobs = [trunk.rollout_logprobs[:position]]
-        self.versions = [_versions(trunk)[:position]]
         self._length = position
         self.policy_version = trunk.policy_version
         self._turn_start = trunk.steps[len(finished)].prompt_end
@@ -203,47 +191,39 @@ class _Walk:
 
     def decide(self, gate: Gate) -> None:
         """Stand at a gate and go through it on the side that the gate says."""
-        if not gate.opened:
+        if gate.opened:
+            self._append(np.asarray(gate.tag, dtype=np.int64), np.zeros(len(gate.tag), np.float32))
+        else:
             self._avoided = gate.tag
-            return
-        count = len(gate.tag)
-        self._append(
-            np.asarray(gate.tag, dtype=np.int64),
-            np.ones(count, dtype=bool),
-            np.zeros(count, np.float32),
-            np.full(count, self.policy_version, np.int64),
-        )
 
-    async def run(self) -> tuple[Status, str | None]:
-        """Play to the end: how it ended, and the final answer if there is one."""
-        limits = self._loop.limits
-        while True:
-            turn_tokens = self._length - self._turn_start  # more than 0 only in the first turn after a fork
-            budget = min(limits.max_step_tokens - turn_tokens, limits.max_rollout_tokens - self._length)
-            if budget < 1:
-                return "truncated", None
-            finished = await self._sample(budget)
-            step = self._parse()
-            if not finished:
-                self.steps.append(step)
-                return "truncated", None
-            following = await self._follow(step)
-            if following is None:
-                self.steps.append(step)
-                if step.action == "answer":
-                    return "answered", step.answer
-                return ("refused" if step.action == "refusal" else "malformed"), None
-            text, ids = following
-            self.steps.append(replace(step, observation=text))
-            if len(self.steps) >= limits.max_steps:
-                return "truncated", None
-            if self._length + len(ids) >= limits.max_rollout_tokens:
-                return "truncated", None
-            self._append_observation(ids)
-            self._turn_start = self._length
+    def room(self) -> int:
+        turn_tokens = self._length - self._turn_start  # more than 0 only in the first turn after a fork
+        return min(self.limits.max_step_tokens - turn_tokens, self.limits.max_rollout_tokens - self._length)
+
+    async def turn(self, max_new_tokens: int) -> PolicyTurn:
+        finished = await self._sample(max_new_tokens)
+        return PolicyTurn((self._parse(),), cut_off=not finished)
+
+    def show(self, steps: Sequence[Step]) -> bool:
+        (step,) = steps
+        ids = self._rendered(step)
+        if self._length + len(ids) >= self.limits.max_rollout_tokens:
+            return False
+        self._append(ids)
+        self._turn_start = self._length
+        return True
+
+    def _rendered(self, step: Step) -> np.ndarray:
+        """What followed a step as token ids [N] int64, up to where the policy's next turn begins."""
+        text = step.observation or ""
+        if step.call is not None:
+            ids, self._think_is_open = self._talk.observation(text, step.call.name)
+        else:
+            ids, self._think_is_open = self._talk.user_message(text)
+        return ids
 
     async def _sample(self, max_new_tokens: int) -> bool:
-        """One generation appended to the walk; False where it ran into its token limit."""
+        """Sample and append the rest of the turn; False where it ran into its token limit."""
         if self._avoided and max_new_tokens > len(self._avoided):
             avoided, self._avoided = self._avoided, ()
             if await self._sample_other_than(avoided):
@@ -278,30 +258,19 @@ class _Walk:
 
     def _take(self, completion: Completion) -> bool:
         """Append what was sampled; False where it ran into its token limit."""
-        count = len(completion.token_ids)
-        versions = completion.token_versions
-        if versions is None:
-            versions = np.full(count, completion.policy_version, np.int64)
-        self._append(completion.token_ids, np.ones(count, dtype=bool), completion.logprobs, versions)
+        self._append(completion.token_ids, completion.logprobs)
         self.policy_version = completion.policy_version
         self.prompt_tokens += completion.prompt_tokens
         self.cached_tokens += completion.cached_tokens
         return completion.finish_reason == "stop"
 
-    def _append_observation(self, ids: np.ndarray) -> None:
-        count = len(ids)
-        self._append(
-            ids, np.zeros(count, dtype=bool), np.zeros(count, np.float32), np.full(count, -1, np.int64)
-        )
-
-    def _append(
-        self, token_ids: np.ndarray, trained: np.ndarray, logprobs: np.ndarray, versions: np.ndarray
-    ) -> None:
+    def _append(self, token_ids: np.ndarray, logprobs: np.ndarray | None = None) -> None:
+        """Append tokens that the policy sampled with these log-probs; without, that it was shown."""
+        count = len(token_ids)
         self.token_ids.append(token_ids)
-        self.trained.append(trained)
-        self.logprobs.append(logprobs)
-        self.versions.append(versions)
-        self._length += len(token_ids)
+        self.trained.append(np.full(count, logprobs is not None))
+        self.logprobs.append(np.zeros(count, np.float32) if logprobs is None else logprobs)
+        self._length += count
 
     def _parse(self) -> Step:
         """The step that the tokens since `_turn_start` make, not yet carried out."""
@@ -312,32 +281,20 @@ class _Walk:
         turn = parse_turn(text, chat.call_format, think_is_open=self._think_is_open, tools=tools)
         gate = None if turn.plan_span is None else chat.check_start(ids, text, turn.plan_span[1])
         check_start = None if gate is None else self._turn_start + gate
-        return _step(turn, text, self._turn_start, self._length, check_start, _safety_tokens(chat, ids, turn))
-
-    async def _follow(self, step: Step) -> tuple[str, np.ndarray] | None:
-        """What comes after a step, as text and as token ids; None where the episode ends with it.
-
-        A tool's output after a call, the user's next message after an answer; tools that are new below it.
-        """
-        episode = self.episode
-        if step.action == "tool_call" and step.call is not None:
-            text = (await self.tools.observe(step.call)).content + self.tools.new_text()
-            ids, self._think_is_open = self._talk.observation(text, step.call.name)
-            return text, ids
-        if step.action == "answer" and isinstance(episode, Dialogue) and await self.tools.settle():
-            message = episode.next_user_message(step.answer or "")
-            if message is not None:
-                text = message + self.tools.new_text()
-                ids, self._think_is_open = self._talk.user_message(text)
-                return text, ids
-        return None
-
-
-def _versions(rollout: Rollout) -> np.ndarray:
-    """Policy version of each token of a rollout, [L] int64, -1 where not sampled."""
-    if rollout.token_versions is not None:
-        return rollout.token_versions
-    return np.where(rollout.trained, rollout.policy_version, -1)
+        return Step(
+            prompt_end=self._turn_start,
+            end=self._length,
+            text=text,
+            plan=turn.plan,
+            check=turn.check,
+            action=turn.action,
+            call=turn.call,
+            answer=turn.answer,
+            observation=None,
+            safety_tokens=_safety_tokens(chat, ids, turn),
+            well_formed=turn.well_formed,
+            check_start=check_start,
+        )
 
 
 def _safety_tokens(chat: Chat, ids: list[int], turn: Turn) -> int:
@@ -349,23 +306,6 @@ def _safety_tokens(chat: Chat, ids: list[int], turn: Turn) -> int:
     if before and len(chat.decode(ids[:before])) > start:  # the tag's first character shares a token
         before -= 1
     return chat.tokens_through(ids, end) - before
-
-
-def _step(turn: Turn, text: str, start: int, end: int, check_start: int | None, safety_tokens: int) -> Step:
-    return Step(
-        prompt_end=start,
-        end=end,
-        text=text,
-        plan=turn.plan,
-        check=turn.check,
-        action=turn.action,
-        call=turn.call,
-        answer=turn.answer,
-        observation=None,
-        safety_tokens=safety_tokens,
-        well_formed=turn.well_formed,
-        check_start=check_start,
-    )
 
 
 def _begins_with(token_ids: np.ndarray, tag: tuple[int, ...]) -> bool:

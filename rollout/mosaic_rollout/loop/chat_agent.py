@@ -38,10 +38,9 @@ from mosaic_rollout.chat.messages import (
 )
 from mosaic_rollout.chat.prompts import load_prompt
 from mosaic_rollout.endpoint.client import ChatEndpoint, ChatReply, ContextFull, NativeCall
-from mosaic_rollout.loop.agent_loop import Limits
-from mosaic_rollout.loop.tools import EpisodeTools
+from mosaic_rollout.loop.play import Limits, Play, PolicyTurn
 from mosaic_rollout.types import (
-    Dialogue,
+    Action,
     Environment,
     Episode,
     Message,
@@ -90,113 +89,83 @@ class ChatAgent:
     ) -> ChatRollout:
         """One episode from reset to verdict. UserError where the endpoint fails for good."""
         episode = environment.reset(task)
-        walk = _ChatWalk(self, http, episode, seed)
-        status, verdict = await walk.calls.verdict(*await walk.run())
+        play = _TextPlay(self, http, episode, seed)
+        status, verdict = await play.finish()
         return ChatRollout(
             task=task,
-            steps=tuple(walk.steps),
+            steps=tuple(play.steps),
             status=status,
             verdict=verdict,
             messages=tuple(episode.messages),
-            prompt_tokens=walk.prompt_tokens,
-            generated_tokens=walk.generated_tokens,
+            prompt_tokens=play.prompt_tokens,
+            generated_tokens=play.generated_tokens,
         )
 
 
-class _ChatWalk:
-    """An episode while it is being played: the conversation so far and the steps it was parsed to."""
+class _TextPlay(Play):
+    """An episode played in text: the conversation so far, and what the server said of its tokens."""
 
     def __init__(self, agent: ChatAgent, http: httpx.AsyncClient, episode: Episode, seed: int) -> None:
-        self._agent, self._http, self._episode, self._seed = agent, http, episode, seed
-        self.calls = EpisodeTools(episode, agent.tool_timeout_s)
+        super().__init__(episode, agent.limits, agent.tool_timeout_s)
+        self._agent, self._http, self._seed = agent, http, seed
+        self._native = agent.protocol == "native"
         self._tools = self._shown_tools()
         self._messages = self._opening()
-        self.steps: list[Step] = []
+        self._reply: ChatReply | None = None  # the last one
         self.prompt_tokens = self.generated_tokens = 0
         self._length = 0  # tokens of the conversation after the last reply, 0 while unknown
 
-    async def run(self) -> tuple[Status, str | None]:
-        """Play to the end: how it ended, and the final answer if there is one."""
-        limits = self._agent.limits
-        while len(self.steps) < limits.max_steps:
-            budget = min(limits.max_step_tokens, limits.max_rollout_tokens - self._length)
-            if budget < 1:
-                break
-            try:
-                reply = await self._ask(budget)
-            except ContextFull:
-                break
-            if reply.cut_off:
-                self.steps.append(self._text_step(reply))
-                break
-            calls = reply.calls if self._agent.protocol == "native" else ()
-            ending = await (self._act(reply, calls) if calls else self._follow(reply))
-            if ending is not None:
-                return ending
-        return "truncated", None
+    def room(self) -> int:
+        return min(self.limits.max_step_tokens, self.limits.max_rollout_tokens - self._length)
 
-    async def _ask(self, budget: int) -> ChatReply:
-        send_tools = not self._written
-        if send_tools and self._agent.protocol == "native":
+    async def turn(self, max_new_tokens: int) -> PolicyTurn | None:
+        if self._native:
             self._tools = self._shown_tools()
-        reply = await self._agent.endpoint.complete(
-            self._http,
-            self._messages,
-            self._tools if send_tools else (),
-            max_tokens=budget,
-            seed=self._seed + len(self.steps),
-        )
+        try:
+            reply = await self._agent.endpoint.complete(
+                self._http,
+                self._messages,
+                () if self._written else self._tools,
+                max_tokens=max_new_tokens,
+                seed=self._seed + len(self.steps),
+            )
+        except ContextFull:
+            return None
         self.prompt_tokens += reply.prompt_tokens
         self.generated_tokens += reply.completion_tokens
         self._length = reply.prompt_tokens + reply.completion_tokens
-        return reply
+        self._reply = reply
+        if self._native and reply.calls and not reply.cut_off:
+            return PolicyTurn(_native_steps(reply))
+        return PolicyTurn((self._text_step(reply),), cut_off=reply.cut_off)
 
-    async def _follow(self, reply: ChatReply) -> tuple[Status, str | None] | None:
-        """Carry out a turn that is read as text; how the episode ends with it, or None."""
-        step = self._text_step(reply)
-        if step.action == "tool_call" and step.call is not None:
-            text = (await self.calls.observe(step.call)).content + self._new_tools()
-            self._append(reply, self._tool_message(reply, step.call, text))
-        elif step.action == "answer" and isinstance(self._episode, Dialogue):
-            following = None
-            if await self.calls.settle():
-                following = self._episode.next_user_message(step.answer or "")
-            if following is None:
-                self.steps.append(step)
-                return "answered", step.answer
-            text = following + self._new_tools()
-            self._append(reply, for_server({"role": "user", "content": text}))
-        else:
-            self.steps.append(step)
-            if step.action == "answer":
-                return "answered", step.answer
-            return ("refused" if step.action == "refusal" else "malformed"), None
-        self.steps.append(replace(step, observation=text))
-        return None
+    def show(self, steps: Sequence[Step]) -> bool:
+        """The turn as it came and what followed it; in the loop a thought is part of the conversation."""
+        reply = self._reply
+        if reply is None:
+            raise ValueError("a turn is shown after it was taken")
+        turn = reply.message if self._native else {**reply.message, "content": reply.text}
+        call_ids = [call.call_id for call in reply.calls] or ["call"]
+        self._messages.append(for_server(turn))
+        self._messages += map(self._following, steps, call_ids)
+        return True
 
-    async def _act(self, reply: ChatReply, calls: Sequence[NativeCall]) -> tuple[Status, str | None] | None:
-        """Carry out native calls, each a step; the first one bears the turn's text and tokens."""
-        answers: list[Message] = []
-        for number, native in enumerate(calls):
-            call = _parsed(native)
-            step = self._native_step(reply, call, first=number == 0)
-            if call is None or call.name == REFUSAL_TOOL:
-                self.steps.append(step)
-                return ("malformed" if call is None else "refused"), None
-            text = (await self.calls.observe(call)).content
-            self.steps.append(replace(step, observation=text))
-            answers.append({"role": "tool", "tool_call_id": native.call_id, "content": text})
-        self._messages += [for_server(message) for message in (reply.message, *answers)]
-        return None
+    def _following(self, step: Step, call_id: str) -> Message:
+        """What followed a step, as a message."""
+        if step.call is None:
+            return for_server({"role": "user", "content": step.observation})
+        named: Message = {} if self._native else {"name": step.call.name}
+        message = for_server({"role": "tool", "tool_call_id": call_id, **named, "content": step.observation})
+        return as_plain_text(message) if self._written else message
 
     def _text_step(self, reply: ChatReply) -> Step:
         """A turn as the grammar reads it; without the grammar's plan and check, any text is an answer."""
         text = reply.text
-        if self._agent.protocol == "loop":
+        if not self._native:
             text += "".join(_written(call) for call in reply.calls)
         think_is_open = begins_in_plan(text, HERMES)  # the prompt ended with the tag
         turn = parse_turn(text, HERMES, think_is_open=think_is_open, tools=self._tools)
-        if self._agent.protocol == "native":
+        if self._native:
             answer = text[turn.plan_span[1] if turn.plan_span else 0 :].strip()
             return _step(reply, text, "answer" if answer else "malformed", answer=answer or None)
         safety_tokens = 0
@@ -212,33 +181,14 @@ class _ChatWalk:
             well_formed=turn.well_formed,
         )
 
-    def _native_step(self, reply: ChatReply, call: ToolCall | None, *, first: bool) -> Step:
-        if not first:
-            reply = replace(reply, text="", completion_tokens=0)
-        if call is None:
-            return _step(reply, reply.text, "malformed")
-        return _step(reply, reply.text, "refusal" if call.name == REFUSAL_TOOL else "tool_call", call=call)
-
-    def _append(self, reply: ChatReply, answer: Message) -> None:
-        """The turn as it came and what answers it; in the loop a thought is part of the conversation."""
-        loop = self._agent.protocol == "loop"
-        turn: Message = {**reply.message, "content": reply.text} if loop else reply.message
-        self._messages += [for_server(turn), answer]
-
-    def _tool_message(self, reply: ChatReply, call: ToolCall, text: str) -> Message:
-        call_id = reply.calls[0].call_id if reply.calls else "call"
-        message: Message = {"role": "tool", "tool_call_id": call_id, "name": call.name, "content": text}
-        message = for_server(message)
-        return as_plain_text(message) if self._written else message
-
     def _opening(self) -> list[Message]:
         """The episode's messages, with the loop and the tools written into the system message where asked."""
-        agent, parts = self._agent, []
-        if agent.protocol == "loop" and agent.teach_loop:
+        parts = []
+        if self._agent.teach_loop and not self._native:
             parts.append(load_prompt("loop_v2"))
         if self._written:
             parts.append(load_prompt("call_format_v1").format(tools=written_tools(self._tools)))
-        messages = [for_server(message) for message in self._episode.messages]
+        messages = [for_server(message) for message in self.episode.messages]
         if self._written:  # no message may need a server with tools
             messages = [as_plain_text(message) for message in messages]
         if not parts:
@@ -248,16 +198,29 @@ class _ChatWalk:
         return [{"role": "system", "content": "\n\n".join(parts)}, *messages]
 
     def _shown_tools(self) -> list[ToolSchema]:
-        tools = [*self._episode.tools, REFUSAL_SCHEMA]
+        tools = [*self.episode.tools, REFUSAL_SCHEMA]
         return [changed_tool(tool, without_servers_words) for tool in tools]
 
     @property
     def _written(self) -> bool:
-        return self._agent.write_tools and self._agent.protocol == "loop"
+        return self._agent.write_tools and not self._native
 
-    def _new_tools(self) -> str:
-        """Tools that came in mid-episode, as text; with native calls the next request has them instead."""
-        return self.calls.new_text() if self._agent.protocol == "loop" else ""
+    def new_tools(self) -> str:
+        """As text in the loop; with native calls the next request has them instead."""
+        return "" if self._native else super().new_tools()
+
+
+def _native_steps(reply: ChatReply) -> tuple[Step, ...]:
+    """The steps of a turn's native calls; the first one bears the turn's text and tokens."""
+    steps: list[Step] = []
+    for native in reply.calls:
+        call = _parsed(native)
+        action: Action = "malformed" if call is None else "tool_call"
+        if call is not None and call.name == REFUSAL_TOOL:
+            action = "refusal"
+        steps.append(_step(reply, reply.text, action, call=call))
+        reply = replace(reply, text="", completion_tokens=0)
+    return tuple(steps)
 
 
 def as_plain_text(message: Message) -> Message:
@@ -268,7 +231,7 @@ def as_plain_text(message: Message) -> Message:
 def _step(
     reply: ChatReply,
     text: str,
-    action: Literal["tool_call", "refusal", "answer", "malformed"],
+    action: Action,
     *,
     call: ToolCall | None = None,
     answer: str | None = None,

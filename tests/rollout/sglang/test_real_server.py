@@ -103,8 +103,6 @@ def test_an_update_replaces_weights_version_and_cache(
     asked = [request(prompt(120, 3), key=1)]
     [before] = generate(engine, asked, version=4)
     assert before.policy_version == 4
-    assert before.token_versions is not None
-    assert (before.token_versions == 4).all()
     url = engine.lanes[0].url
     other = make_engine(changed, tmp_path, urls=[url], transport=transport)
     [after] = generate(other, asked, version=5)

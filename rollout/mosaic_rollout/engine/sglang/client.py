@@ -39,7 +39,7 @@ class Sample:
 
     token_ids: np.ndarray  # [N] int64, the stop token included
     logprobs: np.ndarray  # [N] float32, at the sampling temperature
-    weight_versions: np.ndarray  # [N] int64, of the weights that made each token
+    weight_version: int  # of the weights that made the last token; -1 where the server's is not a number
     finish_reason: FinishReason
     prompt_tokens: int
     cached_tokens: int
@@ -161,7 +161,7 @@ class SGLangClient:
         return Sample(
             token_ids=np.array([token[1] for token in meta.output_token_logprobs], np.int64),
             logprobs=np.array([token[0] for token in meta.output_token_logprobs], np.float32),
-            weight_versions=meta.versions(),
+            weight_version=meta.last_version(),
             finish_reason="length" if kind == "length" else "stop",
             prompt_tokens=meta.prompt_tokens,
             cached_tokens=meta.cached_tokens,
@@ -213,12 +213,13 @@ class _Meta(BaseModel):
     prompt_tokens: NonNegativeInt = 0
     cached_tokens: NonNegativeInt = 0
 
-    def versions(self) -> np.ndarray:
-        """Weight version of each token, [N] int64; -1 where the server's is not a number."""
-        versions = np.full(len(self.output_token_logprobs), _number(self.weight_version), np.int64)
+    def last_version(self) -> int:
+        """Version of the weights that made the last token."""
+        last, version = len(self.output_token_logprobs) - 1, self.weight_version
         for span in self.weight_versions or ():
-            versions[span.start : span.end] = _number(span.version)
-        return versions
+            if span.start <= last < span.end:
+                version = span.version
+        return _number(version)
 
 
 def _number(version: int | str | None) -> int:

@@ -189,7 +189,7 @@ class SGLangEngine:
                 f"{lane.url} sampled token {sample.token_ids.max()}, outside the vocabulary of "
                 f"{self.options.vocab_size}: it serves another model"
             )
-        return _completion(sample, self._version)
+        return _completion(sample)
 
     def _starts(self, lane: Lane) -> bool:
         return lane.process is not None and (lane.process.pid is None or lane.process.exit_code is not None)
@@ -307,13 +307,12 @@ class SGLangEngine:
             raise EngineError(f"{lane.url} serves weights {served!r} after the update to version {version}")
 
 
-def _completion(sample: Sample, version: int) -> Completion:
+def _completion(sample: Sample) -> Completion:
     return Completion(
         token_ids=sample.token_ids,
         logprobs=sample.logprobs,
         finish_reason=sample.finish_reason,
         cached_tokens=sample.cached_tokens,
         prompt_tokens=sample.prompt_tokens,
-        policy_version=int(sample.weight_versions[-1]) if len(sample.weight_versions) else version,
-        token_versions=sample.weight_versions,
+        policy_version=sample.weight_version,
     )

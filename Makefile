@@ -112,7 +112,7 @@ bench-chart: $(STAMP) .venv-peers/.installed  ## docs/images/step-sharing.png, a
 	$(BIN)/python bench/charts.py bench/results/step.json docs/images
 
 verify: $(STAMP)  ### every kernel of this machine against the fp64 oracle
-	$(BIN)/python -m mosaic_kernels.verify $(ARGS)
+	$(BIN)/python -m tools.verify_kernels $(ARGS)
 
 warmstart: $(STAMP)  ## rebuild the embedded model (users never need it)
 	$(BIN)/python -m tools.warmstart $(ARGS)

@@ -1,9 +1,4 @@
-"""The GPUs that kernels are compiled for.
-
-What the ops share: choosing a backend, and taking index arguments as torch or numpy.
-
-Sums over lists in Triton: each item's members, always in the same order, without atomics.
-"""
+"""What the ops share: choosing a backend, and taking index arguments as torch or numpy. Imports no Triton."""
 
 from __future__ import annotations
 
@@ -13,39 +8,10 @@ import logging
 import os
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 
 import numpy as np
 import torch
-import triton
-import triton.language as tl
 from numpy.typing import NDArray
-from triton.backends.compiler import GPUTarget
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """Limits of one streaming multiprocessor (compute unit), from the vendors' tuning guides."""
-
-    target: GPUTarget
-    block_shared_bytes: int  # the most one block can ask for
-    shared_bytes: int
-    warps: int
-    registers: int  # 32-bit; for AMD those of one SIMD's lane, 512
-    matrix_instructions: str  # of which one must occur in a kernel with dots on 16-bit types
-
-
-KIB = 1024
-ARCHITECTURES = {
-    "sm_80": Architecture(GPUTarget("cuda", 80, 32), 163 * KIB, 164 * KIB, 64, 65536, r"\bHMMA"),
-    "sm_86": Architecture(GPUTarget("cuda", 86, 32), 99 * KIB, 100 * KIB, 48, 65536, r"\bHMMA"),
-    "sm_89": Architecture(GPUTarget("cuda", 89, 32), 99 * KIB, 100 * KIB, 48, 65536, r"\bHMMA"),
-    "sm_90": Architecture(GPUTarget("cuda", 90, 32), 227 * KIB, 228 * KIB, 64, 65536, r"\bHG?MMA"),
-    "sm_100": Architecture(GPUTarget("cuda", 100, 32), 227 * KIB, 228 * KIB, 64, 65536, r"\b(?:UTC\w*|H)MMA"),
-    "sm_120": Architecture(GPUTarget("cuda", 120, 32), 99 * KIB, 100 * KIB, 48, 65536, r"\bHMMA"),
-    "gfx942": Architecture(GPUTarget("hip", "gfx942", 64), 64 * KIB, 64 * KIB, 32, 512, r"\bv_mfma"),
-}
-
 
 logger = logging.getLogger("mosaic_kernels")
 
@@ -118,24 +84,3 @@ def as_index(name: str, value: IndexLike, device: torch.device, *, below: int | 
 def result_dtype(*tensors: torch.Tensor) -> torch.dtype:
     """fp64 if any input is fp64, else fp32: what losses and log-probs are computed and returned in."""
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
-
-
-@triton.jit(do_not_specialize=["num_items"])
-def gather_sum_kernel(
-    values_ptr,  # fp32
-    members_ptr,  # [M] int32: indices into values, item by item
-    starts_ptr,  # [num_items + 1] int32
-    out_ptr,  # [num_items] fp32
-    num_items,
-    BLOCK: tl.constexpr,
-):
-    """out[item] = sum of values[members[starts[item] : starts[item + 1]]]."""
-    items = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = items < num_items
-    start = tl.load(starts_ptr + items, mask=inside, other=0)
-    count = tl.load(starts_ptr + items + 1, mask=inside, other=0) - start
-    total = tl.zeros([BLOCK], tl.float32)
-    for index in range(tl.max(count, 0)):
-        member = tl.load(members_ptr + start + index, mask=index < count, other=0)
-        total += tl.load(values_ptr + member, mask=index < count, other=0.0)
-    tl.store(out_ptr + items, total, mask=inside)

@@ -23,6 +23,7 @@ COMMANDS = {  # a command: an option that is almost one of its own, and what is 
     "tools.soak": ("--kils", "--kills"),
     "tools.warmstart": ("--warmup-step", "--warmup-steps"),
     "mosaic_kernels.verify": ("--layr", "--layer"),
+    "tools.verify_kernels": ("--arhc", "--arch"),
     "tools.configuration_page": ("--x", ""),
     "tools.draw_forest": ("--x", ""),
     "tools.replay_agentdojo": ("--x", ""),

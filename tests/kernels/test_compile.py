@@ -5,11 +5,9 @@ from pathlib import Path
 
 import torch
 
-from mosaic_kernels.attention import cases
 from mosaic_kernels.attention.tiles import Tile, Tiles
-from mosaic_kernels.dispatch import ARCHITECTURES
-from mosaic_kernels.proof.cases import all_cases
-from mosaic_kernels.proof.compile import Compiled, compile_all, compile_case
+from tools.verify_kernels.cases import ARCHITECTURES, all_cases, attention_tile_cases
+from tools.verify_kernels.compile import Compiled, compile_all, compile_case
 
 COMPILED = Path(__file__).parents[2] / "docs" / "lab" / "compiled.md"
 
@@ -31,7 +29,7 @@ def test_bf16_heads_of_128_use_tensor_cores_without_spills() -> None:
 def _with_too_large_a_tile() -> Compiled:
     """The bf16 dK/dV kernel for heads of 256 on sm_90 with blocks of 128 keys. Runs in its own process."""
     tile = Tile(64, 128, 8, 2)
-    made = cases._cases("sm_90", 256, Tiles(tile, tile, tile), torch.bfloat16, window=False)
+    made = attention_tile_cases("sm_90", 256, Tiles(tile, tile, tile), torch.bfloat16, window=False)
     return compile_case(next(case for case in made if case.name.startswith("dkv")))
 
 

@@ -8,7 +8,8 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from mosaic_kernels.attention.tiles import architecture_of, tf32_allowed
-from mosaic_kernels.dispatch import device_guard, emulated, gather_sum_kernel
+from mosaic_kernels.dispatch import device_guard, emulated
+from mosaic_kernels.gather_sum import gather_sum_kernel
 from mosaic_kernels.logprob import kernels
 from mosaic_kernels.logprob.reference import edges_by_row, edges_by_tile, reference_linear_logprob
 from mosaic_kernels.logprob.tiles import FEW_ROWS, Tile, Tiles, tiles_for, vocabulary_shares

@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from torch.autograd.function import once_differentiable
 
-from mosaic_kernels.dispatch import device_guard, gather_sum_kernel
+from mosaic_kernels.dispatch import device_guard
 from mosaic_kernels.forest.layout import PackedForest, pack_forest
+from mosaic_kernels.gather_sum import gather_sum_kernel
 from mosaic_kernels.logprob import linear_logprob
 from mosaic_kernels.logprob.reference import Groups, grouped
 from mosaic_kernels.preference import kernels

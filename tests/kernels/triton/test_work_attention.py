@@ -8,8 +8,8 @@ from mosaic_kernels import PackedForest, pack_forest
 from mosaic_kernels.attention.blocks import tree_for
 from mosaic_kernels.attention.tiles import Tile, Tiles
 from mosaic_kernels.attention.triton import attend
-from mosaic_kernels.proof.counters import Work, count_work
 from tests.kernels.triton.machine import machine
+from tools.verify_kernels.counters import Work, count_work
 
 TOKENS, HEAD_DIM = 2048, 64
 TILE = Tile(128, 64, 8, 3)  # the forward's of most architectures; wide tiles keep the interpreter quick

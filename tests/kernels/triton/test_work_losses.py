@@ -7,9 +7,8 @@ import torch
 from mosaic_kernels import clipped_surrogate, pack_forest, pairwise_preference_loss
 from mosaic_kernels.logprob.tiles import EMULATED, FEW_ROWS, Tiles, tiles_for
 from mosaic_kernels.logprob.triton import tiled_linear_logprob
-from mosaic_kernels.proof.counters import Work, count_work
-from mosaic_kernels.proof.memory import lines_from_memory, record_tiles
 from tests.kernels.triton.machine import machine
+from tools.verify_kernels.counters import Work, count_work, lines_from_memory, record_tiles
 
 if machine().name != "interpreter":
     pytest.skip("work is counted under Triton's interpreter", allow_module_level=True)

@@ -1,4 +1,4 @@
-"""What the log-prob kernels read from memory behind an L2 cache: their loads replayed (proof/memory.py).
+"""What the log-prob kernels read from memory behind an L2 cache: their loads replayed (`lines_from_memory`).
 
 The model device is a small H100: 32 programs at a time and a cache of 400 rows. There (132 programs, tiles of
 128 x 256, rows of 8 KiB) the rows of one tile for each program are 2.6 times its L2, here they are 1.3 times.
@@ -10,8 +10,8 @@ import torch
 from mosaic_kernels.logprob.kernels import GROUP_ROWS
 from mosaic_kernels.logprob.tiles import Tile, Tiles, tiles_for, vocabulary_shares
 from mosaic_kernels.logprob.triton import tiled_linear_logprob
-from mosaic_kernels.proof.memory import lines_from_memory, record_tiles
 from tests.kernels.triton.machine import machine
+from tools.verify_kernels.counters import lines_from_memory, record_tiles
 
 if machine().name != "interpreter":
     pytest.skip("loads are recorded under Triton's interpreter", allow_module_level=True)

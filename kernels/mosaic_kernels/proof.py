@@ -1,11 +1,12 @@
-"""Every op and PyTorch backend on this machine against the fp64 oracle, on random forests.
+"""Every op on this machine against the fp64 oracle on random forests: what `mosaic_kernels.verify` runs.
 
 Prints one line for each op, backend, device and dtype: the element of a result or of a gradient, over all
 random forests, whose error takes the largest share of what rounding explains (mosaic_kernels.rounding).
-Backends made of kernels have tests of their own (tests/kernels/triton).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 
 from mosaic_kernels import attention, logprob, preference, surrogate
 from mosaic_kernels.attention import tree_attention
-from mosaic_kernels.dispatch import Backends
+from mosaic_kernels.dispatch import Backends, result_dtype
 from mosaic_kernels.forest.layout import PackedForest, pack_forest
 from mosaic_kernels.logprob import linear_logprob
 from mosaic_kernels.magnitudes import (
@@ -34,8 +35,9 @@ from mosaic_kernels.preference import forest_preference_loss, pairwise_preferenc
 from mosaic_kernels.rounding import Magnitude, Worst, weighting, worst_of
 from mosaic_kernels.surrogate import clipped_surrogate
 
-VOCAB = 61
 KERNEL_BACKENDS = ("triton", "flash", "flex")
+HALVES = (torch.bfloat16, torch.float16)
+GUARD = 256  # elements on either side of an input; a multiple of what loads are aligned to
 
 Tensors = list[torch.Tensor]
 
@@ -54,30 +56,42 @@ class Problem:
     terms: int  # of the longest sum
 
 
-def random_forest(seed: int, large: bool) -> PackedForest:
+@dataclass(frozen=True)
+class Sizes:
+    """What random problems are drawn from."""
+
+    longest: int  # tokens that a rollout adds to what it shares
+    vocab: int
+    heads: tuple[tuple[int, int, int], ...] = ((4, 2, 32), (3, 3, 16), (4, 1, 20))  # Hq, Hkv, D
+
+
+SMALL, LARGE = Sizes(12, 61), Sizes(140, 61)
+ON_DEVICE = Sizes(300, 1009, ((4, 2, 64), (8, 2, 128), (3, 3, 96), (2, 1, 256), (4, 1, 32)))
+
+
+def random_forest(seed: int, sizes: Sizes) -> PackedForest:
     """Several trees: forks, duplicates, strict prefixes, one-token and empty rollouts, masks that differ."""
     rng = np.random.default_rng(seed)
-    longest = 140 if large else 12
     sequences: list[list[int]] = [[]]
     for _ in range(int(rng.integers(4, 12))):
         donor = sequences[int(rng.integers(len(sequences)))]
         cut = int(rng.integers(len(donor) + 1))
-        tail = rng.integers(VOCAB, size=int(rng.integers(0, longest))).tolist()
+        tail = rng.integers(sizes.vocab, size=int(rng.integers(0, sizes.longest))).tolist()
         sequences.append(donor[:cut] + tail if rng.random() < 0.7 else list(donor[: cut + 1]) or tail[:1])
     trained = [rng.random(len(s)) * (np.arange(len(s)) > 0) > 0.3 for s in sequences]
     return pack_forest(sequences, trained)
 
 
-def problems(seed: int, large: bool) -> Iterator[Problem]:
+def problems(seed: int, sizes: Sizes) -> Iterator[Problem]:
     """Every op on one random forest, with shapes and options that change with the seed."""
-    forest = random_forest(seed, large)
+    forest, vocab = random_forest(seed, sizes), sizes.vocab
     rng = np.random.default_rng(seed)
     generator = torch.Generator().manual_seed(seed)
 
     def leaf(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
-    query_heads, key_heads, head_dim = [(4, 2, 32), (3, 3, 16), (4, 1, 20)][seed % 3]
+    query_heads, key_heads, head_dim = sizes.heads[seed % len(sizes.heads)]
     window = [None, None, 9][int(rng.integers(3))]
     nodes = torch.from_numpy(forest.node_index)
     yield Problem(
@@ -105,11 +119,11 @@ def problems(seed: int, large: bool) -> Iterator[Problem]:
     edges = np.flatnonzero(forest.parent >= 0)
     targets, rows = forest.tokens[edges], forest.parent[edges]
     temperature, softcap = float(rng.choice([1.0, 0.7])), [None, 4.0][seed % 2]
-    hidden, weight = leaf(forest.num_nodes, head_dim), leaf(VOCAB, head_dim)
+    hidden, weight = leaf(forest.num_nodes, head_dim), leaf(vocab, head_dim)
     yield Problem(
         "linear_logprob",
         logprob.BACKENDS,
-        [hidden, weight, leaf(VOCAB)],
+        [hidden, weight, leaf(vocab)],
         lambda x, backend: linear_logprob(
             x[0], x[1], targets,
             rows=rows, bias=x[2], temperature=temperature, softcap=softcap,
@@ -123,7 +137,7 @@ def problems(seed: int, large: bool) -> Iterator[Problem]:
             x[0], x[1], torch.from_numpy(targets), torch.from_numpy(rows), w[0], w[1],
             bias=x[2], temperature=temperature, softcap=softcap, dtype=dtype,
         ),
-        max(len(targets), forest.num_nodes, VOCAB),
+        max(len(targets), forest.num_nodes, vocab),
     )  # fmt: skip
 
     pairs = rng.integers(forest.num_rollouts, size=(6, 2))
@@ -162,7 +176,7 @@ def problems(seed: int, large: bool) -> Iterator[Problem]:
                 forest,
                 pairs,
                 choice,
-                reference_logprobs=reference.to(x[0]),
+                reference_logprobs=reference.to(x[0].device, result_dtype(x[0])),
                 beta=0.1,
                 backend=backend,
             )
@@ -175,7 +189,7 @@ def problems(seed: int, large: bool) -> Iterator[Problem]:
         lambda w, x, dtype: forest_preference_magnitudes(
             x[0], x[1], forest, pair_list, choices, w[0], reference=reference, beta=0.1, dtype=dtype
         ),
-        max(forest.num_tokens, VOCAB),
+        max(forest.num_tokens, vocab),
     )
     start, advantages, kl_reference = (leaf(forest.num_tokens) for _ in range(3))
     weights = torch.from_numpy(mask).double()
@@ -204,33 +218,122 @@ def problems(seed: int, large: bool) -> Iterator[Problem]:
     )  # fmt: skip
 
 
+class Guarded:
+    """An input between NaNs: what reads past its ends computes NaN, what writes there is found out."""
+
+    def __init__(self, value: torch.Tensor, device: str, dtype: torch.dtype) -> None:
+        self._given = value.to(device=device, dtype=dtype, copy=True)
+        self._buffer = torch.full((value.numel() + 2 * GUARD,), torch.nan, device=device, dtype=dtype)
+        self._inside = self._buffer[GUARD : GUARD + value.numel()].view(value.shape)
+        self._inside.copy_(self._given)
+        self.leaf = self._inside.detach().requires_grad_()
+
+    def untouched(self) -> bool:
+        ends = torch.cat([self._buffer[:GUARD], self._buffer[-GUARD:]])
+        return bool(ends.isnan().all()) and torch.equal(self._inside, self._given)
+
+
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Memory that is allocated without a value holds NaN: what a kernel leaves unwritten shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    only_warned = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills uninitialised memory
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of operations that are not deterministic
+            yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=only_warned)
+
+
 def worst_element(problem: Problem, backend: str, device: str, dtype: torch.dtype, seed: int) -> Worst:
-    """Of all results and gradients in this dtype on this device."""
-    leaves = [x.to(device=device, dtype=dtype).requires_grad_() for x in problem.leaves]
+    """Of all results and gradients in this dtype on this device; log-probs and biases are at least fp32."""
+    guarded = [
+        Guarded(x, device, torch.float32 if x.ndim == 1 and dtype in HALVES else dtype)
+        for x in problem.leaves
+    ]
+    leaves = [x.leaf for x in guarded]
     # The oracle sees the rounded inputs, so that only the op's own error is measured.
     exact = [x.detach().double().cpu().requires_grad_() for x in leaves]
     expected = problem.oracle(exact)
     weights = weighting(expected, seed)
     magnitudes = problem.magnitudes(weights, exact, dtype)
-    results = problem.call(leaves, backend)
-    off = worst_of(results, leaves, expected, exact, weights, magnitudes, problem.terms)
+    with poisoned_memory():
+        results = problem.call(leaves, backend)
+        off = worst_of(results, leaves, expected, exact, weights, magnitudes, problem.terms)
+    if not all(x.untouched() for x in guarded):
+        return Worst(float("inf"))
     return max(off, key=lambda x: x.share)
 
 
+Line = tuple[str, str, str, str]  # op, backend, device, dtype
+
+
 def check_references(forests: int) -> bool:
-    """Print the table; True if every line keeps its limit."""
-    lines: dict[tuple[str, str, str, str], Worst] = {}
+    """Every PyTorch backend, forward and backward in fp64 and fp32; prints the table.
+
+    True if every line keeps its limit.
+    """
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    lines: dict[Line, Worst] = {}
     for seed in range(forests):
-        for problem in problems(seed, large=seed % 3 == 0):
+        for problem in problems(seed, SMALL if seed % 3 else LARGE):
             for device in devices:
                 for backend, runs_on in problem.backends.items():
                     if backend in KERNEL_BACKENDS or (runs_on is not None and device not in runs_on):
                         continue
                     for dtype in (torch.float64, torch.float32):
-                        off = worst_element(problem, backend, device, dtype, seed)
-                        key = (problem.op, backend, device, str(dtype).removeprefix("torch."))
-                        lines[key] = max(lines.get(key, off), off, key=lambda x: x.share)
+                        _measure(lines, problem, backend, device, dtype, seed)
+    return _print_table(lines)
+
+
+def check_device(
+    forests: int,
+    device: str = "cuda",
+    dtypes: Iterable[torch.dtype] = (torch.float32, *HALVES),
+    sizes: Sizes = ON_DEVICE,
+) -> bool:
+    """Every Triton op on the device, forward and backward; prints the table.
+
+    Inputs lie between NaNs, which must be neither read nor written, and uninitialised memory holds NaN. A
+    shape without a tile on this GPU is named and left out. True if every line keeps its limit and each op
+    has one.
+    """
+    lines: dict[Line, Worst] = {}
+    refused: dict[str, None] = {}
+    ops = set()
+    for seed in range(forests):
+        for problem in problems(seed, sizes):
+            ops.add(problem.op)
+            for dtype in dtypes:
+                if dtype in HALVES and all(x.ndim == 1 for x in problem.leaves):
+                    continue  # it takes log-probs, which are fp32
+                try:
+                    _measure(lines, problem, "triton", device, dtype, seed)
+                except ValueError as error:
+                    if "no tile" not in str(error):
+                        raise
+                    refused[str(error)] = None
+    ok = _print_table(lines)
+    for message in refused:
+        print(f"not run: {message}")
+    for op in sorted(ops - {line[0] for line in lines}):
+        print(f"{op}: has no kernel for this device in any dtype")
+        ok = False
+    return ok
+
+
+def _measure(
+    lines: dict[Line, Worst], problem: Problem, backend: str, device: str, dtype: torch.dtype, seed: int
+) -> None:
+    off = worst_element(problem, backend, device, dtype, seed)
+    line = (problem.op, backend, device, str(dtype).removeprefix("torch."))
+    lines[line] = max(lines.get(line, off), off, key=lambda x: x.share)
+
+
+def _print_table(lines: dict[Line, Worst]) -> bool:
+    """One row a line; True if every line keeps its limit."""
     print(f"{'op':<26}{'backend':<11}{'device':<8}{'dtype':<9}{'error':>9}{'allowed':>9}{'share':>7}  ok")
     for (op, backend, device, dtype), x in sorted(lines.items()):
         print(

@@ -16,7 +16,7 @@ SGLANG_STAMP := .venv-sglang/.installed-$(SGLANG)
 SGLANG_CPU := rollout/mosaic_rollout/engine/sglang/server_side/requirements-cpu.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help help-all venv train test quick sglang test-sglang soak fuzz test-fresh test-interpreter test-ttsem mutants lint types bench bench-peers bench-peers-cuda bench-chart bench-agentdojo verify warmstart evaluate train-agentdojo test-agentdojo test-report clean bfcl asb agent-safetybench agentharm test-bfcl test-asb test-agent-safetybench test-agentharm test-verifiers
+.PHONY: help help-all venv train test quick sglang test-sglang soak fuzz test-fresh test-interpreter test-work test-ttsem mutants lint types bench bench-peers bench-peers-cuda bench-chart bench-agentdojo verify warmstart evaluate train-agentdojo test-agentdojo test-report clean bfcl asb agent-safetybench agentharm test-bfcl test-asb test-agent-safetybench test-agentharm test-verifiers
 
 # `###` marks what most people need, `##` the rest.
 help:
@@ -57,8 +57,11 @@ test: $(STAMP) lint types  ### lint, types and tests, under 10 minutes
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS) || failed=$$?; \
 	if [ $$failed != 0 ]; then cat $(VENV)/interpreter.log $(VENV)/ttsem.log; fi; exit $$failed
 
-test-interpreter: $(STAMP)  ## the Triton kernels' tests under Triton's interpreter
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels/triton $(ARGS)
+test-interpreter: $(STAMP)  ## the Triton kernels' tests under Triton's interpreter, but for test-work
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels/triton --ignore-glob='*test_work*' $(ARGS)
+
+test-work: $(STAMP)  ## the Triton kernels' multiply-adds and bytes, counted, against the ideal
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -s tests/kernels/triton/test_work*.py $(ARGS)
 
 test-ttsem: $(STAMP)  ## the same tests on the compiled kernels, executed on the CPU: bf16, out of bounds, races
 	MOSAIC_EMULATED=1 $(BIN)/python -m ttsem.sanitize pytest tests/kernels/triton $(ARGS)

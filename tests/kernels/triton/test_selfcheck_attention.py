@@ -14,7 +14,9 @@ from tests.kernels.triton.machine import machine
 
 @pytest.mark.parametrize("windowed", [False, True])
 def test_passes(windowed: bool) -> None:
-    for dtype in machine().dtypes:
+    """On a device in every precision. Emulated, which is slow: in one with a window, in another without."""
+    dtypes = machine().dtypes if machine().name == "device" else (machine().dtypes[windowed],)
+    for dtype in dtypes:
         variant = Variant(dtype, "ieee", 32, group=2 if windowed else 1, window=windowed)
         found = triton_attention.deviations(machine().device, variant)
         assert set(found) == {"out", "dq", "dk", "dv"}

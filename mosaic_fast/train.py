@@ -44,6 +44,7 @@ from mosaic_fast.learner.checkpoint import (
 from mosaic_fast.learner.execution.cost import cost_model_of_run, keep_cost_model
 from mosaic_fast.learner.learner import Learner
 from mosaic_fast.learner.step_batch import step_batch
+from mosaic_fast.losses import check_loss
 from mosaic_fast.preferences import (
     Judge,
     build_judge,
@@ -113,6 +114,7 @@ def _set_up(
     """The parts of the run, and what to tell of it. The folder is written to last."""
     checkpoint = checkpoint_to_load(folder.checkpoints, world)
     judge = build_judge(config.judge, folder.path) if world.is_first else None
+    check_loss(config)  # of the user's own, before a model is loaded
     require_trackers(config)
     initial = model_folder(config.model.path)
     if checkpoint is None or step_of(checkpoint) < config.steps:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import asdict
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -13,6 +12,7 @@ from mosaic_fast.config.learning import ForestConfig, LossConfig, ModelConfig, O
 from mosaic_fast.config.preferences import JudgeConfig, RewardConfig
 from mosaic_fast.config.rollout import EngineConfig, EnvConfig, RolloutConfig
 from mosaic_fast.config.section import Count, Section, is_plain_url
+from mosaic_fast.losses import build_loss, loss_class
 
 
 def derived_seed(seed: int, purpose: str, step: int) -> int:
@@ -95,16 +95,8 @@ class Config(Section):
                 )
         if self.env.eval_every and not self.env.eval_tasks:
             raise ValueError("env.eval_every needs env.eval_tasks above 0")
-        if self.loss.is_pairwise and self.forest.credit != "sum":
-            raise ValueError(
-                f"forest.credit = {self.forest.credit!r} needs a loss on rewards; loss.name = "
-                f"{self.loss.name!r} compares whole rollouts, so leave credit at 'sum'"
-            )
-        if self.loss.is_pairwise and self.off_policy.corrects:
-            raise ValueError(
-                f"off_policy corrects losses on rewards; loss.name = {self.loss.name!r} takes rollouts from "
-                "any policy, so leave it out"
-            )
+        if not self.loss.is_own and (wrong := self.wrong_for_loss(loss_class(self.loss.name).pairwise)):
+            raise ValueError(wrong)
         if self.forest.credit == "subtree" and self.rollout.branching == "independent":
             raise ValueError(
                 "forest.credit = 'subtree' compares branches of a fork, and rollout.branching = "
@@ -124,6 +116,23 @@ class Config(Section):
         ):
             raise ValueError("model.lora_alpha and model.lora_targets need model.lora_rank above 0")
         return self
+
+    def wrong_for_loss(self, pairwise: bool) -> str | None:
+        """What else is configured that a loss on judged pairs has no use for; None where nothing is.
+
+        A user's own loss is asked for it once it is loaded, which a configuration does not do.
+        """
+        if pairwise and self.forest.credit != "sum":
+            return (
+                f"forest.credit = {self.forest.credit!r} needs a loss on rewards; loss.name = "
+                f"{self.loss.name!r} compares whole rollouts, so leave credit at 'sum'"
+            )
+        if pairwise and self.off_policy.corrects:
+            return (
+                f"off_policy corrects losses on rewards; loss.name = {self.loss.name!r} takes rollouts from "
+                "any policy, so leave it out"
+            )
+        return None
 
     def _check_staleness(self) -> None:
         if self.engine.kind != "sglang" or self.engine.colocated:
@@ -146,7 +155,7 @@ class Config(Section):
         for key, (found, needed) in wanted.items():
             if found != needed:
                 raise ValueError(f"rollout.gate_contrast needs {key} = {needed!r}, it is {found!r}")
-        if self.loss.is_pairwise or self.loss.name in ("gspo", "cispo"):
+        if self.loss.is_own or not build_loss(self.loss).takes_gates:
             raise ValueError(
                 "rollout.gate_contrast needs a loss with a clipped ratio a token: grpo, dapo or dr_grpo, not "
                 f"loss.name = {self.loss.name!r}"
@@ -154,14 +163,12 @@ class Config(Section):
 
     def resolved(self) -> Config:
         """Every value that the loss decides written out, as a run folder keeps it."""
-        loss, settings = self.loss, asdict(self.loss.settings)
-        read = ["beta"] if loss.is_pairwise else ["clip_low", "clip_high", "normalisation", "kl_weight"]
         divide = self.reward.divide_by_std
+        if divide is None:
+            divide = self.loss.is_own or loss_class(self.loss.name).divide_by_std
         return self.model_copy(
             update={
-                "loss": loss.model_copy(update={name: settings[name] for name in read}),
-                "reward": self.reward.model_copy(
-                    update={"divide_by_std": loss.name != "dr_grpo" if divide is None else divide}
-                ),
+                "loss": self.loss.resolved(),
+                "reward": self.reward.model_copy(update={"divide_by_std": divide}),
             }
         )

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, replace
+from inspect import signature
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
-from mosaic_fast.config.section import Count, CountOrZero, Fraction, NonNegative, Positive, Section
+from mosaic_fast.config.section import Count, CountOrZero, Fraction, NonNegative, Positive, Section, is_own
+from mosaic_fast.losses import LOSSES, Normalisation, build_loss, loss_class
 
 
 class ModelConfig(Section):
@@ -31,43 +34,41 @@ class ModelConfig(Section):
     """LoRA: names of the modules that get an adapter, such as q_proj; `all-linear`: all but the LM head."""
 
 
-LossName = Literal["grpo", "dapo", "dr_grpo", "gspo", "cispo", "dpo", "dpo_norm", "ipo"]
-PAIRWISE_LOSSES = ("dpo", "dpo_norm", "ipo")
-
-
 @dataclass(frozen=True)
 class LossSettings:
     """The settings of a loss in full: its own, where the configuration leaves them open."""
 
     clip_low: float = 0.2
     clip_high: float = 0.2
-    normalisation: Literal["token", "sequence", "constant"] = "token"
+    normalisation: Normalisation = "token"
     kl_weight: float = 0.0
     beta: float = 0.1
 
 
-OWN_SETTINGS: dict[LossName, LossSettings] = {
-    "grpo": LossSettings(kl_weight=0.01),
-    "dapo": LossSettings(clip_high=0.28),
-    "dr_grpo": LossSettings(normalisation="constant"),
-    "gspo": LossSettings(clip_low=3e-4, clip_high=4e-4, normalisation="sequence"),
-    "cispo": LossSettings(clip_low=1.0, clip_high=4.0),
-    "dpo": LossSettings(),
-    "dpo_norm": LossSettings(beta=5.0),
-    "ipo": LossSettings(),
+_SETTINGS = tuple(field.name for field in fields(LossSettings))
+Option = bool | int | float | str
+
+
+PAIRWISE_LOSSES = tuple(name for name in LOSSES if loss_class(name).pairwise)
+_READ = {
+    name: {p.name: p.default for p in signature(loss_class(name)).parameters.values() if p.name in _SETTINGS}
+    for name in LOSSES
 }
+"""Name of a loss -> the settings that it reads, as its class has them."""
+OWN_SETTINGS = {name: LossSettings(**read) for name, read in _READ.items()}
 
 
 class LossConfig(Section):
     """The policy loss."""
 
-    name: LossName = "grpo"
-    """On rewards: grpo, dapo, dr_grpo, gspo, cispo. On judged pairs: dpo, dpo_norm, ipo (docs/method.md)."""
+    name: str = "grpo"
+    """On rewards: grpo, dapo, dr_grpo, gspo, cispo. On judged pairs: dpo, dpo_norm, ipo (docs/method.md).
+    Your own: `module:Class`."""
     clip_low: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
     """The ratio is clipped below 1 - clip_low; default 0.2, gspo 0.0003, cispo 1 (never)."""
     clip_high: Positive | None = None
     """The ratio is clipped above 1 + clip_high; default 0.2, dapo 0.28, gspo 0.0004, cispo 4."""
-    normalisation: Literal["token", "sequence", "constant"] | None = None
+    normalisation: Normalisation | None = None
     """What sums over tokens are divided by: token, sequence (default of gspo) or constant (of dr_grpo)."""
     kl_weight: NonNegative | None = None
     """Weight of the k3 estimate of the KL divergence to the reference; default 0.01 for grpo, else 0."""
@@ -75,28 +76,60 @@ class LossConfig(Section):
     """Weight of the policy's mean entropy, as a bonus."""
     beta: Positive | None = None
     """Pairwise losses: how closely the reference is kept; default 0.1, dpo_norm 5."""
+    options: dict[str, Option] = Field(default_factory=dict)
+    """module:Class: settings of its own, given to the class as keyword arguments."""
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        if value not in LOSSES and not is_own(value):
+            raise PydanticCustomError(
+                "loss",
+                "Input should be one of {names}, or your own as module:Class",
+                {"names": ", ".join(map(repr, LOSSES))},
+            )
+        return value
+
+    @property
+    def is_own(self) -> bool:
+        """Whether it is a user's loss."""
+        return is_own(self.name)
 
     @property
     def is_pairwise(self) -> bool:
-        return self.name in PAIRWISE_LOSSES
+        return (build_loss(self) if self.is_own else loss_class(self.name)).pairwise
 
     @property
     def needs_reference(self) -> bool:
-        return self.is_pairwise or self.settings.kl_weight > 0
+        return build_loss(self).needs_reference
+
+    @property
+    def own_settings(self) -> dict[str, Option]:
+        """What a loss of ours is made with: what is configured, and its own where nothing is."""
+        found = _READ[self.name] | {"entropy_weight": self.entropy_weight}
+        return found | {key: value for key in found if (value := getattr(self, key)) is not None}
 
     @property
     def settings(self) -> LossSettings:
         """What is configured, and the loss's own where it is not."""
-        own = OWN_SETTINGS[self.name]
-        chosen = {name: getattr(self, name) for name in asdict(own) if getattr(self, name) is not None}
-        return replace(own, **chosen)
+        chosen = {name: value for name in _SETTINGS if (value := getattr(self, name)) is not None}
+        return replace(OWN_SETTINGS.get(self.name, LossSettings()), **chosen)
+
+    def resolved(self) -> LossConfig:
+        """With every value that the loss itself decides written out."""
+        return self if self.is_own else self.model_copy(update=self.own_settings)
 
     @model_validator(mode="after")
     def _contradictions(self) -> LossConfig:
-        unread = ["clip_low", "clip_high", "normalisation", "kl_weight"] if self.is_pairwise else ["beta"]
-        for name in unread:
-            if getattr(self, name):
-                raise ValueError(f"loss.{name} has no meaning for loss.name = {self.name!r}; leave it out")
+        read = ("kl_weight", "normalisation") if self.is_own else _READ[self.name]
+        for name in _SETTINGS:
+            if getattr(self, name) and name not in read:
+                instead = f"; if it reads one, set loss.options.{name}" if self.is_own else "; leave it out"
+                raise ValueError(f"loss.{name} has no meaning for loss.name = {self.name!r}{instead}")
+        if self.options and not self.is_own:
+            raise ValueError(
+                f"loss.options are those of a loss of your own; loss.name is {self.name!r}, leave them out"
+            )
         return self
 
 

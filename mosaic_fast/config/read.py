@@ -132,8 +132,13 @@ def _options(model: type[BaseModel], base: BaseModel) -> type[DataclassInstance]
             default = kind()
         text = tyro.conf.arg(help=info.description or kind.__doc__)  # without one, tyro reads source files
         marked = Annotated[(kind, *info.metadata, text)]  # pyrefly: ignore [not-a-type]  # made at run time
-        fields.append((name, marked, field(default=default)))
+        fields.append((name, marked, _field(default)))
     return make_dataclass(model.__name__, fields, namespace={"__doc__": model.__doc__}, frozen=True)
+
+
+def _field(default: object) -> object:
+    """A field of a dataclass, which wants a dict to be made anew."""
+    return field(default_factory=default.copy) if isinstance(default, dict) else field(default=default)
 
 
 def _for_model(values: Mapping[str, object], path: str | None) -> dict[str, object]:

@@ -71,7 +71,10 @@ def changes(stored: Config, asked: Config) -> list[Change]:
     """
     before = flatten(keep_schedule(stored, stored, asked.steps).model_dump())
     after = flatten(keep_schedule(stored, asked, asked.steps).model_dump())
-    found = [Change(key, value, after[key]) for key, value in before.items() if value != after[key]]
+    keys = before | after  # options of a user's own code may come and go
+    found = [
+        Change(key, before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)
+    ]
     refused = [change for change in found if change.key not in ACCEPTED or _fewer_steps(change)]
     if refused:
         lines = [f"  {c.key}: the run has {c.before!r}, you ask for {c.after!r}" for c in refused]

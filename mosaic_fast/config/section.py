@@ -41,6 +41,11 @@ def _halves(text: str) -> bool:
     return any("\ud800" <= character <= "\udfff" for character in text)
 
 
+def is_own(name: str) -> bool:
+    """Whether a name is `module:Class` or `module:function`: something of the user's own."""
+    return re.fullmatch(r"[\w.]+:\w+", name) is not None
+
+
 PLAIN_URL: Final = "an http(s) address without a user, a key, a question mark or a # in it"
 
 _KEY_PREFIX = re.compile(

@@ -22,7 +22,7 @@ from mosaic_fast.errors import UserError
 from mosaic_fast.learner.accumulate import accumulate, accumulate_coupled
 from mosaic_fast.learner.execution import CostModel, Execution, Schedule
 from mosaic_fast.learner.optimizer import Optimizer
-from mosaic_fast.learner.step_batch import Pruned, StepBatch, prune, tokens_read
+from mosaic_fast.learner.step_batch import Pruned, StepBatch, prune
 from mosaic_fast.losses import Loss, LossBatch, SumCount, SurrogateLoss, build_loss, normalised_weights
 from mosaic_fast.losses.credit import assign_credit
 from mosaic_fast.losses.gate import Gates
@@ -68,13 +68,13 @@ class Learner:
         world: World = ALONE,
         sharding: Sharding | None = None,  # of the policy's weights, where there are several ranks
     ) -> None:
-        if config.loss.needs_reference and reference is None:
+        self._loss = build_loss(config.loss)
+        if self._loss.needs_reference and reference is None:
             raise UserError(f"loss.name = {config.loss.name!r} as configured needs a reference policy")
         self.policy, self.reference, self._config = policy, reference, config
         self._world, self._sharding = world, sharding
         masters = sharding is not None and sharding.masters
         self.optimizer = Optimizer(policy.model, config.optim, world, sharded_masters=masters)
-        self._loss = build_loss(config.loss)
         self._execution = Execution(
             config.forest.tokens_per_microbatch,
             config.rollout.temperature,
@@ -141,10 +141,10 @@ class Learner:
             credit.weights,
             forest.trained,
             forest.cu_seqlens,
-            config.loss.settings.normalisation,
+            self._loss.normalisation,
             config.rollout.max_rollout_tokens,
         )
-        needed = tokens_read(self._loss, forest, weights, credit.advantages, batch.pairs)
+        needed = self._loss.tokens_read(forest, weights, credit.advantages, batch.pairs)
         gates = Gates(batch.gates, forest.cu_seqlens, batch.advantages, weights) if batch.gates else None
         if gates is not None:
             needed |= gates.reached(weights > 0)

@@ -15,11 +15,9 @@ from itertools import pairwise
 
 import numpy as np
 
-from mosaic_fast.losses import PairwiseLoss, SurrogateLoss
 from mosaic_fast.losses.credit import Forks, forks_of
 from mosaic_fast.losses.gate import GateSides, gates_of
 from mosaic_kernels import PackedForest, pack_forest
-from mosaic_kernels.preference.reference import needed_nodes
 from mosaic_rollout.types import Rollout
 
 
@@ -82,32 +80,6 @@ class Pruned:
     pruned_edge_frac: float  # share of its trained rollout tokens whose log-prob is not computed
 
 
-def tokens_read(
-    loss: SurrogateLoss | PairwiseLoss,
-    forest: PackedForest,
-    weights: np.ndarray,  # [T] >= 0: credit over the normaliser, 0 where not trained
-    advantages: np.ndarray,  # [T]
-    pairs: np.ndarray,  # [P, 2] int64
-) -> np.ndarray:  # [T] bool
-    """The tokens whose log-prob or entropy has a coefficient, or a say in another token's coefficient."""
-    counted = weights > 0
-    if loss.entropy_weight:
-        return counted
-    if isinstance(loss, PairwiseLoss):
-        if loss.kind == "dpo_norm":  # a shared token's two shares differ with the lengths
-            paired = np.zeros(forest.num_rollouts, np.bool_)
-            paired[pairs.ravel()] = True
-            return counted & paired[_rollout_of(forest)]
-        return counted & needed_nodes(forest, pairs)[forest.node_index]
-    if loss.kl_weight:
-        return counted
-    pulled = counted & (advantages != 0)
-    if loss.ratio == "sequence":  # the ratio of a rollout is made of all its tokens
-        rollout_of = _rollout_of(forest)
-        return counted & (np.bincount(rollout_of, pulled, forest.num_rollouts) > 0)[rollout_of]
-    return pulled
-
-
 def prune(forest: PackedForest, needed: np.ndarray, *, keep_lengths: bool = False) -> Pruned:
     """The smallest forest that gives the log-probs of the needed tokens [T].
 
@@ -129,7 +101,3 @@ def prune(forest: PackedForest, needed: np.ndarray, *, keep_lengths: bool = Fals
     narrowed = pack_forest([tokens[k] for k in kept], [needed[k] for k in kept])
     pruned_frac = 1.0 - narrowed.num_nodes / forest.num_nodes if forest.num_nodes else 0.0
     return Pruned(narrowed, source, pruned_frac, pruned_edge_frac)
-
-
-def _rollout_of(forest: PackedForest) -> np.ndarray:  # [T] int64
-    return np.repeat(np.arange(forest.num_rollouts), np.diff(forest.cu_seqlens))

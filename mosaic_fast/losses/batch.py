@@ -1,18 +1,22 @@
-"""The contract of a loss: what it reads, what it gives.
+"""What a loss is, what it reads and what it gives. Importable without torch, since settings are.
 
-From credit to the weights of a loss: what the sum over tokens is divided by.
-
-What several losses share: sums over the tokens that count, and the terms beside the main one.
+A loss adds up terms of tokens with weights that hold the credit and a normaliser of the whole step, known
+before the first micro-batch. `LossBatch` has the sums that several losses share.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-import numpy as np
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+    from mosaic_kernels import PackedForest
+
+Normalisation = Literal["token", "sequence", "constant"]
 
 
 @dataclass(frozen=True)
@@ -64,104 +68,108 @@ class LossBatch:
 
     def without(self, dropped: Tensor) -> LossBatch:
         """The batch in which the tokens where `dropped` [N] is True do not count."""
-        return replace(self, weights=torch.where(dropped, 0.0, self.weights))
+        return replace(self, weights=self.weights.where(~dropped, 0.0))
+
+    @property
+    def rollout_of(self) -> Tensor:
+        """The rollout of each token, [N] int64, of a whole step."""
+        import torch
+
+        assert self.cu_seqlens is not None, "a coupled loss is given the whole step"
+        return torch.repeat_interleave(self.cu_seqlens.diff())
+
+    def weighted_sum(self, values: Tensor) -> Tensor:
+        """Sum of weights * values [N], where a value of weight 0 may be anything, even NaN. Scalar."""
+        return (self.weights * values.where(self.counted, 0.0)).sum()
+
+    def rollout_sums(self, values: Tensor) -> Tensor:
+        """Sum of values [N] over the counted tokens of each rollout [R]; other values may be anything."""
+        assert self.cu_seqlens is not None, "a coupled loss is given the whole step"
+        kept = values.where(self.counted, 0.0)
+        return kept.new_zeros(len(self.cu_seqlens) - 1).index_add(0, self.rollout_of, kept)
+
+    def kl_term(self, policy_logprobs: Tensor, kl_weight: float) -> Tensor:
+        """kl_weight times the weighted sum of k3 = exp(d) - d - 1, d = reference - policy.
+
+        The estimate of KL(policy || reference) of GRPO, arXiv 2402.03300, equation 4.
+        """
+        if not kl_weight or self.reference_logprobs is None:
+            return policy_logprobs.new_zeros(())
+        difference = (self.reference_logprobs - policy_logprobs).where(self.counted, 0.0)
+        return kl_weight * self.weighted_sum(difference.expm1() - difference)
+
+    def entropy_term(self, entropy: Tensor | None, entropy_weight: float) -> Tensor:
+        """Minus entropy_weight times the weighted sum of entropies [N]: a bonus for staying undecided."""
+        if not entropy_weight:
+            return self.weights.new_zeros(())
+        if entropy is None:
+            raise ValueError("entropy_weight above 0 needs entropy [N]")
+        return -entropy_weight * self.weighted_sum(entropy)
+
+    def token_metrics(self, policy_logprobs: Tensor, entropy: Tensor | None) -> dict[str, SumCount]:
+        """Ratio, KL and entropy: plain sums over the counted tokens."""
+        counted = self.counted
+        policy, count = policy_logprobs.detach()[counted], float(counted.sum())
+        ratio = (policy - self.old_logprobs[counted]).exp()
+        metrics = {"policy/ratio": SumCount(float(ratio.sum()), count)}
+        if entropy is not None:
+            metrics["policy/entropy"] = SumCount(float(entropy.detach()[counted].sum()), count)
+        if self.reference_logprobs is not None:
+            difference = self.reference_logprobs[counted] - policy
+            metrics["policy/kl"] = SumCount(float((difference.expm1() - difference).sum()), count)
+        return metrics
 
 
-class Loss(Protocol):
-    """A pure function of log-probs. Adding up the parts of a loss that is not coupled gives the whole."""
+class Loss(ABC):
+    """A pure function of log-probs, with what it needs of a run declared on its class.
+
+    A loss that `loss.name` knows is a frozen dataclass. Its fields are its settings: those that are keys of
+    [loss] are set there, and the field's default is what holds where the key is left open.
+    """
+
+    pairwise: ClassVar[bool] = False
+    """It compares whole rollouts by judged pairs; credit and off-policy weights do not concern it."""
+    divide_by_std: ClassVar[bool] = True
+    """Whether advantages are divided by the group's standard deviation, where reward leaves that open."""
+
+    @property
+    def normalisation(self) -> Normalisation:
+        """What the weights of a step's tokens are divided by, see `normalised_weights`."""
+        return "token"
 
     @property
     def coupled(self) -> bool:
-        """True if a token's gradient depends on other tokens' log-probs: then it wants the whole step."""
-        ...
+        """True if a token's gradient depends on other tokens' log-probs: then it wants the whole step.
 
+        Adding up the parts of a loss that is not coupled gives the whole.
+        """
+        return True
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether it reads the reference policy's log-probs."""
+        return False
+
+    @property
+    def takes_gates(self) -> bool:
+        """Whether rollout.gate_contrast may take over some of its tokens: it clips a token's own ratio."""
+        return False
+
+    def tokens_read(
+        self,
+        forest: PackedForest,
+        weights: np.ndarray,  # [T] >= 0: credit over the normaliser, 0 where not trained
+        advantages: np.ndarray,  # [T]
+        pairs: np.ndarray,  # [P, 2] int64
+    ) -> np.ndarray:  # [T] bool
+        """The tokens whose log-prob or entropy has a coefficient, or a say in another token's coefficient.
+
+        The others are pruned before the forward. Without more being known, all that count.
+        """
+        return weights > 0
+
+    @abstractmethod
     def __call__(
         self, policy_logprobs: Tensor, batch: LossBatch, entropy: Tensor | None = None
     ) -> tuple[Tensor, dict[str, SumCount]]:
         """Scalar loss, and metrics as sums and counts. policy_logprobs and entropy: [N], differentiable."""
-        ...
-
-
-Normalisation = Literal["token", "sequence", "constant"]
-
-
-def normalised_weights(
-    credit: np.ndarray,  # [T] float64 >= 0, from `assign_credit`
-    trained: np.ndarray,  # [T] bool
-    cu_seqlens: np.ndarray,  # [R+1] int64
-    normalisation: Normalisation,
-    constant: float,
-) -> np.ndarray:  # [T] float64
-    """Credit of the trained tokens over the step's normaliser; 0 where not trained.
-
-        token     the sum of the credit: every token of the step counts alike (DAPO, arXiv 2503.14476)
-        sequence  the sum of the rollout's credit, times the rollouts that have any: every rollout counts
-                  alike (GRPO, arXiv 2402.03300, equation 3; GSPO)
-        constant  `constant` tokens for every rollout that has any: no rollout's length matters (Dr. GRPO,
-                  arXiv 2503.20783, section 3.1)
-
-    Example: two rollouts with 1 and 3 trained tokens. token: 1/4 each; sequence: 1/2, then 1/6 each;
-    constant 10: 1/20 each.
-    """
-    weights = np.where(trained, credit, 0.0)
-    if normalisation == "token":
-        return weights / (weights.sum() or 1.0)
-    rollout_of = np.repeat(np.arange(len(cu_seqlens) - 1), np.diff(cu_seqlens))
-    sums = np.bincount(rollout_of, weights=weights, minlength=len(cu_seqlens) - 1)
-    rollouts = max(1, int((sums > 0).sum()))
-    if normalisation == "constant":
-        return weights / (constant * rollouts)
-    return weights / (np.where(sums > 0, sums, 1.0)[rollout_of] * rollouts)
-
-
-def weighted_sum(values: Tensor, weights: Tensor) -> Tensor:
-    """sum of weights * values, where a value of weight 0 may be anything, even NaN. [N], [N] -> scalar."""
-    return (weights * torch.where(weights > 0, values, 0.0)).sum()
-
-
-def rollout_sums(values: Tensor, batch: LossBatch) -> Tensor:
-    """Sum of values [T] over the counted tokens of each rollout [R]; other values may be anything."""
-    assert batch.cu_seqlens is not None, "a coupled loss is given the whole step"
-    kept = torch.where(batch.counted, values, 0.0)
-    return kept.new_zeros(len(batch.cu_seqlens) - 1).index_add(0, rollout_of(batch.cu_seqlens), kept)
-
-
-def rollout_of(cu_seqlens: Tensor) -> Tensor:
-    """The rollout of each token: [R+1] -> [T] int64."""
-    rollouts = torch.arange(len(cu_seqlens) - 1, device=cu_seqlens.device)
-    return torch.repeat_interleave(rollouts, cu_seqlens.diff())
-
-
-def kl_term(policy_logprobs: Tensor, batch: LossBatch, kl_weight: float) -> Tensor:
-    """kl_weight times the weighted sum of k3 = exp(d) - d - 1, d = reference - policy.
-
-    The estimate of KL(policy || reference) of GRPO, arXiv 2402.03300, equation 4.
-    """
-    if not kl_weight or batch.reference_logprobs is None:
-        return policy_logprobs.new_zeros(())
-    difference = torch.where(batch.counted, batch.reference_logprobs - policy_logprobs, 0.0)
-    return kl_weight * weighted_sum(torch.expm1(difference) - difference, batch.weights)
-
-
-def entropy_term(entropy: Tensor | None, batch: LossBatch, entropy_weight: float) -> Tensor:
-    """Minus entropy_weight times the weighted sum of entropies [N]: a bonus for staying undecided."""
-    if not entropy_weight:
-        return batch.weights.new_zeros(())
-    if entropy is None:
-        raise ValueError("entropy_weight above 0 needs entropy [N]")
-    return -entropy_weight * weighted_sum(entropy, batch.weights)
-
-
-@torch.no_grad()
-def token_metrics(policy_logprobs: Tensor, batch: LossBatch, entropy: Tensor | None) -> dict[str, SumCount]:
-    """Ratio, KL and entropy: plain sums over the counted tokens."""
-    counted = batch.counted
-    policy, count = policy_logprobs[counted], float(counted.sum())
-    ratio = torch.exp(policy - batch.old_logprobs[counted])
-    metrics = {"policy/ratio": SumCount(float(ratio.sum()), count)}
-    if entropy is not None:
-        metrics["policy/entropy"] = SumCount(float(entropy[counted].sum()), count)
-    if batch.reference_logprobs is not None:
-        difference = batch.reference_logprobs[counted] - policy
-        metrics["policy/kl"] = SumCount(float((torch.expm1(difference) - difference).sum()), count)
-    return metrics

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mosaic_fast.losses.batch import LossBatch, SumCount
+from mosaic_fast.losses.batch import Loss, LossBatch, SumCount
 from mosaic_fast.losses.surrogate import SurrogateLoss
 from mosaic_kernels import clipped_surrogate
 from mosaic_rollout.types import Rollout
@@ -157,15 +157,11 @@ class Gates:
 
 
 @dataclass(frozen=True)
-class GatedLoss:
-    """A surrogate loss with the gates' own gradient; see `Loss`."""
+class GatedLoss(Loss):
+    """A surrogate loss with the gates' own gradient."""
 
     inner: SurrogateLoss
     gates: tuple[_GateTokens, ...]
-
-    @property
-    def coupled(self) -> bool:
-        return True
 
     def __call__(
         self, policy_logprobs: Tensor, batch: LossBatch, entropy: Tensor | None = None

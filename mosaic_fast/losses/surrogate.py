@@ -2,62 +2,81 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-import torch
-from torch import Tensor
+from mosaic_fast.losses.batch import Loss, LossBatch, Normalisation, SumCount
 
-from mosaic_fast.losses.batch import (
-    LossBatch,
-    SumCount,
-    entropy_term,
-    kl_term,
-    rollout_of,
-    rollout_sums,
-    token_metrics,
-    weighted_sum,
-)
-from mosaic_kernels import clipped_surrogate
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+    from mosaic_kernels import PackedForest
+
+Ratio = Literal["token", "sequence", "detached"]
 
 
 @dataclass(frozen=True)
-class SurrogateLoss:
+class SurrogateLoss(Loss):
     """Sum of weights (-min(r A, clip(r, 1 - clip_low, 1 + clip_high) A)), with KL and entropy terms.
 
     What r is, and what becomes of the clip, is the `ratio`:
-        token     r = exp(policy - start) of the token. GRPO, arXiv 2402.03300, equation 3; with clip_high
-                  above clip_low DAPO, arXiv 2503.14476, equation 8; with `constant` weights Dr. GRPO,
-                  arXiv 2503.20783, section 3.
+        token     r = exp(policy - old) of the token
         sequence  r has the value of the geometric mean of the rollout's token ratios, and the gradient of the
-                  token's own log-prob: GSPO-token, arXiv 2507.18071, equations 13 and 14. It is GSPO, its
-                  equations 5 to 7, where a rollout's tokens have one advantage and one weight.
+                  token's own log-prob
         detached  -weights sg(clip(r)) A policy_logprobs with the token's r: no token loses its gradient to
-                  the clip. CISPO, arXiv 2506.13585, equations 4 and 5.
+                  the clip
     """
 
-    ratio: Literal["token", "sequence", "detached"] = "token"
+    ratio: Ratio = "token"
     clip_low: float = 0.2
     clip_high: float = 0.2
     kl_weight: float = 0.0
     entropy_weight: float = 0.0
+    normalisation: Normalisation = "token"
 
     @property
     def coupled(self) -> bool:
         return self.ratio == "sequence"
 
+    @property
+    def needs_reference(self) -> bool:
+        return self.kl_weight > 0
+
+    @property
+    def takes_gates(self) -> bool:
+        return self.ratio == "token"
+
+    def tokens_read(
+        self, forest: PackedForest, weights: np.ndarray, advantages: np.ndarray, pairs: np.ndarray
+    ) -> np.ndarray:
+        """With a KL or entropy term all that count; else those with an advantage, and their rollouts."""
+        import numpy as np
+
+        counted = weights > 0
+        if self.kl_weight or self.entropy_weight:
+            return counted
+        pulled = counted & (advantages != 0)
+        if self.ratio != "sequence":
+            return pulled
+        # The ratio of a rollout is made of all its tokens.
+        rollout_of = np.repeat(np.arange(forest.num_rollouts), np.diff(forest.cu_seqlens))
+        return counted & (np.bincount(rollout_of, pulled, forest.num_rollouts) > 0)[rollout_of]
+
     def __call__(
         self, policy_logprobs: Tensor, batch: LossBatch, entropy: Tensor | None = None
     ) -> tuple[Tensor, dict[str, SumCount]]:
         """See `Loss`."""
-        own = token_metrics(policy_logprobs, batch, entropy)
+        own = batch.token_metrics(policy_logprobs, entropy)
         if self.ratio == "sequence":
             # Against this denominator the ratio has the sequence's value and the token's gradient.
             fixed = policy_logprobs.detach()
             batch = replace(batch, old_logprobs=fixed - sequence_drift(fixed, batch))
         if self.ratio == "detached":
-            main = self._detached(policy_logprobs, batch) + kl_term(policy_logprobs, batch, self.kl_weight)
+            main = self._detached(policy_logprobs, batch) + batch.kl_term(policy_logprobs, self.kl_weight)
         else:
+            from mosaic_kernels import clipped_surrogate
+
             main = clipped_surrogate(
                 policy_logprobs,
                 batch.old_logprobs,
@@ -68,20 +87,20 @@ class SurrogateLoss:
                 clip_high=self.clip_high,
                 kl_weight=self.kl_weight,
             ).sum()
-        loss = main + entropy_term(entropy, batch, self.entropy_weight)
+        loss = main + batch.entropy_term(entropy, self.entropy_weight)
         clipped = self._clipped(policy_logprobs.detach(), batch)
         return loss, {**own, "policy/clip_frac": clipped, "policy/loss": SumCount(float(loss.detach()), 0.0)}
 
     def _detached(self, policy_logprobs: Tensor, batch: LossBatch) -> Tensor:
-        ratio = torch.exp(torch.where(batch.counted, policy_logprobs.detach() - batch.old_logprobs, 0.0))
+        ratio = (policy_logprobs.detach() - batch.old_logprobs).where(batch.counted, 0.0).exp()
         clipped = ratio.clamp(1.0 - self.clip_low, 1.0 + self.clip_high)
-        coefficients = torch.where(batch.counted, clipped * batch.advantages, 0.0)
-        return -weighted_sum(coefficients * policy_logprobs, batch.weights)
+        coefficients = (clipped * batch.advantages).where(batch.counted, 0.0)
+        return -batch.weighted_sum(coefficients * policy_logprobs)
 
     def _clipped(self, policy_logprobs: Tensor, batch: LossBatch) -> SumCount:
         """The tokens whose term the clip changes; under `detached`, whose gradient it changes."""
         counted = batch.counted
-        ratio = torch.exp(policy_logprobs[counted] - batch.old_logprobs[counted])
+        ratio = (policy_logprobs[counted] - batch.old_logprobs[counted]).exp()
         advantages = batch.advantages[counted]
         low, high = ratio < 1.0 - self.clip_low, ratio > 1.0 + self.clip_high
         if self.ratio == "detached":
@@ -92,8 +111,54 @@ class SurrogateLoss:
 
 
 def sequence_drift(policy_logprobs: Tensor, batch: LossBatch) -> Tensor:
-    """Log of GSPO's ratio: the mean of policy - start over the rollout's counted tokens. [T] -> [T]."""
-    assert batch.cu_seqlens is not None, "a coupled loss is given the whole step"
-    sums = rollout_sums(policy_logprobs - batch.old_logprobs, batch)
-    counts = rollout_sums(torch.ones_like(policy_logprobs), batch)
-    return (sums / counts.clamp(min=1.0))[rollout_of(batch.cu_seqlens)]
+    """Log of GSPO's ratio: the mean of policy - old over the rollout's counted tokens. [T] -> [T]."""
+    sums = batch.rollout_sums(policy_logprobs - batch.old_logprobs)
+    counts = batch.rollout_sums(policy_logprobs.new_ones(len(policy_logprobs)))
+    return (sums / counts.clamp(min=1.0))[batch.rollout_of]
+
+
+@dataclass(frozen=True)
+class GRPO(SurrogateLoss):
+    """arXiv 2402.03300, equation 3."""
+
+    ratio: Ratio = field(default="token", init=False)
+    kl_weight: float = 0.01
+
+
+@dataclass(frozen=True)
+class DAPO(SurrogateLoss):
+    """A higher clip above than below: arXiv 2503.14476, equation 8."""
+
+    ratio: Ratio = field(default="token", init=False)
+    clip_high: float = 0.28
+
+
+@dataclass(frozen=True)
+class DrGRPO(SurrogateLoss):
+    """GRPO without what favours long rollouts and easy tasks: arXiv 2503.20783, section 3."""
+
+    divide_by_std: ClassVar[bool] = False
+    ratio: Ratio = field(default="token", init=False)
+    normalisation: Normalisation = "constant"
+
+
+@dataclass(frozen=True)
+class GSPO(SurrogateLoss):
+    """GSPO-token, arXiv 2507.18071, equations 13 and 14.
+
+    It is GSPO, its equations 5 to 7, where a rollout's tokens have one advantage and one weight.
+    """
+
+    ratio: Ratio = field(default="sequence", init=False)
+    clip_low: float = 3e-4
+    clip_high: float = 4e-4
+    normalisation: Normalisation = "sequence"
+
+
+@dataclass(frozen=True)
+class CISPO(SurrogateLoss):
+    """arXiv 2506.13585, equations 4 and 5; a clip_low of 1 never clips."""
+
+    ratio: Ratio = field(default="detached", init=False)
+    clip_low: float = 1.0
+    clip_high: float = 4.0

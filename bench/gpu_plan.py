@@ -8,8 +8,8 @@ PREDICTED from formulas; nothing here was run on a GPU. Qwen2.5-7B's shape; 16 g
                 product less. Attention's backward has 5 products beside the forward's 2
     bytes       every linear layer's input, output and weights once a product, bf16; Q, K, V and output of
                 attention; AdamW with fp32 master weights: 28 bytes a parameter
-    links       FSDP: weights gathered for forward and backward, gradients scattered, bf16, once a
-                micro-batch; overlapped with computation, so the longer of both counts
+    links       FSDP: weights gathered in bf16 for forward and backward, gradients scattered in fp32, once
+                a micro-batch; overlapped with computation, so the longer of both counts
     floor       sum over parts of the longer of operations / peak and bytes / bandwidth
 """
 
@@ -25,12 +25,12 @@ if (
 
 from dataclasses import dataclass
 
-import numpy as np
 from workloads import agent_rollouts
 
-from mosaic_fast.learner.execution.cost import Work, work_of
+from mosaic_fast.learner.execution.cost import BFLOAT16, Work, sharding_bytes, weights_of_shape, work_of
 from mosaic_fast.learner.execution.schedule import unmerged, whole
 from mosaic_kernels import PackedForest, pack_forest
+from mosaic_kernels.forest.ideal import ModelShape, ModelSizes, predicting
 
 PEAK_FLOP_PER_S = 989e12  # H100 SXM, bf16, dense (NVIDIA's data sheet)
 MEMORY_BYTES_PER_S = 3.35e12
@@ -61,29 +61,6 @@ def step_forest() -> PackedForest:
 
 
 @dataclass(frozen=True)
-class Shape:
-    """Numbers of the model that the formulas read."""
-
-    layers: int
-    linear: int  # weights of a layer's projections and MLP
-    wide: int  # sum of inputs and outputs of a layer's linear layers, a token
-    heads: int  # numbers of Q, K, V and the output of a layer, a token
-    head: int  # weights of the LM head
-    parameters: int
-
-
-def shape_of(config: Qwen7B) -> Shape:
-    hidden, inner = config.hidden_size, config.intermediate_size
-    key_value = config.num_key_value_heads * (hidden // config.num_attention_heads)
-    linear = hidden * (2 * hidden + 2 * key_value + 3 * inner)
-    wide = (hidden + hidden) * 2 + 2 * (hidden + key_value) + 3 * (hidden + inner)
-    head = hidden * config.vocab_size
-    layers = config.num_hidden_layers
-    # Qwen2.5-7B does not tie the LM head to the embeddings.
-    return Shape(layers, linear, wide, 2 * hidden + 2 * key_value, head, layers * linear + 2 * head)
-
-
-@dataclass(frozen=True)
 class Cost:
     """One step's operations and bytes, and the shortest time for them on `gpus`."""
 
@@ -95,25 +72,29 @@ class Cost:
     memory_gb: float  # a GPU: weights, gradients, optimiser, layer inputs
 
 
-def cost_of(work: Work, tokens: int, rows: int, shape: Shape, gpus: int, *, lora: bool) -> Cost:
+def cost_of(work: Work, tokens: int, rows: int, shape: ModelShape, gpus: int, *, lora: bool) -> Cost:
     """rows: of the LM head. lora: frozen weights, as fits one GPU."""
+    sizes = ModelSizes.of(shape)
+    parameters = sum(weights_of_shape(shape))  # embeddings and LM head are two matrices
     products = 3 if lora else 4  # forward, again, for inputs (, for weights)
     head_products = 2 if lora else 3  # its logits are not made again
     microbatches = max(1, round(tokens / gpus / MICROBATCH_TOKENS))
+    heads = 2 * sizes.queries + 2 * sizes.keys  # numbers of Q, K, V and the output of a layer, a token
+    wide = 2 * (sizes.hidden + sizes.queries) + 2 * (sizes.hidden + sizes.keys)
+    wide += 3 * (sizes.hidden + sizes.inner)  # inputs and outputs of a layer's matrices, a token
+    linear_numbers = sizes.layers * (tokens * wide + microbatches * gpus * sizes.layer)
+    head_numbers = rows * sizes.hidden + microbatches * gpus * sizes.head
     parts: list[tuple[float, float]] = [
-        (
-            2 * products * work.linear,
-            2 * products * shape.layers * (tokens * shape.wide + microbatches * gpus * shape.linear),
-        ),
-        (2 * work.attention * (1 + 1 + 2.5), 2 * shape.layers * tokens * shape.heads * (1 + 1 + 2)),
-        (2 * head_products * work.head, 2 * head_products * (rows * 3584 + microbatches * gpus * shape.head)),
+        (2 * products * work.linear, BFLOAT16 * products * linear_numbers),
+        (2 * work.attention * (1 + 1 + 2.5), BFLOAT16 * sizes.layers * tokens * heads * (1 + 1 + 2)),
+        (2 * head_products * work.head, BFLOAT16 * head_products * head_numbers),
     ]
-    trained = shape.linear * shape.layers * 2 * LORA_RANK / 3584 if lora else float(shape.parameters)
+    trained = sizes.layer * sizes.layers * 2 * LORA_RANK / sizes.hidden if lora else parameters
     parts.append((0.0, 28 * trained))
-    link = 0.0 if gpus == 1 else 3 * 2 * shape.parameters * (gpus - 1) / gpus * microbatches
+    link = sharding_bytes(shape) * (gpus - 1) / gpus * microbatches
     compute = sum(max(o / PEAK_FLOP_PER_S, b / MEMORY_BYTES_PER_S) for o, b in parts) / gpus
-    state = 2 * shape.parameters + 14 * trained  # bf16 weights; fp32 master, two moments, bf16 gradient
-    inputs = 2 * shape.layers * 3584 * min(tokens, MICROBATCH_TOKENS)
+    state = BFLOAT16 * parameters + 14 * trained  # fp32 master, two moments, bf16 gradient
+    inputs = BFLOAT16 * sizes.layers * sizes.hidden * min(tokens, MICROBATCH_TOKENS)
     return Cost(
         tokens,
         1e-12 * sum(o for o, _ in parts),
@@ -126,8 +107,7 @@ def cost_of(work: Work, tokens: int, rows: int, shape: Shape, gpus: int, *, lora
 
 def plan() -> dict[str, tuple[Cost, Cost]]:
     """(flat, forest) by set-up."""
-    config, forest = Qwen7B(), step_forest()
-    shape = shape_of(config)
+    shape, forest = Qwen7B(), step_forest()
     found = {}
     for name, gpus, lora in (
         ("1 x H100, LoRA", 1, True),
@@ -136,8 +116,8 @@ def plan() -> dict[str, tuple[Cost, Cost]]:
     ):
         costs = []
         for one in (unmerged(forest), forest):
-            rows = len(np.unique(one.parent[one.node_index[one.trained]]))
-            costs.append(cost_of(work_of(whole(one), config), one.num_nodes, rows, shape, gpus, lora=lora))
+            work, rows = work_of(whole(one), shape), int(predicting(one).sum())
+            costs.append(cost_of(work, one.num_nodes, rows, shape, gpus, lora=lora))
         found[name] = (costs[0], costs[1])
     return found
 

@@ -25,14 +25,13 @@ from transformers import AutoConfig, Qwen3Config
 from mosaic_fast.cli import plain_console, run_cli
 from mosaic_fast.errors import UserError
 from mosaic_fast.learner.execution import CostModel, load_cost_model
-from mosaic_fast.learner.execution.cost import node_seconds, share_of, shares, work_of
+from mosaic_fast.learner.execution.cost import node_seconds, sharding_bytes, share_of, shares, work_of
 from mosaic_fast.learner.execution.execution import longest_first
 from mosaic_fast.learner.execution.schedule import Forward, cut, unmerged, whole
 from mosaic_kernels import PackedForest, pack_forest
 from mosaic_kernels.forest.ideal import ModelShape
 from tools.simulate_arguments import Arguments, parse
 
-BFLOAT16, FLOAT32 = 2, 4  # bytes
 FLOPS = 6.0  # of a multiply-add, forward and backward
 
 
@@ -105,27 +104,13 @@ def predict(
 def traffic_s(shape: ModelShape, ranks: int, gigabytes_per_s: float, latency_us: float) -> float:
     """Seconds of a forward and backward pass's collectives on rings.
 
-    Each layer's weights are gathered twice in bfloat16, for the forward and for the backward pass, the rest
-    of the model's once; every gradient is scattered in fp32. A ring moves (N - 1) / N of the bytes through
-    each rank, in N - 1 steps.
+    A ring moves (N - 1) / N of the bytes through each rank, in N - 1 steps.
     """
     if ranks == 1:
         return 0.0
-    layers, rest = parameters_of(shape)
-    volume = (2 * layers + rest) * BFLOAT16 + (layers + rest) * FLOAT32
     collectives = 3 * shape.num_hidden_layers + 2
-    return (
-        volume * (ranks - 1) / ranks / (gigabytes_per_s * 1e9) + collectives * (ranks - 1) * latency_us * 1e-6
-    )
-
-
-def parameters_of(shape: ModelShape) -> tuple[float, float]:
-    """Weights of all layers, and of embedding and head, which many models share; norms are left out."""
-    head_dim = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
-    heads = 2 * shape.num_attention_heads + 2 * shape.num_key_value_heads
-    layer = shape.hidden_size * (heads * head_dim + 3 * shape.intermediate_size)
-    matrices = 1 if getattr(shape, "tie_word_embeddings", False) else 2
-    return float(layer * shape.num_hidden_layers), float(matrices * shape.hidden_size * shape.vocab_size)
+    moving = sharding_bytes(shape) * (ranks - 1) / ranks / (gigabytes_per_s * 1e9)
+    return moving + collectives * (ranks - 1) * latency_us * 1e-6
 
 
 def _cheapest(share: PackedForest, shape: ModelShape, cost: CostModel, budget: int) -> tuple[Forward, ...]:
@@ -178,6 +163,8 @@ def main() -> int:
     if longest > arguments.tokens_per_microbatch:
         raise UserError(f"tokens_per_microbatch must be {longest} or more, the longest rollout of this step")
     console = plain_console()
+    if not console.is_terminal:
+        console = plain_console(width=110)  # a file has no width to fold at
     console.print(
         f"SIMULATED update: {forest.num_rollouts} rollouts, {forest.num_tokens} tokens, {forest.num_nodes} "
         f"distinct; {FLOPS / cost.linear / 1e12:.3g} TFLOP/s a rank, {arguments.gigabytes_per_s:g} GB/s",

@@ -1,10 +1,18 @@
-"""The arithmetic ideal: how much faster a forest could be than its flat batch, counted in multiply-adds."""
+"""What a model computes, counted in multiply-adds and numbers, and how much a forest saves of it.
 
+`ModelSizes` is the one place where a model's shape is turned into counts: the arithmetic ideal below, and the
+trainer's cost model, its calibration, the simulation of ranks and the memory estimate read it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
-from mosaic_kernels.forest.layout import PackedForest
+from mosaic_kernels.forest.layout import BoolArray, IntArray, PackedForest
 
 
 class ModelShape(Protocol):
@@ -16,6 +24,72 @@ class ModelShape(Protocol):
     num_attention_heads: int
     num_key_value_heads: int
     vocab_size: int
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """Counts of a decoder with gated MLPs. A matrix has as many weights as multiply-adds a token.
+
+    Norms, biases and the embedding's lookup are left out: they are hardly any work.
+    """
+
+    hidden: int
+    inner: int  # of the MLP
+    queries: int  # numbers of a token's queries in a layer; what attention gives is as many
+    keys: int  # numbers of a token's keys in a layer; its values are as many
+    head: int  # weights of the LM head
+    windows: tuple[int | None, ...]  # of each layer, None where a token sees all that is before it
+
+    @classmethod
+    def of(cls, shape: ModelShape) -> ModelSizes:
+        head_dim = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
+        layers = shape.num_hidden_layers
+        window: int | None = getattr(shape, "sliding_window", None)
+        kinds = getattr(shape, "layer_types", None) or ["sliding_attention"] * layers
+        return cls(
+            shape.hidden_size,
+            shape.intermediate_size,
+            shape.num_attention_heads * head_dim,
+            shape.num_key_value_heads * head_dim,
+            shape.hidden_size * shape.vocab_size,
+            tuple(window if kind == "sliding_attention" else None for kind in kinds[:layers]),
+        )
+
+    @property
+    def layers(self) -> int:
+        return len(self.windows)
+
+    @property
+    def on_keys(self) -> int:
+        """Weights of a layer that every token passes: those of the projections to keys and values."""
+        return 2 * self.hidden * self.keys
+
+    @property
+    def on_queries(self) -> int:
+        """Weights of a layer that only tokens with a wanted result pass: queries, output, gated MLP."""
+        return self.hidden * (2 * self.queries + 3 * self.inner)
+
+    @property
+    def layer(self) -> int:
+        """Weights of a layer's matrices."""
+        return self.on_keys + self.on_queries
+
+    def attention(self, visible: IntArray, layers: slice = slice(None)) -> float:
+        """Multiply-adds of scores and weighted sums in some layers.
+
+        visible: [tokens] how many keys each token sees without a window, itself included.
+        """
+        pairs = 0
+        for window, count in Counter(self.windows[layers]).items():
+            pairs += count * int((visible if window is None else np.minimum(visible, window)).sum())
+        return 2.0 * self.queries * pairs
+
+
+def predicting(forest: PackedForest) -> BoolArray:  # [U]
+    """The nodes that predict a trained one: the rows of the LM head."""
+    found = np.zeros(forest.num_nodes, np.bool_)
+    found[forest.parent[forest.node_index[forest.trained]]] = True
+    return found
 
 
 def ideal_speedup(forest: PackedForest, config: ModelShape) -> float:
@@ -33,31 +107,10 @@ def ideal_speedup(forest: PackedForest, config: ModelShape) -> float:
     """
     if forest.num_nodes == 0:
         return 1.0
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    query = config.num_attention_heads * head_dim
-    key_value = config.num_key_value_heads * head_dim
-    linear = config.hidden_size * (2 * query + 2 * key_value + 3 * config.intermediate_size)
+    sizes, visible = ModelSizes.of(config), forest.positions + 1
 
-    window: int | None = getattr(config, "sliding_window", None)
-    layer_types = getattr(config, "layer_types", None)
-    layers = config.num_hidden_layers
-    windowed = 0 if window is None else layers
-    if window is not None and layer_types is not None:
-        windowed = sum(kind == "sliding_attention" for kind in layer_types)
+    def cost(visible: IntArray, rows: int) -> float:
+        return sizes.layers * sizes.layer * len(visible) + sizes.attention(visible) + sizes.head * rows
 
-    def cost(visible: np.ndarray, rows: int) -> float:
-        """visible [tokens]: how many keys each token sees without a window."""
-        pairs = (layers - windowed) * int(visible.sum())
-        if window is not None:
-            pairs += windowed * int(np.minimum(visible, window).sum())
-        return (
-            layers * linear * len(visible)
-            + 2.0 * query * pairs
-            + config.hidden_size * config.vocab_size * rows
-        )
-
-    visible = forest.positions + 1
-    labelled = forest.parent[forest.node_index[forest.trained]]
-    flat = cost(visible[forest.node_index], len(labelled))
-    tree = cost(visible, len(np.unique(labelled)))
-    return flat / tree
+    flat = cost(visible[forest.node_index], int(forest.trained.sum()))
+    return flat / cost(visible, int(predicting(forest).sum()))

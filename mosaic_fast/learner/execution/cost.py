@@ -1,6 +1,8 @@
 """What a schedule costs: its work counted exactly, times coefficients that come from a file.
 
-A step's rollouts over the ranks, so that the ranks' passes are predicted to take the same time.
+The counts are those of `ModelSizes`. Choosing a plan, sharing a step's rollouts out over ranks, calibrating
+(`learner/calibrate/`), simulating ranks (`tools/simulate.py`) and the plan on paper (`bench/gpu_plan.py`) all
+read this one model.
 """
 
 from __future__ import annotations
@@ -20,10 +22,13 @@ from mosaic_fast.errors import UserError
 from mosaic_fast.learner.execution.schedule import Forward
 from mosaic_fast.policy.forest_tensors import IntArray
 from mosaic_kernels import PackedForest, pack_forest
-from mosaic_kernels.forest.ideal import ModelShape
+from mosaic_kernels.forest.ideal import ModelShape, ModelSizes, predicting
+from mosaic_kernels.forest.layout import BoolArray
 
 DEFAULT = "default"
 RUN_FILE = "cost.toml"  # in the run folder
+BFLOAT16, FLOAT32 = 2, 4  # bytes of a number
+_EARLIER, _LAST = slice(0, -1), slice(-1, None)  # layers
 
 
 @dataclass(frozen=True)
@@ -56,43 +61,55 @@ class CostModel:
 
 def work_of(parts: Sequence[Forward], shape: ModelShape) -> Work:
     """Count a schedule's work. The last layer's queries, output projection and MLP run on needed rows."""
-    key_value, on_keys, query, on_queries = _sizes(shape)
-    windows = _windows(shape)
+    sizes = ModelSizes.of(shape)
     linear = attention = head = held = 0.0
-    predicting: dict[int, NDArray[np.bool_]] = {}  # the forwards of one forest share its mask
+    masks: dict[int, BoolArray] = {}  # the forwards of one forest share its mask
     for part in parts:
         forest, nodes = part.forest, part.nodes
         visible = (forest.positions if nodes is None else forest.positions[nodes]) + 1  # [U] keys a node sees
-        if id(forest) not in predicting:
-            predicting[id(forest)] = _predicting(forest)
-        mask = predicting[id(forest)]
+        if id(forest) not in masks:
+            masks[id(forest)] = predicting(forest)
+        mask = masks[id(forest)]
         rows = np.flatnonzero(mask) if nodes is None else nodes[mask[nodes]]
-        linear += (len(windows) - 1) * (on_keys + on_queries) * len(visible)
-        linear += on_keys * len(visible) + on_queries * len(rows)
-        for window in windows[:-1]:
-            attention += 2.0 * query * _pairs(visible, window)
-        attention += 2.0 * query * _pairs(forest.positions[rows] + 1, windows[-1])
-        head += float(shape.hidden_size * shape.vocab_size * len(rows))
+        linear += (sizes.layers - 1) * sizes.layer * len(visible)
+        linear += sizes.on_keys * len(visible) + sizes.on_queries * len(rows)
+        attention += sizes.attention(visible, _EARLIER)
+        attention += sizes.attention(forest.positions[rows] + 1, _LAST)
+        head += float(sizes.head * len(rows))
         if part.parent >= 0:
-            held += 2.0 * key_value * len(windows) * (int(visible[0]) - 1)
-    layer_calls = float(len(windows) * len(parts))
-    weights = float(
-        len(parts) * (len(windows) * (on_keys + on_queries) + shape.hidden_size * shape.vocab_size)
-    )
-    return Work(float(linear), attention, head, layer_calls, held, weights)
+            held += 2.0 * sizes.keys * sizes.layers * (int(visible[0]) - 1)
+    weights = float(len(parts) * (sizes.layers * sizes.layer + sizes.head))
+    return Work(linear, attention, head, float(sizes.layers * len(parts)), held, weights)
 
 
 def node_seconds(forest: PackedForest, shape: ModelShape, cost: CostModel) -> NDArray[np.float64]:  # [U]
     """What each node adds to a forward and backward pass: all its cost but a forward's own."""
-    _, on_keys, query, on_queries = _sizes(shape)
-    windows, visible = _windows(shape), forest.positions + 1
-    pairs = [visible if window is None else np.minimum(visible, window) for window in windows]
+    sizes, visible = ModelSizes.of(shape), forest.positions + 1
+    pairs = [visible if window is None else np.minimum(visible, window) for window in sizes.windows]
     earlier = sum(pairs[:-1], np.zeros(forest.num_nodes))
-    seconds = cost.linear * ((len(windows) - 1) * (on_keys + on_queries) + on_keys)
-    seconds = seconds + cost.attention * 2.0 * query * earlier
-    on_row = cost.linear * on_queries + cost.head * shape.hidden_size * shape.vocab_size
-    on_row = on_row + cost.attention * 2.0 * query * pairs[-1]
-    return (seconds + np.where(_predicting(forest), on_row, 0.0)).astype(np.float64)
+    seconds = cost.linear * ((sizes.layers - 1) * sizes.layer + sizes.on_keys)
+    seconds = seconds + cost.attention * 2.0 * sizes.queries * earlier
+    on_row = cost.linear * sizes.on_queries + cost.head * sizes.head
+    on_row = on_row + cost.attention * 2.0 * sizes.queries * pairs[-1]
+    return (seconds + np.where(predicting(forest), on_row, 0.0)).astype(np.float64)
+
+
+def sharding_bytes(shape: ModelShape) -> float:
+    """Bytes of all weights and gradients that FSDP2 moves in a forward and backward pass.
+
+    Each layer's weights are gathered twice in bfloat16, for the forward and for the backward pass, those of
+    embedding and head once; every gradient is scattered in fp32. On N ranks (N - 1) / N of them pass through
+    each rank's link.
+    """
+    layers, ends = weights_of_shape(shape)
+    return (2 * layers + ends) * BFLOAT16 + (layers + ends) * FLOAT32
+
+
+def weights_of_shape(shape: ModelShape) -> tuple[float, float]:
+    """Weights of all layers, and of embedding and head, which many models share; norms are left out."""
+    sizes = ModelSizes.of(shape)
+    matrices = 1 if getattr(shape, "tie_word_embeddings", False) else 2
+    return float(sizes.layers * sizes.layer), float(matrices * sizes.head)
 
 
 def default_cost_model() -> CostModel:
@@ -154,32 +171,6 @@ def _parse(text: str, source: str) -> CostModel:
     if not any(values.values()):
         raise UserError(f"{source}: every coefficient is 0, so every plan would cost nothing")
     return CostModel(**{name: float(value) for name, value in values.items()})
-
-
-def _sizes(shape: ModelShape) -> tuple[int, int, int, int]:
-    """Numbers of a key or value; multiply-adds a token for both; numbers of a query; the rest a token."""
-    head_dim = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
-    query, key_value = shape.num_attention_heads * head_dim, shape.num_key_value_heads * head_dim
-    on_queries = shape.hidden_size * (2 * query + 3 * shape.intermediate_size)
-    return key_value, 2 * shape.hidden_size * key_value, query, on_queries
-
-
-def _windows(shape: ModelShape) -> list[int | None]:
-    """The sliding window of each layer, None where it has none."""
-    window: int | None = getattr(shape, "sliding_window", None)
-    kinds = getattr(shape, "layer_types", None) or ["sliding_attention"] * shape.num_hidden_layers
-    return [window if kind == "sliding_attention" else None for kind in kinds[: shape.num_hidden_layers]]
-
-
-def _pairs(visible: np.ndarray, window: int | None) -> int:
-    return int((visible if window is None else np.minimum(visible, window)).sum())
-
-
-def _predicting(forest: PackedForest) -> NDArray[np.bool_]:  # [U]
-    """Which nodes predict a trained one."""
-    found = np.zeros(forest.num_nodes, np.bool_)
-    found[forest.parent[forest.node_index[forest.trained]]] = True
-    return found
 
 
 def shares(forest: PackedForest, node_cost: NDArray[np.float64], ranks: int) -> list[IntArray]:

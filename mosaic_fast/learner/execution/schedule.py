@@ -9,6 +9,7 @@ import numpy as np
 
 from mosaic_fast.policy.forest_tensors import IntArray
 from mosaic_kernels import PackedForest, split_forest
+from mosaic_kernels.forest.ideal import predicting
 
 PLANS = ("tree", "flat", "cut", "held")
 
@@ -135,8 +136,7 @@ def _siblings(end: IntArray, first: int, stop: int) -> Iterator[int]:
 
 def _needed(forest: PackedForest, made: list[Forward]) -> tuple[Forward, ...]:
     """Without the forwards that own no trained edge and carry none; the rest is renumbered."""
-    owns = np.zeros(forest.num_nodes, np.bool_)
-    owns[forest.parent[forest.node_index[forest.trained]]] = True
+    owns = predicting(forest)
     kept = [False] * len(made)
     wanted = [False] * len(made)
     for index in reversed(range(len(made))):

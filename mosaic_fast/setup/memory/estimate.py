@@ -8,19 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mosaic_fast.config import Config
+from mosaic_fast.learner.execution.cost import FLOAT32
 from mosaic_fast.setup.memory.layer import layer_memory, shape_of
 from mosaic_fast.setup.model_folder import device_of, model_folder
+from mosaic_kernels.forest.ideal import ModelShape, ModelSizes
 from mosaic_kernels.logprob.chunked import CHUNK_LOGITS as CPU_CHUNK_LOGITS
 from mosaic_kernels.logprob.chunked import CHUNK_ROWS, KEPT_LOGITS
 
 GPU_CHUNK_LOGITS = 2**27  # mosaic_kernels.logprob.triton's, which cannot be imported without Triton
-FP32 = 4  # bytes
 PHASES = ("update", "rollouts", "checkpoint")
 
 
@@ -82,8 +84,8 @@ def _weights(config: Config, model: PreTrainedModel) -> list[Component]:
     masters = [p for p in trained if _has_master(p, config)]
     own = [p for p in trained if not _has_master(p, config)]
     frozen = [p for p in model.parameters() if not p.requires_grad]
-    copies = FP32 * _numel(masters)
-    averages = 2 * (FP32 * _numel(masters) + _bytes(own))
+    copies = FLOAT32 * _numel(masters)
+    averages = 2 * (FLOAT32 * _numel(masters) + _bytes(own))
     reference = config.loss.needs_reference and not config.model.lora_rank
     adapters = [*trained] if config.model.lora_rank else []
     base = frozen if config.model.lora_rank else [*model.parameters()]
@@ -116,11 +118,11 @@ def _update(
         kept, about = layers * layer.input + layer.kept, "checkpointed: inputs of layers, and one layer"
     else:
         kept, about = layers * layer.kept + layer.input, "kept for the backward pass"
-    after_layers = 2 * matrix + (FP32 * embedding.numel() if _has_master(embedding, config) else 0)
+    after_layers = 2 * matrix + (FLOAT32 * embedding.numel() if _has_master(embedding, config) else 0)
     working = max(layer.norm + head, tied + layer.backward, after_layers - kept)
-    key_values = 2 * _key_value_numbers(model) * layers
+    key_values = _key_value_numbers(model)
     copies = 2 if config.model.activation_checkpointing else 1  # else the keys are activations already
-    held = tokens * key_values * (copies * model.dtype.itemsize + FP32) if cut else 0
+    held = tokens * key_values * (copies * model.dtype.itemsize + FLOAT32) if cut else 0
     return [
         Component(f"activations, {tokens:,} tokens", kept, ("update",), about),
         Component("LM head and working space", working, ("update",), head_about),
@@ -137,12 +139,14 @@ def _head(config: Config, model: PreTrainedModel, tokens: int, *, on_cpu: bool) 
     if on_cpu:
         chunk = vocab * min(tokens, max(CHUNK_ROWS, CPU_CHUNK_LOGITS // vocab))
         chunks = 1 if tokens * vocab <= KEPT_LOGITS else 2  # beside kept ones; of others both are made
-        logits = FP32 * (min(KEPT_LOGITS, tokens * vocab) + chunks * chunk)
-        casts = (FP32 * (rows + weight.numel()) if size < FP32 else 0) + (FP32 - size) * gradient // size
-        return FP32 * rows + logits + gradient + casts, f"{logits / 2**20:,.0f} MiB of logits"
+        logits = FLOAT32 * (min(KEPT_LOGITS, tokens * vocab) + chunks * chunk)
+        casts = (FLOAT32 * (rows + weight.numel()) if size < FLOAT32 else 0) + (
+            FLOAT32 - size
+        ) * gradient // size
+        return FLOAT32 * rows + logits + gradient + casts, f"{logits / 2**20:,.0f} MiB of logits"
     logits = size * min(GPU_CHUNK_LOGITS, tokens * vocab)
-    waits = FP32 * weight.numel() if gradient and _has_master(weight, config) else 0
-    return 2 * FP32 * rows + logits + gradient + waits, f"{logits / 2**20:,.0f} MiB of logits"
+    waits = FLOAT32 * weight.numel() if gradient and _has_master(weight, config) else 0
+    return 2 * FLOAT32 * rows + logits + gradient + waits, f"{logits / 2**20:,.0f} MiB of logits"
 
 
 def _engine(config: Config, model: PreTrainedModel) -> list[Component]:
@@ -150,12 +154,12 @@ def _engine(config: Config, model: PreTrainedModel) -> list[Component]:
     rollout, engine, phase = config.rollout, config.engine, ("rollouts",)
     rows = min(engine.max_batch, rollout.prompts_per_step * rollout.group_size)
     longest = min(rollout.max_rollout_tokens, model.config.max_position_embeddings)
-    a_token = 2 * _key_value_numbers(model) * model.config.num_hidden_layers * model.dtype.itemsize
+    a_token = _key_value_numbers(model) * model.dtype.itemsize
     if engine.kind == "local":
         possible = rollout.prompts_per_step * rollout.group_size * longest
         cached = 2 * a_token * min(engine.max_cached_tokens, possible)
         decoded = 3 * a_token * rows * longest // 2
-        logits = 3 * FP32 * rows * model.config.vocab_size
+        logits = 3 * FLOAT32 * rows * model.config.vocab_size
         return [
             Component("prefix cache", cached, phase, "engine.max_cached_tokens, doubled as it grows"),
             Component("keys and values of rows", decoded, phase, f"{rows} rows, which grow by half"),
@@ -190,10 +194,9 @@ def _has_master(weight: Tensor, config: Config) -> bool:
 
 
 def _key_value_numbers(model: PreTrainedModel) -> int:
-    """Numbers in a token's keys of one layer; its values are as many."""
-    shape = model.config
-    head_dim = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
-    return int(shape.num_key_value_heads * head_dim)
+    """Numbers in a token's keys and values of all layers."""
+    sizes = ModelSizes.of(cast(ModelShape, model.config))
+    return 2 * sizes.keys * sizes.layers
 
 
 def _numel(tensors: Sequence[Tensor]) -> int:

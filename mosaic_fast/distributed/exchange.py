@@ -4,36 +4,19 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any, cast
+from dataclasses import dataclass, field, fields, is_dataclass
+from functools import cache
+from types import UnionType
+from typing import Any, cast, get_args, get_origin, get_type_hints
 
 import numpy as np
 
 from mosaic_fast.distributed.world import World
 from mosaic_fast.errors import EngineStoppedError
 from mosaic_fast.run.interrupt import Stopped
-from mosaic_rollout.types import Gate, JsonValue, Rollout, Step, Task, ToolCall, Verdict
+from mosaic_rollout.types import JsonValue, Rollout, Task
 
-_ARRAYS = {
-    "token_ids": np.int64,
-    "trained": np.bool_,
-    "rollout_logprobs": np.float32,
-}
-_PLAIN = (
-    "rollout_id",
-    "group_id",
-    "status",
-    "messages",
-    "shown_messages",
-    "shown_tools",
-    "policy_version",
-    "prompt_tokens",
-    "cached_tokens",
-    "parent_id",
-    "fork_position",
-    "tool_errors",
-    "fork_refused",
-)
+_hints = cache(get_type_hints)
 
 
 @dataclass(frozen=True)
@@ -79,42 +62,45 @@ def stopped_together(world: World, reasons: Sequence[str]) -> None:
 
 
 def packed(rollout: Rollout) -> dict[str, JsonValue]:
-    """A rollout as JSON, but for its task, which every rank has."""
-    row = {name: getattr(rollout, name) for name in _PLAIN}
-    for name in _ARRAYS:
-        array = getattr(rollout, name)
-        row[name] = None if array is None else base64.b64encode(array.tobytes()).decode()
-    verdict = rollout.verdict
-    row["verdict"] = [
-        bool(verdict.harm),
-        bool(verdict.done),
-        float(verdict.progress),
-        {name: float(value) for name, value in verdict.details.items()},
-    ]
-    row["steps"] = [asdict(step) for step in rollout.steps]
-    row["gate"] = None if rollout.gate is None else asdict(rollout.gate)
-    return row
+    """A rollout as JSON, but for its task, which every rank has. Arrays are base64 of their bytes.
+
+    What it consists of is read off its class: a field that is added there is exchanged.
+    """
+    own = [field.name for field in fields(Rollout) if field.name != "task"]
+    return {name: _plain(getattr(rollout, name)) for name in own}
 
 
 def unpacked(row: Mapping[str, JsonValue], task: Task) -> Rollout:
     """The rollout that `packed` made a row of."""
-    given = cast("dict[str, Any]", row)
-    values = {name: given[name] for name in _PLAIN}
-    for name in ("messages", "shown_messages", "shown_tools"):
-        values[name] = tuple(given[name])
-    for name, kind in _ARRAYS.items():
-        text = given[name]
-        values[name] = None if text is None else np.frombuffer(base64.b64decode(text), kind)
-    values["verdict"] = Verdict(*given["verdict"])
-    values["steps"] = tuple(_step(step) for step in given["steps"])
-    gate = given["gate"]
-    if gate is not None:
-        gate["tag"] = tuple(gate["tag"])
-    values["gate"] = None if gate is None else Gate(**gate)
-    return Rollout(task=task, **values)
+    hints = _hints(Rollout)
+    return Rollout(task=task, **{name: _typed(hints[name], value) for name, value in row.items()})
 
 
-def _step(row: dict[str, Any]) -> Step:
-    if row["call"] is not None:
-        row["call"] = ToolCall(**row["call"])
-    return Step(**row)
+def _typed(hint: Any, value: Any) -> Any:
+    """A value of JSON as a type hint says: arrays, dataclasses and tuples again; the rest is plain."""
+    if value is None:
+        return None
+    if hint is np.ndarray:
+        return np.frombuffer(base64.b64decode(value["bytes"]), value["dtype"])
+    if is_dataclass(hint):
+        hints = _hints(hint)
+        return cast(Any, hint)(**{name: _typed(hints[name], inner) for name, inner in value.items()})
+    if get_origin(hint) is tuple:
+        return tuple(_typed(get_args(hint)[0], inner) for inner in value)
+    if get_origin(hint) is UnionType:  # X | None
+        return _typed(get_args(hint)[0], value)
+    return value
+
+
+def _plain(value: object) -> JsonValue:
+    if isinstance(value, np.ndarray):
+        return {"dtype": str(value.dtype), "bytes": base64.b64encode(value.tobytes()).decode()}
+    if isinstance(value, np.generic):  # a checker's figures may be numpy's
+        return value.item()
+    if is_dataclass(value) and not isinstance(value, type):
+        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
+    if isinstance(value, Mapping):
+        return {str(name): _plain(inner) for name, inner in value.items()}
+    if isinstance(value, tuple | list):
+        return [_plain(inner) for inner in value]
+    return cast(JsonValue, value)

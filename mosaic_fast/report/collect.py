@@ -16,7 +16,6 @@ from pydantic import JsonValue
 
 from mosaic_fast.report.read import (
     Notes,
-    RolloutRow,
     decided,
     read_config,
     read_groups,
@@ -27,6 +26,7 @@ from mosaic_fast.report.read import (
     trajectory_files,
 )
 from mosaic_fast.report.tree import group_tree, token_parts
+from mosaic_fast.run.trajectories import RolloutRow
 
 _CHUNK_CHARS = 400_000  # of JSON; a browser unpacks one in a few milliseconds
 _REQUEST_SHOWN = 160  # characters of the user's request in the list
@@ -183,7 +183,8 @@ def _group_body(step: int, group: Sequence[RolloutRow], notes: Notes) -> dict[st
         notes.add(f"step {step}, group {group[0].group_id}: no prefix tree: {error}")
         tree = []
     matrix = decided(group)
-    hidden = {"task_id", "kind", "messages", "tools", "token_ids", "trained", "preferences", "reasons"}
+    hidden = {"task_id", "kind", "split", "messages", "tools", "prompt_tokens", "cached_tokens", "token_ids"}
+    hidden |= {"trained", "rollout_logprobs", "preferences", "reasons"}
     return {
         "messages": list(group[0].messages),
         "tools": list(group[0].tools),

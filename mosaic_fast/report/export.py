@@ -23,12 +23,12 @@ from mosaic_fast.cli import options, run_cli
 from mosaic_fast.errors import UserError
 from mosaic_fast.report.read import (
     Notes,
-    RolloutRow,
     decided,
     read_groups,
     require_run_folder,
     trajectory_files,
 )
+from mosaic_fast.run.trajectories import RolloutRow
 
 Message = dict[str, JsonValue]
 

@@ -9,9 +9,10 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+from pydantic import JsonValue, ValidationError
 
 from mosaic_fast.errors import UserError
+from mosaic_fast.run.trajectories import RolloutRow
 
 _NOTE_SHOWN = 500  # characters of what a run said of a step
 _NOTES_SHOWN = 20  # a folder full of broken lines is described by its first ones and their number
@@ -33,64 +34,6 @@ class Notes:
     def texts(self) -> list[str]:
         hidden = self._count - len(self._shown)
         return self._shown + ([f"and {hidden} more of the kind"] if hidden else [])
-
-
-class _Row(BaseModel):
-    model_config = ConfigDict(extra="ignore", frozen=True)
-
-
-class CallRow(_Row):
-    name: str
-    arguments: dict[str, JsonValue]
-
-
-class StepRow(_Row):
-    """A step as `mosaic_fast.run.trajectories` writes it."""
-
-    plan: str | None = None
-    check: str | None = None
-    action: str = "malformed"
-    call: CallRow | None = None
-    answer: str | None = None
-    observation: str | None = None
-    well_formed: bool = True
-    text: str = ""
-    span: tuple[int, int]  # tokens [start, end) were sampled
-    check_start: int | None = None  # first token after the plan
-    safety_tokens: int = 0
-
-
-class RewardRow(_Row):
-    total: float | None = None
-    r_align: float | None = None
-    r_fmt: float | None = None
-    p_len: float | None = None
-
-
-class RolloutRow(_Row):
-    """A rollout as `mosaic_fast.run.trajectories` writes it."""
-
-    task_id: str
-    kind: str
-    status: str
-    group_id: int
-    rollout_id: int
-    harm: bool = False
-    done: bool = False
-    progress: float = 0.0
-    details: dict[str, JsonValue] = Field(default_factory=dict)
-    messages: list[dict[str, JsonValue]] = Field(default_factory=list)
-    tools: list[dict[str, JsonValue]] = Field(default_factory=list)  # none in runs of earlier versions
-    steps: list[StepRow] = Field(default_factory=list)
-    parent_id: int | None = None
-    fork_position: int | None = None
-    policy_version: int | None = None
-    token_ids: list[int] = Field(default_factory=list)
-    trained: list[int] = Field(default_factory=list)
-    preferences: list[float] = Field(default_factory=list)
-    reasons: list[str] = Field(default_factory=list)
-    reward: RewardRow = RewardRow()
-    advantage: float | None = None
 
 
 def require_run_folder(folder: Path) -> None:

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from mosaic_fast.report.read import RolloutRow, StepRow
+from mosaic_fast.run.trajectories import RolloutRow, StepRow
 from mosaic_kernels import pack_forest
 
 _TEXT_SHOWN = 120  # characters of a branch's own text

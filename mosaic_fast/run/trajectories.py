@@ -1,4 +1,8 @@
-"""Trajectories on disk: one JSON object a line, readable by people and enough to train on again."""
+"""Trajectories on disk: one JSON object a line, readable by people and enough to train on again.
+
+`RolloutRow` is the schema of a line. Training writes these rows, and the report and exports read them: fields
+with a default may be missing, as in runs of earlier versions, and fields that are not named are skipped.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +11,78 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from mosaic_fast.preferences import Judgement
 from mosaic_fast.preferences.reward import GroupReward
 from mosaic_fast.run.durable import put_in_place
 from mosaic_rollout.types import Rollout, Step
+
+
+class _Row(BaseModel):
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+
+class CallRow(_Row):
+    """A tool call."""
+
+    name: str
+    arguments: dict[str, JsonValue]
+
+
+class StepRow(_Row):
+    """A turn of the policy; `mosaic_rollout.types.Step` explains the fields."""
+
+    plan: str | None = None
+    check: str | None = None
+    action: str = "malformed"
+    call: CallRow | None = None
+    answer: str | None = None
+    observation: str | None = None
+    well_formed: bool = True
+    text: str = ""
+    span: tuple[int, int]  # tokens [start, end) were sampled
+    check_start: int | None = None  # first token after the plan
+    safety_tokens: int = 0
+
+
+class RewardRow(_Row):
+    """A rollout's reward and its parts."""
+
+    total: float | None = None
+    r_align: float | None = None
+    r_fmt: float | None = None
+    p_len: float | None = None
+
+
+class RolloutRow(_Row):
+    """A rollout: what happened first, token ids and what was made of them last."""
+
+    task_id: str
+    kind: str
+    split: str = "train"
+    status: str
+    harm: bool = False
+    done: bool = False
+    progress: float = 0.0
+    details: dict[str, JsonValue] = Field(default_factory=dict)
+    messages: list[dict[str, JsonValue]] = Field(default_factory=list)  # as the policy saw them
+    tools: list[dict[str, JsonValue]] = Field(default_factory=list)  # none in runs of earlier versions
+    steps: list[StepRow] = Field(default_factory=list)
+    group_id: int
+    rollout_id: int
+    parent_id: int | None = None
+    fork_position: int | None = None
+    policy_version: int | None = None
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    token_ids: list[int] = Field(default_factory=list)
+    trained: list[int] = Field(default_factory=list)  # places among token_ids that the policy sampled
+    rollout_logprobs: list[float] = Field(default_factory=list)  # the engine's, of the trained tokens
+    preferences: list[float] = Field(default_factory=list)  # over each member of the group
+    reasons: list[str] = Field(default_factory=list)
+    reward: RewardRow = RewardRow()
+    advantage: float | None = None
 
 
 def write_trajectories(
@@ -44,7 +115,7 @@ def write_trajectories(
 
 
 def rollout_row(rollout: Rollout) -> dict[str, object]:
-    """A rollout as JSON: what happened first, token ids last."""
+    """The fields of `RolloutRow` that a rollout has by itself, as JSON and in their order."""
     return {
         "task_id": rollout.task.task_id,
         "kind": rollout.task.kind,

@@ -16,8 +16,9 @@ from mosaic_fast.errors import UserError
 from mosaic_fast.report.__main__ import main
 from mosaic_fast.report.collect import collect_run, pack
 from mosaic_fast.report.page import render_page
-from mosaic_fast.report.read import Notes, RolloutRow, read_groups, read_metrics
+from mosaic_fast.report.read import Notes, read_groups, read_metrics, trajectory_files
 from mosaic_fast.report.tree import group_tree, token_parts
+from mosaic_fast.run.trajectories import CallRow, RewardRow, RolloutRow, StepRow
 from tests.report.runs_for_tests import make_group, write_run
 
 HOSTILE = (
@@ -224,3 +225,34 @@ def test_groups_of_the_fixture_are_what_the_trainer_writes(run: Path):
             assert row.token_ids == rollout.token_ids.tolist()
             assert [s.plan for s in row.steps] == [s.plan for s in rollout.steps]
             assert row.harm == rollout.verdict.harm
+
+
+def test_a_row_has_the_fields_of_the_schema_in_their_order(tmp_path: Path):
+    """What training writes and what the report reads cannot part."""
+    file = trajectory_files(write_run(tmp_path / "run", steps=1, groups=1))[0][1]
+    row = json.loads(file.read_text(encoding="utf-8").splitlines()[0])
+    assert list(row) == list(RolloutRow.model_fields)
+    assert list(row["steps"][0]) == list(StepRow.model_fields)
+    assert list(row["steps"][0]["call"]) == list(CallRow.model_fields)
+    assert list(row["reward"]) == list(RewardRow.model_fields)
+
+
+OLD_STEP = {"plan": None, "check": None, "action": "answer", "call": None, "answer": "hi", "text": "hi"}
+OLD_ROW = {  # of the first version: no split, schemas, reasons, fork or figures of the engine
+    **{"task_id": "train-0", "kind": "benign", "status": "answered", "group_id": 0, "done": True},
+    "messages": [{"role": "user", "content": "greet"}],
+    "steps": [OLD_STEP | {"span": [2, 4], "well_formed": True, "observation": None}],
+    **{"token_ids": [1, 2, 3, 4], "trained": [2, 3], "advantage": 0.5, "a field of then": [1]},
+    "reward": {"total": 1.0},
+}
+
+
+def test_a_run_folder_of_an_earlier_version_opens(tmp_path: Path):
+    folder = write_run(tmp_path / "run", steps=1, groups=1)
+    rows = [OLD_ROW | {"rollout_id": 0}, OLD_ROW | {"rollout_id": 1, "token_ids": [1, 2, 3, 5]}]
+    file = trajectory_files(folder)[0][1]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    data = collect_run(folder, 100)
+    assert data.notes == []
+    assert [(r.status, r.reward, r.generated_tokens) for r in data.rollouts] == [("answered", 1.0, 2)] * 2
+    assert data.groups[0].request == "greet"

@@ -53,6 +53,7 @@ from mosaic_fast.preferences import (
     keep_judge_record,
     probe_judge,
 )
+from mosaic_fast.preferences.reward import build_reward
 from mosaic_fast.run.findings import Findings, no_signal, rollout_findings, update_findings
 from mosaic_fast.run.folder import RunFolder
 from mosaic_fast.run.interrupt import Clock, Interrupt, Stopped
@@ -114,7 +115,8 @@ def _set_up(
     """The parts of the run, and what to tell of it. The folder is written to last."""
     checkpoint = checkpoint_to_load(folder.checkpoints, world)
     judge = build_judge(config.judge, folder.path) if world.is_first else None
-    check_loss(config)  # of the user's own, before a model is loaded
+    check_loss(config)  # the user's own code is looked at before a model is loaded
+    build_reward(config.reward)
     require_trackers(config)
     initial = model_folder(config.model.path)
     if checkpoint is None or step_of(checkpoint) < config.steps:

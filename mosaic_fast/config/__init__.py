@@ -15,7 +15,7 @@ from mosaic_fast.config.learning import (
     OffPolicyConfig,
     OptimConfig,
 )
-from mosaic_fast.config.preferences import JudgeConfig, RewardConfig
+from mosaic_fast.config.preferences import REWARD_PARTS, JudgeConfig, RewardConfig
 from mosaic_fast.config.rollout import ENVIRONMENTS, EVALUATION_ONLY, EngineConfig, EnvConfig, RolloutConfig
 from mosaic_fast.config.section import is_plain_url
 
@@ -24,6 +24,7 @@ __all__ = [
     "EVALUATION_ONLY",
     "OWN_SETTINGS",
     "PAIRWISE_LOSSES",
+    "REWARD_PARTS",
     "CheckpointConfig",
     "Config",
     "EngineConfig",

@@ -164,7 +164,7 @@ class Config(Section):
     def resolved(self) -> Config:
         """Every value that the loss decides written out, as a run folder keeps it."""
         divide = self.reward.divide_by_std
-        if divide is None:
+        if divide is None and self.reward.advantage == "group":
             divide = self.loss.is_own or loss_class(self.loss.name).divide_by_std
         return self.model_copy(
             update={

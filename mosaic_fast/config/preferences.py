@@ -7,7 +7,15 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from mosaic_fast.config.section import Count, CountOrZero, NonNegative, Positive, Section, is_plain_url
+from mosaic_fast.config.section import (
+    Count,
+    CountOrZero,
+    NonNegative,
+    Positive,
+    Section,
+    is_own,
+    is_plain_url,
+)
 from mosaic_rollout.endpoint.parameters import read_change
 from mosaic_rollout.errors import UserError
 
@@ -73,9 +81,18 @@ class JudgeConfig(Section):
         return self
 
 
+REWARD_PARTS = ("align", "format", "length")
+"""Names of `reward.parts` beside module:function."""
+_FIGURES = ("total", "total_std", "length_penalty", "tied_groups_frac", "length_only_frac")
+
+
 class RewardConfig(Section):
     """R = r_align + r_fmt - p_len, normalised within the group."""
 
+    parts: Annotated[tuple[str, ...], Field(strict=False, min_length=1)] = REWARD_PARTS
+    """What R is the sum of: align, format, length (-p_len); your own: `module:function` (docs/method.md)."""
+    advantage: str = "group"
+    """`group`: centred and divided within the group; your own: `module:function` (docs/method.md)."""
     length_target: Positive = 40.0
     """L0 of p_len = max(0, (L - L0) / L0), in tokens a step; by the kind of model, 400 for others."""
     divide_by_std: bool | None = None
@@ -84,3 +101,23 @@ class RewardConfig(Section):
     """Added to the group's standard deviation, so that tiny differences are not blown up."""
     require_signal: bool = False
     """Stop at a step where every group is a tie or the gradient is zero, and say why."""
+
+    @model_validator(mode="after")
+    def _names(self) -> RewardConfig:
+        for part in self.parts:
+            if part not in REWARD_PARTS and not is_own(part):
+                raise ValueError(
+                    f"reward.parts: {part!r} is none of {', '.join(REWARD_PARTS)}, nor your own as "
+                    "module:function"
+                )
+        names = [part.rpartition(":")[2] for part in self.parts]
+        for part, name in zip(self.parts, names, strict=True):
+            if names.count(name) > 1 or (is_own(part) and name in (*REWARD_PARTS, *_FIGURES)):
+                raise ValueError(f"reward.parts: the name {name!r} is taken, and reward/{name} would be two")
+        if self.advantage != "group" and not is_own(self.advantage):
+            raise ValueError(
+                f"reward.advantage {self.advantage!r} is neither 'group' nor your own as module:function"
+            )
+        if self.advantage != "group" and self.divide_by_std is not None:
+            raise ValueError("reward.divide_by_std has no meaning beside reward.advantage; leave it out")
+        return self

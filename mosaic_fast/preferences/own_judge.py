@@ -50,12 +50,7 @@ class _ByScore:
 
     def _judgement(self, group: Sequence[Rollout]) -> Judgement:
         found = self._code.demand(f"{self._name}: {self._method}", self._score, copies(group))
-        scores = _numbers(found)
-        if scores is None or scores.shape != (len(group),) or not np.isfinite(scores).all():
-            raise UserError(
-                f"{self._method}: want one number for each of {len(group)} rollouts, each finite, "
-                f"got {shown(found)}"
-            )
+        scores = one_number_each(found, len(group), self._method)
         pairs = combinations(range(len(group)), 2)
         reasons = {(i, j): f"score {scores[i]:g} against {scores[j]:g}" for i, j in pairs}
         better = (scores[:, None] > scores[None, :]).astype(np.float64)
@@ -101,6 +96,16 @@ class _Own:
             {pair: str(reason) for pair, reason in reasons.items()},
             {str(name): finite_float(value, f'"{name}" {what}') for name, value in counts.items()},
         )
+
+
+def one_number_each(found: object, size: int, what: str) -> np.ndarray:  # [size] float64
+    """What foreign code gave for the rollouts of a group. UserError unless it is one finite number each."""
+    numbers = _numbers(found)
+    if numbers is None or numbers.shape != (size,) or not np.isfinite(numbers).all():
+        raise UserError(
+            f"{what}: want one number for each of {size} rollouts, each finite, got {shown(found)}"
+        )
+    return numbers
 
 
 def copies(group: Sequence[Rollout]) -> list[Rollout]:

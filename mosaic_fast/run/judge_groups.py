@@ -12,7 +12,7 @@ import numpy as np
 from mosaic_fast.config import RewardConfig
 from mosaic_fast.distributed import World
 from mosaic_fast.preferences import Judge, Judgement
-from mosaic_fast.preferences.reward import GroupReward, group_reward
+from mosaic_fast.preferences.reward import GroupReward, build_reward
 from mosaic_fast.run.folder import RunFolder
 from mosaic_fast.run.interrupt import Interrupt, Stopped
 from mosaic_fast.run.trajectories import write_trajectories
@@ -69,12 +69,11 @@ def _judged(
     judge: Judge, groups: Sequence[Sequence[Rollout]], config: RewardConfig, folder: RunFolder, step: int
 ) -> GroupPreferences:
     judgements = judge.judge(groups)
+    rule = build_reward(config)
     rewards = [
-        group_reward(group, judgement.preferences, config.length_target)
-        for group, judgement in zip(groups, judgements, strict=True)
+        rule.reward(group, judgement.preferences) for group, judgement in zip(groups, judgements, strict=True)
     ]
-    divide = config.divide_by_std is not False
-    advantages = [reward.advantages(config.std_epsilon, divide_by_std=divide) for reward in rewards]
+    advantages = [rule.advantages(group, reward) for group, reward in zip(groups, rewards, strict=True)]
     with folder.writing("the trajectories"):
         write_trajectories(folder.trajectory_path(step + 1), groups, judgements, rewards, advantages)
     totals = [reward.total for reward in rewards]

@@ -120,6 +120,10 @@ def reward_figures(rewards: Sequence[GroupReward]) -> dict[str, float]:
         "reward/align": float(np.concatenate([reward.align for reward in rewards]).mean()),
         "reward/format": float(np.concatenate([reward.format for reward in rewards]).mean()),
         "reward/length_penalty": float(np.concatenate([r.length_penalty for r in rewards]).mean()),
+        **{
+            f"reward/{name}": float(np.concatenate([reward.own[name] for reward in rewards]).mean())
+            for name in (rewards[0].own if rewards else {})
+        },
         "reward/total_std": float(total.std()),
         "reward/tied_groups_frac": float(np.mean([reward.tied for reward in rewards])),
         "reward/length_only_frac": float(np.mean([reward.by_length_alone for reward in rewards])),

@@ -107,6 +107,7 @@ def write_trajectories(
                         "r_align": reward.align[i],
                         "r_fmt": reward.format[i],
                         "p_len": reward.length_penalty[i],
+                        **{name: values[i] for name, values in reward.own.items()},
                     },
                     "advantage": group_advantages[i],
                 }

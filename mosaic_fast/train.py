@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from transformers.utils.logging import disable_progress_bar
 
+from mosaic_fast import make_callable
 from mosaic_fast.cli import run_cli
 from mosaic_fast.config import EVALUATION_ONLY, Config
 from mosaic_fast.config.config import derived_seed
@@ -72,6 +73,7 @@ from mosaic_fast.run.trackers import Trackers, require_trackers
 from mosaic_fast.setup.async_rollouts import AsyncRollouts
 from mosaic_fast.setup.build import GroupPlan, Setup, build_reference, build_setup
 from mosaic_fast.setup.engine import why_shorter
+from mosaic_fast.setup.given import NOTHING, Given
 from mosaic_fast.setup.memory import dry_run
 from mosaic_fast.setup.model_folder import check_tokenizer, model_folder
 from mosaic_rollout.types import Task
@@ -92,29 +94,39 @@ def _main(world: World) -> int:
 def train(config: Config, name: str = "world", *, resume: bool = False, world: World = ALONE) -> int:
     """Run the training that `config` describes, from its last checkpoint if `resume`; returns the exit code.
 
-    Raises UserError for what a user can mend, and nothing of the run on disk is lost then. Every rank of
-    `world` calls it; the first one writes all files, and reads what the others need to agree on.
+    This is the command's; `mosaic_fast.train` takes objects as well and returns the run. Raises UserError
+    for what a user can mend, and nothing of the run on disk is lost then. Every rank of `world` calls it;
+    the first one writes all files, and reads what the others need to agree on.
     """
+    with (
+        Interrupt(one_of_many=world.size > 1) as interrupt,
+        RunFolder(config, name, resume=resume, world=world) as folder,
+    ):
+        return train_in(folder, config, interrupt, world=world)
+
+
+def train_in(
+    folder: RunFolder, config: Config, interrupt: Interrupt, *, world: World = ALONE, given: Given = NOTHING
+) -> int:
+    """`train` in a run folder that is open, with objects in place of what the configuration names."""
     if config.env.name in EVALUATION_ONLY:
         raise UserError(
             f"env.name: {config.env.name} is for evaluation only and is not trained on; play it with "
             f"python -m mosaic_fast.evaluate MODEL --suite {config.env.name}={config.env.tasks}"
         )
-    with (
-        Interrupt(one_of_many=world.size > 1) as interrupt,
-        RunFolder(config, name, resume=resume, world=world) as folder,
-    ):
-        with interrupt.abandonable() if world.size == 1 else nullcontext():
-            trainer, notes = _set_up(folder, folder.dated(config), world, interrupt)
-        return _train(trainer, notes, interrupt)
+    with interrupt.abandonable() if world.size == 1 else nullcontext():
+        trainer, notes = _set_up(folder, folder.dated(config), world, interrupt, given)
+    return _train(trainer, notes, interrupt)
 
 
 def _set_up(
-    folder: RunFolder, config: Config, world: World, interrupt: Interrupt
+    folder: RunFolder, config: Config, world: World, interrupt: Interrupt, given: Given
 ) -> tuple[_Trainer, list[str]]:
     """The parts of the run, and what to tell of it. The folder is written to last."""
     checkpoint = checkpoint_to_load(folder.checkpoints, world)
-    judge = build_judge(config.judge, folder.path) if world.is_first else None
+    if world.is_first:
+        given.refuse_another(folder.path)
+    judge = given.judge or (build_judge(config.judge, folder.path) if world.is_first else None)
     check_loss(config)  # the user's own code is looked at before a model is loaded
     build_reward(config.reward)
     require_trackers(config)
@@ -122,7 +134,10 @@ def _set_up(
     if checkpoint is None or step_of(checkpoint) < config.steps:
         probe_judge(judge)
     weights, scratch = checkpoint or initial, folder.path / "sglang"
-    setup = build_setup(config, weights, scratch, base=initial, world=world, interrupt=interrupt)
+    setup = build_setup(
+        config, weights, scratch,
+        base=initial, world=world, interrupt=interrupt, environment=given.environment,
+    )  # fmt: skip
     cost = cost_model_of_run(folder.path, config.forest.cost_model)
     reference = build_reference(config, initial, setup)
     learner = Learner(setup.policy, reference, config, cost, world, setup.sharding)
@@ -136,6 +151,8 @@ def _set_up(
         notes += [change.said() for change in folder.open(config, progress.step, rows)]
         if not folder.is_locked:
             notes.append(f"{folder.path} is on storage without locks: nothing keeps a second run out of it")
+        with folder.writing("given.json"):
+            given.keep(folder.path)
         with folder.writing("cost.toml"):
             keep_cost_model(cost, folder.path)
         with folder.writing("judge.json"):
@@ -394,6 +411,8 @@ class _Trainer:
         for line in closing_lines(folder, self.progress, complete=complete):
             view.say(line)
 
+
+make_callable(__name__)
 
 if __name__ == "__main__":
     raise SystemExit(run_cli(main))

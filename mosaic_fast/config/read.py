@@ -58,6 +58,11 @@ def load_config(path: Path, *, model: str | None = None, is_folder: bool = True)
     return _validate(_for_model(values, model), f"{path}")
 
 
+def revised(config: Config, changes: Mapping[str, Mapping[str, object]]) -> Config:
+    """The configuration with other values, `{section: {key: value}}`; None unsets. UserError if invalid."""
+    return _validate(_merge(config.model_dump(exclude_none=True), changes), "the configuration")
+
+
 def save_config(config: Config, path: Path) -> None:
     """Write every value, defaults included."""
     write_text(path, tomli_w.dumps(config.model_dump(mode="json", exclude_none=True)))

@@ -1,7 +1,12 @@
-"""Evaluation: tasks of one or more suites played by a policy or an endpoint, as rates with intervals."""
+"""Evaluation: tasks of one or more suites played by a policy or an endpoint, as rates with intervals.
+
+`mosaic_fast.evaluate(...)` is the call for scripts (mosaic_fast/api.py).
+"""
 
 from importlib import import_module
 from typing import TYPE_CHECKING
+
+from mosaic_fast import make_callable
 
 if TYPE_CHECKING:
     from mosaic_fast.evaluate.play import evaluate_policy
@@ -23,3 +28,6 @@ def __getattr__(name: str) -> object:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+
+
+make_callable(__name__)

@@ -31,7 +31,6 @@ from mosaic_fast.evaluate.store import Finished, Key, Store, kept_date
 from mosaic_fast.evaluate.tables import results_table
 from mosaic_fast.evaluate.targets import LIMITS, Target, data_hash, resolve
 from mosaic_fast.evaluate.tasks import EVALUATION_SEED
-from mosaic_fast.preferences.episode_counts import EpisodeCounts
 
 _VERSIONS = (
     "mosaic-fast",
@@ -124,7 +123,7 @@ def _judge_settings(judge: JudgeConfig) -> dict[str, object]:
 
 def _evaluate(target: Target, arguments: Arguments) -> _Evaluated:
     """Play what is missing and count all."""
-    from mosaic_fast.evaluate.play import Job, jobs_of, play
+    from mosaic_fast.evaluate.play import Job, by_task, jobs_of, play
     from mosaic_fast.setup.environment import build_environment
 
     target = _dated(target, arguments)
@@ -160,19 +159,10 @@ def _evaluate(target: Target, arguments: Arguments) -> _Evaluated:
         if store is not None:
             asked = store.keep_asked(asked)
     loop = target.folder is not None or arguments.protocol == "loop"
-    by_suite = {suite.env.name: _by_task(suite.env.name, done) for suite in target.suites}
+    by_suite = {suite.env.name: by_task(suite.env.name, done) for suite in target.suites}
     suites = {name: suite_result(name, tasks, loop=loop) for name, tasks in by_suite.items()}
     every = [task for tasks in by_suite.values() for task in tasks]
     return _Evaluated(target, settings, suites, suite_result("all", every, loop=loop), asked)
-
-
-def _by_task(suite: str, done: Mapping[Key, Finished]) -> list[list[EpisodeCounts]]:
-    """The outcomes of a suite's tasks, each a list of its samples, in the order of the draw."""
-    keys = sorted(key for key in done if key.suite == suite)
-    tasks: dict[int, list[EpisodeCounts]] = {}
-    for key in keys:
-        tasks.setdefault(key.index, []).append(done[key].outcome)
-    return list(tasks.values())
 
 
 def _folder(target: Target, arguments: Arguments) -> Path:

@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING
 from mosaic_fast.config.config import derived_seed
 from mosaic_fast.evaluate.arguments import Arguments, flag
 from mosaic_fast.evaluate.graders import Grader, grader_of
-from mosaic_fast.evaluate.judging import EvaluationJudge
+from mosaic_fast.evaluate.judging import IN_MEMORY, EvaluationJudge
+from mosaic_fast.evaluate.results import SuiteResult, suite_result
 from mosaic_fast.evaluate.store import Finished, Key
 from mosaic_fast.evaluate.targets import Suite, Target, api_key, api_key_variable
 from mosaic_fast.evaluate.tasks import evaluation_tasks
-from mosaic_fast.preferences.episode_counts import Played, episode_counts
+from mosaic_fast.preferences.episode_counts import EpisodeCounts, Played, episode_counts
 from mosaic_fast.run.metrics import Rate, rollout_rates
 from mosaic_fast.run.trajectories import opening, readable_step
 from mosaic_rollout.endpoint.parameters import Parameters
@@ -31,6 +32,7 @@ from mosaic_rollout.types import Completion, Engine, Environment, Request, Rollo
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from mosaic_fast.policy import Policy
     from mosaic_fast.setup.build import Setup
     from mosaic_rollout.chat.chat import Chat
 
@@ -75,13 +77,47 @@ def jobs_of(suite: Suite, environment: Environment, arguments: Arguments) -> lis
     ]
 
 
+def evaluate_target(
+    target: Target,
+    arguments: Arguments,
+    environment: Environment | None = None,
+    policy: Policy | None = None,
+) -> SuiteResult:
+    """The figures of a target's first suite; nothing is shown or kept.
+
+    environment: what is played instead of what the suite names. policy: see `play`.
+    """
+    from mosaic_fast.setup.environment import build_environment
+
+    suite = target.suites[0]
+    jobs = jobs_of(suite, environment or build_environment(target.config), arguments)
+    done: dict[Key, Finished] = {}
+    play(target, jobs, arguments, done.__setitem__, IN_MEMORY, policy)
+    return suite_result(suite.env.name, by_task(suite.env.name, done))
+
+
+def by_task(suite: str, done: Mapping[Key, Finished]) -> list[list[EpisodeCounts]]:
+    """The outcomes of a suite's tasks, each a list of its samples, in the order of the draw."""
+    keys = sorted(key for key in done if key.suite == suite)
+    tasks: dict[int, list[EpisodeCounts]] = {}
+    for key in keys:
+        tasks.setdefault(key.index, []).append(done[key].outcome)
+    return list(tasks.values())
+
+
 def play(
-    target: Target, jobs: Sequence[Job], arguments: Arguments, report: Report, judge_answers: Path
+    target: Target,
+    jobs: Sequence[Job],
+    arguments: Arguments,
+    report: Report,
+    judge_answers: Path,
+    policy: Policy | None = None,
 ) -> dict[str, tuple[str, ...]]:
     """Play the jobs and report each. UserError or TrainingError where model or judge cannot go on.
 
     A judge is asked something small before anything is loaded or played.
     judge_answers: where the answers of a judge are kept, if a suite needs one.
+    policy: what plays instead of the weights in the target's folder.
     Returns what endpoint and judge were asked in another way than the options say, where there is such.
     """
     judge = EvaluationJudge(target.judge, judge_answers) if target.judge else None
@@ -95,7 +131,7 @@ def play(
     if target.folder is None:
         asyncio.run(_play_endpoint(target, arguments, parameters, all_by))
     else:
-        _play_local(target, arguments, all_by)
+        _play_local(target, arguments, all_by, jobs[0].environment, policy)
     asked = {"endpoint": parameters.changes, "judge": judge.changes if judge else ()}
     return {who: changes for who, changes in asked.items() if changes}
 
@@ -106,13 +142,15 @@ async def _probe(judge: EvaluationJudge, suites: set[str]) -> None:
             await grader.probe()
 
 
-def _play_local(target: Target, arguments: Arguments, all_by: _AllBy) -> None:
+def _play_local(
+    target: Target, arguments: Arguments, all_by: _AllBy, environment: Environment, policy: Policy | None
+) -> None:
     from mosaic_fast.setup.build import build_setup
     from mosaic_fast.setup.engine import why_shorter
 
     if target.folder is None:
         raise ValueError("a local target has a folder")
-    setup = build_setup(target.config, target.folder)
+    setup = build_setup(target.config, target.folder, environment=environment, policy=policy)
     if shorter := why_shorter(target.config, setup.policy):
         print(shorter, file=sys.stderr)
     loop = setup.loop_at(arguments.temperature)

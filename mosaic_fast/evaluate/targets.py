@@ -43,8 +43,11 @@ class Target:
     judge: JudgeConfig | None  # of the suites that need one
 
 
-def resolve(name: str, arguments: Arguments) -> Target:
-    """The target a user named. UserError for what is missing or contradicts itself."""
+def resolve(name: str, arguments: Arguments, given: Config | None = None) -> Target:
+    """The target a user named. UserError for what is missing or contradicts itself.
+
+    given: the configuration of what is no run, in place of the file that --config names.
+    """
     if is_url(name):
         _check_url(name)
         api_key(arguments)  # a missing one is named before anything is loaded
@@ -52,6 +55,7 @@ def resolve(name: str, arguments: Arguments) -> Target:
         identity: dict[str, object] = {"endpoint": name.rstrip("/"), "model_name": arguments.model_name}
     else:
         config, folder = _model(name, arguments)
+        config = config or given
         identity = {"weights_sha256": weight_hashes(folder)}
     base = config or Config(model=ModelConfig(path=name))
     known = folder is not None and (name == "embedded" or (folder / RECORD).is_file())

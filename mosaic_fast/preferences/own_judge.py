@@ -28,7 +28,15 @@ def load_judge(spec: str) -> Judge:
     factory = import_named(spec, "judge.name")
     if not any(get_method(factory, method, what) for method in ("judge", "score_group")):
         raise UserError(f"{what}: it has no method judge or score_group")
-    made = call_named(spec, "judge.name", factory)
+    return guarded_judge(call_named(spec, "judge.name", factory), spec)
+
+
+def guarded_judge(made: object, spec: str) -> Judge:
+    """A user's object with a method `judge` or `score_group` as a judge; see `load_judge`.
+
+    spec: how errors call it, `module:Class`.
+    """
+    what = f"judge.name {spec!r}"
     judge = get_method(made, "judge", what)
     if judge is not None:
         return _Own(judge, spec)

@@ -121,18 +121,7 @@ class RunFolder:
                 durable.sync(path)
 
     def metrics(self) -> list[dict[str, float]]:
-        """Every sound row of metrics.jsonl; a last line cut off by a crash is left out, or a damaged one."""
-        if not self.metrics_path.exists():
-            return []
-        rows = []
-        for _, line in json_lines(self.metrics_path.read_text(encoding="utf-8", errors="replace")):
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError):
-                continue
-            if isinstance(row, dict) and all(map(_is_figure, row.values())):
-                rows += [row] if "step" in row else []
-        return rows
+        return read_metrics_rows(self.metrics_path)
 
     def append_metrics(self, row: Mapping[str, float]) -> None:
         finite = {name: value for name, value in row.items() if math.isfinite(value)}
@@ -249,6 +238,21 @@ class RunFolder:
 
 _BEFORE_OPEN = frozenset({_LOCK, "sglang"})
 """What may lie in the folder of a new run before it is opened: its lock, and the place of its servers."""
+
+
+def read_metrics_rows(path: Path) -> list[dict[str, float]]:
+    """Every sound row of metrics.jsonl; a last line cut off by a crash is left out, or a damaged one."""
+    if not path.exists():
+        return []
+    rows = []
+    for _, line in json_lines(path.read_text(encoding="utf-8", errors="replace")):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(row, dict) and all(map(_is_figure, row.values())):
+            rows += [row] if "step" in row else []
+    return rows
 
 
 def _is_figure(value: object) -> bool:

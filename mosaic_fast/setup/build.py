@@ -21,7 +21,7 @@ from mosaic_fast.learner.learner import Reference
 from mosaic_fast.learner.lora import Lora
 from mosaic_fast.policy import Policy
 from mosaic_fast.policy.checkpoint import check_saved, weights_of
-from mosaic_fast.policy.folder import check_folder
+from mosaic_fast.policy.folder import check_config, check_folder
 from mosaic_fast.run.interrupt import Interrupt, Stopped
 from mosaic_fast.setup.engine import build_engine, longest_rollout
 from mosaic_fast.setup.environment import build_environment
@@ -37,7 +37,7 @@ from mosaic_rollout.chat.chat import Chat
 from mosaic_rollout.engine import EngineError
 from mosaic_rollout.loop.agent_loop import AgentLoop, Limits
 from mosaic_rollout.loop.branching import Branching
-from mosaic_rollout.types import ManagedEngine, Task
+from mosaic_rollout.types import Environment, ManagedEngine, Task
 
 Result = TypeVar("Result")
 
@@ -197,12 +197,16 @@ def build_setup(
     base: Path | None = None,
     world: World = ALONE,
     interrupt: Interrupt | None = None,
+    environment: Environment | None = None,
+    policy: Policy | None = None,
 ) -> Setup:
     """Everything of a run, with the model of folder `weights`. Raises UserError for what is missing.
 
     scratch: a folder for an engine's own files; without one, a temporary folder. Close the engine at the end.
     base: given to train, the folder that training starts from. With LoRA the model is that one, with the
         adapter of `weights`, or with a new one where `weights` is the base itself.
+    environment: what is played instead of what `config.env` names.
+    policy: what samples instead of the weights of the folder, of which only the tokenizer is then read.
     """
     if world.size > 1 and config.engine.colocated:
         raise UserError(
@@ -211,9 +215,9 @@ def build_setup(
         )
     if config.model.threads:
         torch.set_num_threads(config.model.threads)
-    environment = build_environment(config)
+    environment = environment or build_environment(config)
     try:
-        check_folder(weights)
+        check_folder(weights) if policy is None else check_config(weights)
     except UserError as error:
         raise UserError(f"model.path: {error}") from None
     tokenizer = load_tokenizer(weights)
@@ -223,13 +227,16 @@ def build_setup(
         end_token_ids=end_tokens(weights),
         today=config.rollout.today,
     )
-    if base is not None and config.model.lora_rank:
+    lora = None
+    if policy is not None:
+        pass  # it is loaded already
+    elif base is not None and config.model.lora_rank:
         policy = load_policy(config, base, world=world)
         lora = Lora(policy.model, config.model, config.seed)
         if weights != base:
             lora.load(weights)
     else:
-        policy, lora = load_policy(config, weights, world=world), None
+        policy = load_policy(config, weights, world=world)
     check_vocabulary(tokenizer, policy, weights)
     if config.model.activation_checkpointing:
         checkpoint_activations(policy.model)

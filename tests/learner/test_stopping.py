@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mosaic_fast import train
+import mosaic_fast.train as train
 from mosaic_fast.learner.checkpoint import latest_checkpoint
 from mosaic_fast.learner.learner import Learner
 from mosaic_fast.run import judge_groups as judged

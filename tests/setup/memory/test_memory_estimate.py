@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from transformers import AutoModelForCausalLM, Phi3Config, PreTrainedConfig, Qwen2Config, Qwen3Config
 
-from mosaic_fast import train
+import mosaic_fast.train as train
 from mosaic_fast.cli import run_cli
 from mosaic_fast.config import Config
 from mosaic_fast.config.read import load_config, parse_train_command

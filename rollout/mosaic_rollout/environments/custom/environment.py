@@ -18,10 +18,10 @@ import copy
 import inspect
 import random
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from mosaic_rollout.environments.custom.rows import Row, read_rows
+from mosaic_rollout.environments.custom.rows import Row, read_rows, rows_name
 from mosaic_rollout.environments.custom.tools import Tools, refuse_generator, tools_of
 from mosaic_rollout.environments.custom.whole import WholeEnvironment
 from mosaic_rollout.environments.guarded import GuardedEpisode
@@ -81,15 +81,16 @@ class CustomEpisode(GuardedEpisode):
 class CustomEnvironment:
     """Rows of tasks played by instances of a user's class.
 
-    tasks, heldout_tasks: JSON Lines files; without the second, every fifth row of the first is held out.
+    tasks, heldout_tasks: JSON Lines files, or their rows; without the second, every fifth row of the first
+    is held out.
     Rows in both are refused: a held-out task must not be trained on. name: how errors call it.
     """
 
     def __init__(
         self,
         factory: Callable[[], object],
-        tasks: Path,
-        heldout_tasks: Path | None = None,
+        tasks: Path | Sequence[Mapping[str, object]],
+        heldout_tasks: Path | Sequence[Mapping[str, object]] | None = None,
         *,
         max_observation_chars: int = 16_000,
         name: str = "",
@@ -110,12 +111,14 @@ class CustomEnvironment:
         rows = read_rows(tasks)
         if heldout_tasks is None:
             if len(rows) < 2:
-                raise UserError(f"{tasks} has one task; at least two are needed, one of them to hold out")
+                raise UserError(
+                    f"{rows_name(tasks)} has one task; at least two are needed, one of them to hold out"
+                )
             held = rows[4::5] or rows[-1:]
             names = {row.row_id for row in held}
             train = [row for row in rows if row.row_id not in names]
         else:
-            train, held = rows, read_rows(heldout_tasks)
+            train, held = rows, read_rows(heldout_tasks, "heldout")
         seen = {_content(row) for row in train}
         for row in held:
             if _content(row) in seen:

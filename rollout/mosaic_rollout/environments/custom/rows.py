@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast, get_args
@@ -23,9 +24,15 @@ class Row:
     columns: dict[str, JsonValue]
 
 
-def read_rows(path: Path) -> list[Row]:
-    """All rows. UserError names the file, the line and what is wrong with it."""
+def read_rows(tasks: Path | Sequence[Mapping[str, object]], given: str = "tasks") -> list[Row]:
+    """All rows of a file, or given as such. UserError names the file, the line and what is wrong with it.
+
+    given: how errors and task ids call rows that are in no file.
+    """
+    path = tasks if isinstance(tasks, Path) else Path(given)
     try:
+        if not isinstance(tasks, Path):
+            return [_row(path, number, _as_line(path, number, row)) for number, row in enumerate(tasks, 1)]
         lines = read_lines(path)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the tasks of {path}: {error}") from None
@@ -33,6 +40,19 @@ def read_rows(path: Path) -> list[Row]:
     if not rows:
         raise UserError(f"{path} has no tasks; write one JSON object a line, with at least a prompt")
     return rows
+
+
+def rows_name(tasks: Path | Sequence[Mapping[str, object]]) -> str:
+    """How errors call tasks as a whole."""
+    return str(tasks) if isinstance(tasks, Path) else "tasks"
+
+
+def _as_line(path: Path, number: int, row: Mapping[str, object]) -> str:
+    """A row that was given as a mapping, as the line of a file that it would be."""
+    try:
+        return json.dumps(row, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}, line {number}: a row must hold plain JSON values ({error})") from None
 
 
 def _row(path: Path, number: int, line: str) -> Row:

@@ -42,7 +42,7 @@ from peer import PeerError
 from profiling import profile_step
 from rich.console import Console
 from run_arguments import CASES, Arguments, parse
-from sglang_server import sglang_installed
+from serving import sglang_installed
 
 from mosaic_fast.errors import UserError
 from mosaic_kernels.selfcheck import KernelMismatch

@@ -8,12 +8,17 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from mosaic_fast.config import Config, EngineConfig
+from mosaic_fast.setup.engine import build_engine
+from mosaic_fast.setup.model_folder import load_policy, model_folder
 from mosaic_kernels import pack_forest
+from mosaic_rollout.engine.sglang import SGLangEngine
 from mosaic_rollout.types import Completion
 
 
@@ -121,3 +126,25 @@ def print_serving(name: str, engines: Mapping[str, Sequence[Round] | str]) -> No
         table.add_row(engine, *row)
     console = Console(width=None if sys.stdout.isatty() else 140)
     console.print(table, *missing, sep="\n", highlight=False)
+
+
+_PYTHON = Path(__file__).parents[1] / ".venv-sglang" / "bin" / "python"
+
+
+def sglang_installed() -> bool:
+    return _PYTHON.is_file()
+
+
+@contextmanager
+def sglang_engine() -> Iterator[SGLangEngine | str]:
+    """The engine, whose server starts at the first update_weights; or why there is none."""
+    if not sglang_installed():
+        yield "not run: SGLang is not installed; make sglang puts it into .venv-sglang"
+        return
+    config = Config(engine=EngineConfig(kind="sglang", device="cpu", python=str(_PYTHON)))
+    engine = build_engine(config, load_policy(config, model_folder("embedded")))
+    assert isinstance(engine, SGLangEngine)
+    try:
+        yield engine
+    finally:
+        engine.close()

@@ -29,7 +29,7 @@ from mosaic_fast.config.kinds import RECORD, defaults_in_words, record_of
 from mosaic_fast.config.read import parse_train_command
 from mosaic_fast.distributed import ALONE, World
 from mosaic_fast.distributed.exchange import Share, all_groups
-from mosaic_fast.distributed.job import INTERRUPTED, run_as_rank
+from mosaic_fast.distributed.world import INTERRUPTED, run_as_rank
 from mosaic_fast.errors import EngineStoppedError, UserError
 from mosaic_fast.evaluate import evaluate_policy, evaluation_tasks, rates_table
 from mosaic_fast.learner.checkpoint import (

@@ -28,10 +28,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from agreement import Expected, Missing, missing_of
+from contenders import gather_attention, gather_of, gathered_runs, varlen_attention
 from device import Place
-from gathering import gather_attention, gather_of, gathered_runs, varlen_attention
 from measure import Result, compare
-from peer_packages import package_missing
+from peer import package_missing
 from torch import Tensor
 from workloads import drawn_rollouts
 

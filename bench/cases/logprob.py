@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from agreement import Expected, Missing, missing_of
 from device import Place
 from measure import Result, compare
-from peer_packages import package_missing
+from peer import package_missing
 from torch import Tensor
 
 from mosaic_kernels import linear_logprob

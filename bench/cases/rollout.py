@@ -35,8 +35,7 @@ import torch
 from agreement import Missing
 from device import Place
 from measure import Result, compare
-from serving import Round, Turn, print_serving, served
-from sglang_server import sglang_engine
+from serving import Round, Turn, print_serving, served, sglang_engine
 from transformers import PreTrainedModel, Qwen3ForCausalLM
 
 from mosaic_fast.config import Config

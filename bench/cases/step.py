@@ -52,7 +52,7 @@ from contenders import (
 )
 from device import Place
 from measure import Result, compare
-from peer_packages import package_missing
+from peer import package_missing
 from transformers import PreTrainedModel
 from workloads import Workload, agent, drawn, groups_drawn, played, real_qwen3
 

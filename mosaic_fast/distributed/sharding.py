@@ -16,6 +16,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from mosaic_fast.distributed.world import World
@@ -127,3 +128,43 @@ class _Root(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         calls = [cast(LayerCall, layer) for layer in self.layers]
         return run_in_parts(vars(self)["model"], calls, tree, longest_alone, temperature, return_entropy)
+
+
+def local_part(weight: Tensor) -> Tensor:
+    """The rank's rows of a weight, without gradient, in the weight's own memory; all of one not sharded."""
+    own = weight.detach()
+    return own.to_local() if isinstance(own, DTensor) else own
+
+
+def local_rows(weight: Tensor) -> tuple[int, int | None]:
+    """Which rows [start, stop) of the whole weight are the rank's; (0, None) for all of one not sharded.
+
+    FSDP2 cuts the first dimension as torch.chunk does: 5 rows on 3 ranks are 2, 2 and 1.
+    """
+    if not isinstance(weight, DTensor):
+        return 0, None
+    rows, mesh = weight.shape[0], weight.device_mesh
+    chunk = -(-rows // mesh.size())
+    start = min(mesh.get_local_rank() * chunk, rows)
+    return start, min(start + chunk, rows)
+
+
+def whole(local: Tensor, weight: Tensor) -> Tensor:
+    """All rows of what is spread as `weight` is. A collective where it is sharded."""
+    if not isinstance(weight, DTensor):
+        return local
+    spread = DTensor.from_local(
+        local,
+        weight.device_mesh,
+        weight.placements,
+        run_check=False,
+        shape=torch.Size(weight.shape),
+        stride=weight.stride(),
+    )
+    return spread.full_tensor()
+
+
+def local_gradient(weight: Tensor) -> Tensor | None:
+    """The rank's rows of a weight's gradient, and the weight lets go of it; None if there is none."""
+    grad, weight.grad = weight.grad, None
+    return grad.to_local() if isinstance(grad, DTensor) else grad

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from mosaic_fast.config import OptimConfig
 from mosaic_fast.distributed import ALONE, World
-from mosaic_fast.distributed.shards import local_gradient, local_part, local_rows, whole
+from mosaic_fast.distributed.sharding import local_gradient, local_part, local_rows, whole
 from mosaic_fast.errors import TrainingError
 from mosaic_fast.learner.tensor_file import Entry, Reader
 

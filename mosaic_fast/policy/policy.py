@@ -18,8 +18,13 @@ from mosaic_fast.errors import UserError
 from mosaic_fast.policy.attention import KeysAndValues, TreeForward, tree_attention_selected
 from mosaic_fast.policy.checkpoint import load_model, save_model
 from mosaic_fast.policy.forest_tensors import ForestTensors, forest_tensors
-from mosaic_fast.policy.forward import ForwardInParts, final_logits, layer_calls, run_in_parts
-from mosaic_fast.policy.head import logprobs_from_logits
+from mosaic_fast.policy.forward import (
+    ForwardInParts,
+    final_logits,
+    layer_calls,
+    logprobs_from_logits,
+    run_in_parts,
+)
 from mosaic_fast.policy.layout import has_known_layout
 from mosaic_fast.policy.support import check_model, check_modules, check_rope_lengths
 from mosaic_kernels import PackedForest

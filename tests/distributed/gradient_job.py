@@ -14,8 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from mosaic_fast.config import ModelConfig
 from mosaic_fast.distributed import ALONE, World, joined_world
-from mosaic_fast.distributed.sharding import Sharding
-from mosaic_fast.distributed.shards import whole
+from mosaic_fast.distributed.sharding import Sharding, whole
 from mosaic_fast.learner.checkpoint import Progress, checkpoint_path, load_training_state, save_checkpoint
 from mosaic_fast.learner.execution import Execution
 from mosaic_fast.learner.learner import Learner, Reference
@@ -174,7 +173,7 @@ def restore(run: Run, checkpoint: Path) -> None:
     from safetensors.torch import load_file
 
     state = load_file(checkpoint / "model.safetensors")
-    from mosaic_fast.distributed.shards import local_part, local_rows
+    from mosaic_fast.distributed.sharding import local_part, local_rows
 
     for name, weight in run.model.named_parameters():
         start, stop = local_rows(weight)

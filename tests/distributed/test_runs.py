@@ -18,7 +18,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from mosaic_fast.config.read import parse_train_arguments
-from mosaic_fast.distributed.job import MISTAKE, run_as_rank
+from mosaic_fast.distributed.world import MISTAKE, run_as_rank
 from mosaic_fast.train import train
 from tests.distributed.launch import PATIENCE_S, run, run_forked, start
 

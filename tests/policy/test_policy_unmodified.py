@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AttentionInterface, PreTrainedModel
 
-import mosaic_fast.policy.head as head_module
+import mosaic_fast.policy.forward as head_module
 from mosaic_fast.errors import UserError
 from mosaic_fast.policy import Policy
 from mosaic_fast.policy.attention import ATTENTION_NAME

@@ -27,13 +27,16 @@ from mosaic_fast.learner.calibrate.measure import (
     PROBES,
     FloatArray,
     Probe,
+    coefficient_table,
+    doubts,
     fit,
     measured,
     prepared,
+    probe_table,
     random_policy,
     steady,
+    summary,
 )
-from mosaic_fast.learner.calibrate.table import coefficient_table, doubts, probe_table, summary
 from mosaic_fast.learner.execution import save_cost_model
 
 ROUNDS = 6

@@ -19,12 +19,12 @@ from mosaic_fast.learner.calibrate.measure import (
     Probe,
     Times,
     as_array,
+    doubts,
     fit,
     prepared,
     sensitivity,
     steady,
 )
-from mosaic_fast.learner.calibrate.table import doubts
 from mosaic_fast.learner.execution import CostModel, load_cost_model
 
 TRUTH = np.array([8e-11, 1.2e-10, 9e-11, 2e-3, 6e-9, 2e-9])  # about a CPU thread's

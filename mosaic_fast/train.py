@@ -241,7 +241,7 @@ class _Trainer:
 
     @property
     def heldout_words(self) -> str:
-        """The number of held-out tasks, and why it is not the one that was asked for."""
+        """The number of held-out tasks in words, with a note where there are fewer than were asked for."""
         asked, found = self.config.env.eval_tasks, self.heldout_tasks
         return f"{found} held-out tasks" + (f" (all there are of {asked})" if found < asked else "")
 
@@ -249,7 +249,7 @@ class _Trainer:
         return len(evaluation_tasks(self.setup.loop.environment, "heldout", count)) if count else 0
 
     def any_rank(self, here: bool) -> bool:
-        """Whether it is so on at least one rank. Every rank has to call it."""
+        """Whether `here` is true on at least one rank. Every rank has to call it."""
         return bool(self.world.maximum(int(here)))
 
     def _tasks(self, step: int) -> list[Task]:
@@ -264,7 +264,7 @@ class _Trainer:
         return self.setup.play(self.setup.loop, self._tasks(step), plan, version=version)
 
     def step(self) -> tuple[dict[str, float], list[str]]:
-        """One training step, or the evaluation that one still lacks: its metrics, and what to say of it."""
+        """Run a step, or the evaluation that was cut off after the last one: metrics, and notes to show."""
         if self.progress.unevaluated:
             return self._evaluated(self.progress.unevaluated), []
         config, step = self.config, self.progress.step
@@ -320,14 +320,14 @@ class _Trainer:
         return self._evaluated(row), [*notes, *still]
 
     def _take(self, step: int) -> Share:
-        """This rank's rollouts of a step, or that it was asked to stop while it waited for them."""
+        """This rank's rollouts of a step; an abandoned share where it was asked to stop while it waited."""
         try:
             return self.rollouts.take(step)
         except Stopped:
             return Share(abandoned=True)
 
     def _evaluated(self, row: dict[str, float]) -> dict[str, float]:
-        """The metrics of the step just done, with its evaluation where one is due: written down, and kept.
+        """Evaluate after the step just done where due, write its metrics, and save a checkpoint where due.
 
         Where the evaluation ends early, a checkpoint keeps the step, whose metrics are then written once
         it was made.
@@ -373,7 +373,7 @@ class _Trainer:
         self._checkpoint_s = clock.total
 
     def _save_model(self, folder: Path | None) -> None:
-        """The model's folder, with what whoever trains it again needs to know of this run."""
+        """Write the model's folder, and beside it the settings that a later run of this model should keep."""
         self.setup.save_weights(folder, check=not self._opened_one)
         if folder is not None:
             (folder / RECORD).write_text(record_of(self.config), encoding="utf-8")

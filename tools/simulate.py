@@ -52,7 +52,7 @@ class Prediction:
 
     @property
     def serial_s(self) -> float:
-        """Nothing hidden."""
+        """Traffic beside computing, with nothing of it hidden."""
         return self.compute_s + self.traffic_s
 
 
@@ -114,7 +114,7 @@ def traffic_s(shape: ModelShape, ranks: int, gigabytes_per_s: float, latency_us:
 
 
 def _cheapest(share: PackedForest, shape: ModelShape, cost: CostModel, budget: int) -> tuple[Forward, ...]:
-    """What a rank's `Execution` would choose."""
+    """The forwards that a rank's `Execution` would choose for its share of the forest."""
     shared = whole(share) if share.num_nodes <= budget else cut(share, budget)
     return min((shared, cut(unmerged(share), budget)), key=lambda parts: cost.predict(work_of(parts, shape)))
 

@@ -55,7 +55,7 @@ def all_groups(world: World, share: Share, tasks: Sequence[Task]) -> list[list[R
 
 
 def stopped_together(world: World, reasons: Sequence[str]) -> None:
-    """EngineStoppedError where a rank has a reason; every rank is given the reasons of all."""
+    """Raise EngineStoppedError on every rank where one has a reason. reasons: of each rank, "" for none."""
     for rank, reason in enumerate(reasons):
         if reason:
             raise EngineStoppedError(reason if world.size == 1 else f"rank {rank}: {reason}")

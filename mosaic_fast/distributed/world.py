@@ -1,6 +1,7 @@
-"""Every rank tells once a second that it lives: one that falls silent ends the job, not a timeout.
+"""The ranks of a run: one process alone, or those that torchrun started, and how their job ends.
 
-The ranks of a run: one process alone, or those that torchrun started.
+Every rank tells the others once a second that it lives. One that falls silent ends the job at once, where a
+collective would wait for its timeout; and of several ranks that find the same mistake, one says it.
 """
 
 from __future__ import annotations

@@ -47,12 +47,12 @@ class Progress:
 
 
 def checkpoint_path(folder: Path, progress: Progress) -> Path:
-    """Where the checkpoint of a step lies in the folder of checkpoints."""
+    """The folder of the checkpoint of `progress.step` in the folder of all checkpoints."""
     return folder / f"step-{progress.step:06d}"
 
 
 def step_of(checkpoint: Path) -> int:
-    """The training steps that a checkpoint's weights have had."""
+    """How many training steps a checkpoint's weights have had, by the folder's name."""
     return int(checkpoint.name.removeprefix("step-"))
 
 
@@ -190,7 +190,7 @@ def made_with(checkpoint: Path) -> dict[str, str]:
 
 
 def other_versions(checkpoint: Path) -> str | None:
-    """What to tell where the versions that a checkpoint names are not those of now; None where they are."""
+    """A note for the user where a checkpoint was made with other versions than those of now; else None."""
     before, now = made_with(checkpoint), versions()
     changed = [
         f"{name} {before.get(name, 'none')} -> {now.get(name, 'none')}"
@@ -203,7 +203,7 @@ def other_versions(checkpoint: Path) -> str | None:
 
 
 def _check_state(path: Path, optimizer: Optimizer) -> None:
-    """UserError where the optimiser's file does not hold the tensors that it should."""
+    """TrainingError where the optimiser's file does not hold exactly the tensors that it should."""
     with reading(path) as read:
         found = read.names
     expected = {*optimizer.entry_names(), _RNG}

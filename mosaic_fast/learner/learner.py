@@ -58,7 +58,10 @@ class _Prepared:
 
 
 class Learner:
-    """Owns the optimiser. Raises UserError for a loss that needs a reference and has none."""
+    """Trains the policy on the rollouts of one step at a time; owns the optimiser.
+
+    Raises UserError for a loss that needs a reference and has none.
+    """
 
     def __init__(
         self,
@@ -135,7 +138,7 @@ class Learner:
         }
 
     def _prepare(self, batch: StepBatch) -> _Prepared:
-        """Credit and normaliser over all tokens of the step, then everything cut to what the loss reaches."""
+        """Credit and normaliser over all tokens of the step, then all pruned to what the loss reads."""
         config, forest = self._config, batch.forest
         credit = assign_credit(config.forest.credit, batch.forks, batch.advantages, batch.returns)
         weights = normalised_weights(
@@ -177,7 +180,7 @@ class Learner:
         )
 
     def _surrogate(self) -> SurrogateLoss:
-        """The loss, where a gate is contrasted; the configuration refuses others."""
+        """The loss, which is a surrogate wherever a gate is contrasted: the configuration refuses others."""
         if not isinstance(self._loss, SurrogateLoss):
             raise TypeError(f"{type(self._loss).__name__} does not go with gate_contrast")
         return self._loss

@@ -21,7 +21,7 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Optimizer:
-    """Clip, check, step.
+    """AdamW with clipping and checks: a step is taken only where gradients and weights are finite.
 
     A bfloat16 weight has 8 bits of precision: most updates would round to nothing. With `master_weights` its
     fp32 copy is what AdamW changes, and the model holds the copy rounded. Gradients are added up in fp32 as
@@ -101,7 +101,7 @@ class Optimizer:
 
     @property
     def updates(self) -> int:
-        """Updates made so far, of runs that it was resumed from too."""
+        """How many updates were made so far, those before the run was resumed included."""
         state = self.adamw.state
         return int(state.get(self._targets[0], {}).get("step", 0)) if self._targets else 0
 
@@ -160,7 +160,7 @@ class Optimizer:
         return index in self._masters or self._sharded_masters
 
     def _norm(self) -> Tensor:
-        """Of the whole gradient. Under several ranks the squares are added up in fp64."""
+        """The 2-norm of the whole gradient. Under several ranks the squares are added up in fp64."""
         own = nn.utils.get_total_norm([target.grad for target in self._targets if target.grad is not None])
         return own if self._world.size == 1 else self._world.sum(own.double() ** 2).sqrt().to(own.dtype)
 

@@ -1,6 +1,4 @@
-"""What a training step hands to the learner, and what of it the loss reads.
-
-What no term of the loss depends on is pruned before the forward.
+"""What a training step hands to the learner, and the part of it that the loss reads: the rest is pruned.
 
 A token needs its own log-prob if its coefficient in some term is not zero; it needs to be forwarded if that
 holds for it or a descendant. So tails after the last needed token go, and subtrees in which nothing is

@@ -36,7 +36,7 @@ class Entry:
 
 
 class Reader(Protocol):
-    """What is read of a file: its names, and rows [start, stop) of a tensor; the whole without them."""
+    """An open file: the names in it, and a call that reads rows [start, stop) of a tensor, by default all."""
 
     names: frozenset[str]
 
@@ -96,7 +96,7 @@ class _OpenFile(Protocol):
 
 
 class _File:
-    """An open file as a `Reader`."""
+    """safetensors' open file as a `Reader`."""
 
     def __init__(self, file: _OpenFile) -> None:
         self._file, self.names = file, frozenset(file.keys())

@@ -55,7 +55,7 @@ def is_tied(model: PreTrainedModel) -> bool:
 
 
 def weights_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """What `state_dict` gives. That of a sharded model would give shards, even while all is gathered."""
+    """A model's weights by name, as `state_dict` gives them, but whole also while shards are gathered."""
     found: dict[str, torch.Tensor] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
         kept = {n: b for n, b in module._buffers.items() if n not in module._non_persistent_buffers_set}
@@ -133,7 +133,7 @@ def _load_folder(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Rep
 
 
 def in_one_line(error: BaseException) -> str:
-    """What a library says of a folder, cut to a line."""
+    """The message of another library's error, cut to one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = " ".join(lines[:3])[:300]
     return text if isinstance(error, ValueError | OSError) and text else f"{type(error).__name__}: {text}"
@@ -146,7 +146,7 @@ def _refuse_broken_values(path: Path, model: torch.nn.Module) -> None:
 
 
 def _mend_generation(path: Path, model: PreTrainedModel) -> None:
-    """transformers loads a generation_config.json that it then refuses to save, at the first checkpoint."""
+    """Mend or refuse a generation_config.json that transformers loads, but would not save in a checkpoint."""
     generation = model.generation_config
     if generation is None:
         return

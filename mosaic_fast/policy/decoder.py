@@ -1,4 +1,4 @@
-"""A stock Llama, Qwen2 or Qwen3 run on its weights, without calling its modules: what samples from it.
+"""A stock Llama, Qwen2 or Qwen3 computed from its weights without calling its modules, for sampling.
 
 For a small model a module costs more than its arithmetic. Same operations in the same order; fused where
 PyTorch has a fused one. The weights are the model's own tensors, nothing is copied.

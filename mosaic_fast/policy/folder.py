@@ -1,4 +1,4 @@
-"""What is wrong with a model folder, seen before anything in it is loaded: in one line, with the mend."""
+"""Checks of a model folder before anything in it is loaded: each error is one line, with what mends it."""
 
 from __future__ import annotations
 

@@ -129,7 +129,7 @@ def _call_last(
 
 
 def _is_checkpointed(layer: nn.Module) -> bool:
-    """True if the layer's own call keeps its input only, and runs again in the backward pass."""
+    """True if the layer is checkpointed: it keeps its input only, and runs again in the backward pass."""
     return layer.training and bool(getattr(layer, "gradient_checkpointing", False))
 
 

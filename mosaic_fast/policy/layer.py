@@ -79,7 +79,7 @@ def _attention(
     fewer: bool,
     attend: Attend,
 ) -> Tensor:  # [1, N or U, D]
-    """Its projections and norms are called as modules."""
+    """The attention of a known layer, whose projections and norms are called as modules."""
     cos, sin = cast(tuple[Tensor, Tensor], position_embeddings)
     query, key, value = _projections(model, attention, hidden, rows, fewer)
     query, key = _rotated(attention, query, key, (_picked(cos, rows), _picked(sin, rows)), (cos, sin), fewer)
@@ -137,9 +137,9 @@ def _rotated(
     of_key: tuple[Tensor, Tensor],  # [1, U, rotary D]
     fewer: bool,
 ) -> tuple[Tensor, Tensor]:
-    """In one operation each, in fp32 and fp64. Else by the family's own rotary embedding.
+    """Rotate queries and keys: in one operation each in fp32 and fp64, else by the family's own function.
 
-    That rotates queries and keys together; the results of no heads are dropped.
+    The family's function rotates both together, so each call is given no heads of the other.
     """
     if fewer and query.dtype == of_key[0].dtype and query.dtype.itemsize >= 4:
         return rotate(query, *of_query), rotate(key, *of_key)

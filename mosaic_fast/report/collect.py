@@ -73,7 +73,7 @@ class RunData:
 
     @property
     def index(self) -> dict[str, object]:
-        """All of it but the bodies."""
+        """All fields but `chunks`, the bodies of the groups."""
         return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "chunks"}
 
 

@@ -144,7 +144,7 @@ class RunFolder:
         return "".join(kept)
 
     def trajectory_path(self, step: int) -> Path:
-        """step: counted from 1."""
+        """The trajectory file of a training step, counted from 1."""
         return self.trajectories / f"step-{step:06d}.jsonl"
 
     def write_summary(self, summary: Mapping[str, object]) -> None:

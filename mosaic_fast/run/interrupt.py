@@ -1,6 +1,6 @@
 """Ctrl-C and SIGTERM: what can be played again is abandoned, what cannot is finished and kept.
 
-Seconds by phase.
+`Clock` takes the seconds of a step's phases.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Interrupt:
 
     @contextmanager
     def abandonable(self) -> Iterator[None]:
-        """Around what changes nothing that is kept: the first signal ends it with Stopped.
+        """Enter it around work that can be thrown away and done again: the first signal ends it with Stopped.
 
         The tasks of an event loop are cancelled, so that each can put its things in order; a call that
         blocks the loop ends first. In other threads than the main one, which get no signals, it does nothing.

@@ -1,4 +1,4 @@
-"""From groups of rollouts to advantages, asked for once and the same on every rank."""
+"""From groups of rollouts to advantages: one rank judges, and all have the same numbers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from mosaic_rollout.types import JsonValue, Rollout
 
 @dataclass(frozen=True)
 class GroupPreferences:
-    """What comes of a step's groups, each array [G] or [G, G] float64 a group."""
+    """What judging a step's groups gives: for each group arrays [G] or [G, G] of float64."""
 
     preferences: list[np.ndarray]
     totals: list[np.ndarray]  # the rewards

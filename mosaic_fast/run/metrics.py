@@ -1,4 +1,4 @@
-"""What a set of rollouts shows: rates with counts, so that each comes with its uncertainty."""
+"""Metrics of rollouts: rates with their counts, so that each has an interval, and means."""
 
 from __future__ import annotations
 

@@ -64,12 +64,12 @@ class AsyncRollouts(Generic[Groups]):
         return groups
 
     def wait(self) -> None:
-        """Until the engine is idle, for others to use. What has been played is kept."""
+        """Wait until the engine is idle, so that others may use it. What has been played is kept."""
         with self._abandonable():
             wait(self._playing)
 
     def close(self) -> None:
-        """Forget the steps ahead, the one being played with them."""
+        """Drop all steps played ahead, the one under way included."""
         self._abandon()
         self._thread.shutdown(wait=True, cancel_futures=True)
 

@@ -1,4 +1,4 @@
-"""What a configuration names, made: environment, policy, chat and engine."""
+"""Makes what a configuration names: environment, policy, chat and engine."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, eq=False)
 class _Playing:
-    """Engine work under way, to be cancelled."""
+    """Engine work that is under way in some thread, kept so that it can be cancelled."""
 
     loop: asyncio.AbstractEventLoop
     task: asyncio.Task[object]
@@ -170,7 +170,7 @@ class Setup:
             playing.loop.call_soon_threadsafe(playing.task.cancel)
 
     def loop_at(self, temperature: float) -> AgentLoop:
-        """The agent loop at another sampling temperature; 0 is greedy."""
+        """The run's agent loop with another sampling temperature; 0 is greedy."""
         loop = self.loop
         return replace(loop, temperature=temperature)
 

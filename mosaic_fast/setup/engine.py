@@ -95,7 +95,7 @@ def longest_rollout(config: Config, policy: Policy) -> int:
 
 
 def why_shorter(config: Config, policy: Policy) -> str | None:
-    """What to tell of rollouts that end before rollout.max_rollout_tokens; None where they do not."""
+    """A note for the user where rollouts end before rollout.max_rollout_tokens, and why; else None."""
     longest, wanted = longest_rollout(config, policy), config.rollout.max_rollout_tokens
     if longest >= wanted:
         return None

@@ -1,7 +1,4 @@
-"""The tokens that end a turn by a model's folder: all that `generate` and a server would stop at.
-
-The folder that `[model]` names: its policy and tokenizer, in the configured precision and place.
-"""
+"""The folder that `[model]` names: its policy, its tokenizer, and the tokens at which its turns end."""
 
 from __future__ import annotations
 
@@ -24,7 +21,9 @@ from mosaic_fast.policy.folder import refuse_pointer
 
 
 def end_tokens(folder: Path) -> tuple[int, ...]:
-    """`eos_token_id` of generation_config.json and of config.json, a number or a list of them in either.
+    """The tokens that end a turn: all at which `generate` and a server would stop.
+
+    They are `eos_token_id` of generation_config.json and of config.json, a number or a list in either.
 
     Llama 3.1 names `<|eom_id|>`, after a call, beside `<|eot_id|>`; Qwen names `<|endoftext|>` as well.
     A file that is not there names none. UserError for an id that the model has no logit for.
@@ -115,7 +114,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def _try_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """UserError for what loading does not look at, and what breaks the tokenizer when it is used."""
+    """UserError for mistakes in a tokenizer's files that show only when it is used, not when it is loaded."""
     unknown, longest = tokenizer.unk_token, tokenizer.model_max_length
     if unknown is not None and unknown not in tokenizer.get_vocab():  # transformers would look for ever
         raise UserError(

@@ -1,6 +1,6 @@
-"""In what two finished runs differ. Clocks apart, the answer for a resumed run has to be: in nothing.
+"""Runs that are killed and resumed until there were enough kills, each compared with an undisturbed run.
 
-Kills until there were enough, and what they cost.
+But for what clocks say, a run that was killed and resumed must differ from it in nothing.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ class Campaign:
         return self.tally
 
     def _note(self, run: Path, step: int) -> None:
-        """What a killed run leaves on disk has to be there later."""
+        """Remember what a killed run has left on disk, which has to be there later."""
         if step < self._step:
             self.tally.losses.append(f"{run.name}: was at step {self._step}, and is at step {step}")
         found = finished_trajectories(run)

@@ -1,6 +1,6 @@
-"""What a run is doing, seen from outside: from the files in its folder.
+"""One process of a training run, and the moment at which it is killed.
 
-One process of a training run, and the moment at which it is killed.
+What the run is doing is seen from outside, by the files in its folder.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ PHASES: tuple[Phase, ...] = ("start-up", "rollout", "update", "checkpoint", "fin
 
 @dataclass(frozen=True)
 class State:
-    """`step`: of the newest complete checkpoint, 0 without one."""
+    """What a run is doing. step: that of its newest complete checkpoint, 0 without one."""
 
     phase: Phase
     step: int
@@ -79,7 +79,7 @@ class Timing:
 
     @property
     def of_a_life(self) -> float:
-        """From the start of the process through three steps."""
+        """Seconds from the start of the process to the end of three steps."""
         one = sum(self.seconds[phase] for phase in ("rollout", "update", "checkpoint"))
         return self.seconds["start-up"] + 3 * one
 
@@ -164,7 +164,7 @@ class Victim:
         self.process.wait()
 
     def _wait(self, until: Callable[[], bool]) -> None:
-        """Until a moment has come or the process has ended. TrainingError where neither does."""
+        """Wait until `until()` is true or the process has ended. TrainingError where neither happens."""
         try:
             while self.process.poll() is None and not until():
                 if time.monotonic() - self._started > _LONGEST_S:

@@ -1,6 +1,7 @@
-"""Muon: momentum whose every update is made a nearly orthogonal matrix (Jordan et al., 2024).
+"""The cold start's training: one run with one warm-up and one decay, by Muon.
 
-The cold start itself: one uninterrupted run with one warm-up and one decay.
+Muon is momentum whose every update is made a nearly orthogonal matrix (Jordan et al., 2024). This one keeps
+the bits of the shipped weights; torch.optim.Muon orthogonalises in bfloat16, a matrix at a time.
 """
 
 from __future__ import annotations

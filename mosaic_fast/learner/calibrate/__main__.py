@@ -87,7 +87,7 @@ def main(probes: Sequence[Probe] = PROBES) -> int:
 def _runs(
     probes: Sequence[Probe], device: torch.device, dtype: torch.dtype
 ) -> tuple[list[Callable[[], None]], FloatArray]:  # P, [P, K]
-    """A forward and backward pass of each probe, to be called, and its work."""
+    """For each probe a function that runs its forward and backward pass once, and the work of that."""
     policies = {name: random_policy(CONFIGS[name], device, dtype) for name in {one.model for one in probes}}
     runs, work = [], []
     for probe in probes:

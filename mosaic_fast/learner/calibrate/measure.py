@@ -1,4 +1,4 @@
-"""From probes to coefficients: what is run, how it is timed, what fits best, and how far that is to be trusted.
+"""From probes to coefficients: what is run, how it is timed, what fits best, and how sure that is.
 
 The probes are few forests that together tell every kind of work from the others. They are timed in rounds, on
 a machine whose speed may drift, and each round is read by its own pace.
@@ -31,7 +31,7 @@ _SECOND_OF_SIX = 0.2  # as a quantile
 
 @dataclass(frozen=True)
 class Times:
-    """What rounds say together."""
+    """The times of all probes, with the machine's drifting speed taken out."""
 
     seconds: FloatArray  # [P] of each probe, at the pace of the fastest round
     spread: FloatArray  # [P] of a probe's rounds beside that pace: half the middle half, relative
@@ -148,7 +148,7 @@ def random_policy(config: Qwen3Config, device: torch.device, dtype: torch.dtype)
 
 
 def prepared(probe: Probe) -> tuple[Execution, Schedule, tuple[float, ...]]:
-    """How a probe is run, and the work [K] of that in the order of the coefficients. Random tokens."""
+    """How a probe of random tokens is run, and its work [K], in the order of the coefficients."""
     config, random = CONFIGS[probe.model], np.random.default_rng(0)
     prompt = random.integers(0, config.vocab_size, probe.shared)
     length = probe.shared + probe.own
@@ -237,7 +237,7 @@ def probe_table(probes: Sequence[Probe], times: Times, fit: Fit) -> Table:
 
 
 def coefficient_table(fit: Fit) -> Table:
-    """+-: the standard error, from what the fit leaves unexplained."""
+    """A row a coefficient; the column +- is its standard error, from what the fit leaves unexplained."""
     table = Table(box=MARKDOWN)
     for head in ("work", "seconds a unit", "+-"):
         table.add_column(head, justify="right")
@@ -264,6 +264,6 @@ def doubts(probes: Sequence[Probe], times: Times, fit: Fit) -> list[str]:
 
 
 def summary(fit: Fit) -> str:
-    """For the file's `about`."""
+    """One line on how well the fit forecasts, for `about` in the file of coefficients."""
     off = np.abs(fit.forecast)
     return f"forecasts of probes off by {np.median(off):.0%} (median), {off.max():.0%} (most)"

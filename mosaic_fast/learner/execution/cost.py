@@ -83,7 +83,7 @@ def work_of(parts: Sequence[Forward], shape: ModelShape) -> Work:
 
 
 def node_seconds(forest: PackedForest, shape: ModelShape, cost: CostModel) -> NDArray[np.float64]:  # [U]
-    """What each node adds to a forward and backward pass: all its cost but a forward's own."""
+    """Seconds that each node adds to a pass: all costs but those that a forward has whatever its size."""
     sizes, visible = ModelSizes.of(shape), forest.positions + 1
     pairs = [visible if window is None else np.minimum(visible, window) for window in sizes.windows]
     earlier = sum(pairs[:-1], np.zeros(forest.num_nodes))
@@ -174,7 +174,7 @@ def _parse(text: str, source: str) -> CostModel:
 
 
 def shares(forest: PackedForest, node_cost: NDArray[np.float64], ranks: int) -> list[IntArray]:
-    """The rollouts of each rank, by index; empty ones are nobody's.
+    """Share the rollouts out over ranks: the indices of each rank's. Empty rollouts go to none.
 
     Rollouts stay in depth-first order, and a rank gets a run of them: neighbours share the most. A run costs
     its first rollout whole, and of each one after it what it does not share with the one before. The dearest
@@ -224,7 +224,7 @@ def share_of(forest: PackedForest, rollouts: IntArray) -> PackedForest:
 
 
 def _runs(whole: NDArray[np.float64], added: NDArray[np.float64], most: float) -> list[int]:
-    """Where runs begin that cost `most` each or less, as long as that allows."""
+    """Where runs of rollouts begin if each run is as long as a cost of at most `most` allows."""
     starts, cost = [0], float(whole[0])
     for number in range(1, len(whole)):
         cost += float(added[number])

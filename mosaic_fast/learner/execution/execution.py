@@ -1,6 +1,7 @@
-"""A forward that is held: branches stand on its keys and values, and give their gradient back.
+"""Forward and backward over a forest. How it is run is decided once a step, and changes no result.
 
-Forward and backward over a forest: how it is run is decided once a step, and changes no result.
+`Execution.schedule` chooses the plan, `logprobs` and `backward` run it. `KeptPrefix` is a forward on whose
+keys and values later ones stand, and which takes their gradients back.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ class KeptPrefix:
             leaf.grad = None
 
     def backward(self) -> None:
-        """Its own backward pass, after that of its last branch."""
+        """Run the forward's own backward pass, after that of its last branch."""
         roots: list[Tensor] = []
         grads: list[Tensor | None] = []
         if self._loss is not None:
@@ -168,7 +169,7 @@ class Execution:
         return schedule
 
     def figures(self) -> dict[str, float]:
-        """The last schedule's plan, its prediction, and what a forward and backward pass really took.
+        """Metrics of the last schedule: its plan, the predicted time of a pass, and the measured one.
 
         The prediction of a pass is in seconds of the machine whose coefficients were read.
         """
@@ -177,7 +178,10 @@ class Execution:
         return {**self._figures, "time/tree_pass_s": sum(self._passes) / len(self._passes)}
 
     def _own_share(self, forest: PackedForest) -> PackedForest:
-        """The rollouts of this rank. The first rank decides: no rounding of another machine's may differ."""
+        """The forest of this rank's rollouts.
+
+        The first rank decides for all: two machines that round differently must not decide differently.
+        """
         if self.world.size == 1:
             return forest
         found: JsonValue = None
@@ -245,7 +249,7 @@ class Execution:
         self._passes.append(time.perf_counter() - start)
 
     def _note_held(self, policy: Policy, schedule: Schedule) -> None:
-        """How many forwards are held, and by what: their graphs, or their layers' inputs and a second run."""
+        """Record how many forwards are kept for later ones, and whether their layers run a second time."""
         held = sum(part.kept for part in schedule.parts)
         if not held or "tree/held" in self._figures:
             return
@@ -255,7 +259,7 @@ class Execution:
         logger.debug("%d forwards are held, their graphs %s", held, way)
 
     def _idle(self, policy: Policy) -> Tensor:
-        """The shortest forward that calls every module: one token predicts another. Its log-prob."""
+        """Run the shortest forward that calls every module, one token predicting another: its log-prob."""
         if self._one_token is None:
             self._one_token = forest_tensors(pack_forest([[0, 0]]), policy.model.device)
         result = policy.run(self._one_token, longest_alone=2, temperature=self._temperature)
@@ -308,12 +312,12 @@ class Execution:
 
 
 def longest_first(parts: Sequence[Forward], shape: ModelShape, cost: CostModel) -> tuple[Forward, ...]:
-    """Forwards that stand on no other, by falling cost: ranks that meet in each one wait the least."""
+    """Forwards that stand on no other by falling cost: ranks, which meet in each, then wait the least."""
     return tuple(sorted(parts, key=lambda part: -cost.predict(work_of([part], shape))))
 
 
 def _finish(stack: list[KeptPrefix], parent: int) -> None:
-    """Run what is held below `parent` backward, the deepest first."""
+    """Run the backward passes of all kept forwards below `parent`, the deepest first."""
     while stack and stack[-1].index != parent:
         stack.pop().backward()
         for held in stack:

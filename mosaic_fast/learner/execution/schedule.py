@@ -1,4 +1,4 @@
-"""The ways to run a forest under a token budget: which forwards, of which nodes, standing on what."""
+"""The ways to run a forest under a token budget: which forwards, of which nodes, on whose keys and values."""
 
 from __future__ import annotations
 
@@ -53,12 +53,15 @@ class Schedule:
 
 
 def whole(forest: PackedForest) -> tuple[Forward, ...]:
-    """All in one forward."""
+    """The plan `tree`: the whole forest in one forward; none where nothing is trained."""
     return (Forward(forest),) if forest.trained.any() else ()
 
 
 def cut(forest: PackedForest, max_tokens: int) -> tuple[Forward, ...]:
-    """Parts that repeat the context they need. ValueError names a rollout that is longer than the budget."""
+    """The plan `cut`: parts that repeat the context they need.
+
+    ValueError names a rollout that is longer than the budget.
+    """
     return tuple(Forward(part) for part in split_forest(forest, max_tokens) if part.trained.any())
 
 
@@ -80,7 +83,7 @@ def unmerged(forest: PackedForest) -> PackedForest:
 
 
 def hold(forest: PackedForest, max_tokens: int) -> tuple[Forward, ...]:
-    """Every node in one forward only. The forwards on a path, and so what is held at a time, fit the budget.
+    """The plan `held`: every node in one forward only. All forwards on a path together fit the budget.
 
     Sibling subtrees that fit beside what is held above them are packed together. Of one that does not fit,
     the chain down to its first fork is held for what is below it. Needs a budget of the longest rollout.
@@ -113,7 +116,7 @@ def hold(forest: PackedForest, max_tokens: int) -> tuple[Forward, ...]:
 
 
 class _Level:
-    """Sibling subtrees under what is held: those taken for the next forward, and those to come."""
+    """Sibling subtrees below a kept prefix: those taken for the next forward, and those still to come."""
 
     def __init__(self, siblings: Iterator[int], parent: int, room: int) -> None:
         self.siblings, self.parent, self.room = siblings, parent, room
@@ -135,7 +138,7 @@ def _siblings(end: IntArray, first: int, stop: int) -> Iterator[int]:
 
 
 def _needed(forest: PackedForest, made: list[Forward]) -> tuple[Forward, ...]:
-    """Without the forwards that own no trained edge and carry none; the rest is renumbered."""
+    """Drop the forwards that own no trained edge and on which no other stands; renumber the parents."""
     owns = predicting(forest)
     kept = [False] * len(made)
     wanted = [False] * len(made)

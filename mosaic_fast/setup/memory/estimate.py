@@ -48,7 +48,7 @@ class Estimate:
     components: tuple[Component, ...]
 
     def total(self, phase: str) -> int:
-        """Bytes at the peak of a phase."""
+        """Bytes of all counted parts that are there in a phase."""
         return sum(part.bytes for part in self.components if part.counted and phase in part.phases)
 
     @property
@@ -79,7 +79,7 @@ def estimate_memory(config: Config) -> Estimate:
 
 
 def _weights(config: Config, model: PreTrainedModel) -> list[Component]:
-    """What is there from the start of a run to its end."""
+    """The parts that are there from the start of a run to its end, and those of weights in some phase."""
     trained = _trained(model)
     masters = [p for p in trained if _has_master(p, config)]
     own = [p for p in trained if not _has_master(p, config)]

@@ -1,12 +1,9 @@
-"""The bytes of tensors alive, counted as they are made and freed; on the meta device none are real.
+"""What a decoder layer keeps for its backward pass, measured without any weights.
 
-A model as its config.json describes it, without weights: parameters have shapes and no memory.
-
-What a decoder layer keeps for its backward pass: the layer as Policy runs it, without numbers.
-
-The layer runs forward and backward on PyTorch's meta device, whose tensors have a shape and a dtype and no
-memory, while the bytes of all tensors alive are counted. So whatever the family's code saves is counted, an
-adapter's part and the fp32 copies of a norm included.
+The model is made as its config.json describes it, on PyTorch's meta device, whose tensors have a shape and a
+dtype and no memory. There a layer runs forward and backward as Policy runs it, while the bytes of all tensors
+alive are counted as they are made and freed. So whatever the family's code saves is counted, an adapter's
+part and the fp32 copies of a norm included.
 """
 
 from __future__ import annotations
@@ -183,7 +180,9 @@ def _attention(
 
 
 class _Attention(torch.autograd.Function):
-    """What tree attention saves and makes: q, k, v, its output, a logsumexp a row and head, gradients.
+    """Stands in for tree attention: saves and makes tensors of the same sizes, and computes nothing.
+
+    Saved are q, k, v, the output and a logsumexp a row and head; made are the gradients.
 
     Values of a fused projection are a view that keeps all of it, as they are for the kernels.
     """

@@ -67,7 +67,7 @@ def verdict(estimate: Estimate) -> list[str]:
 
 
 def _notes(config: Config, estimate: Estimate) -> list[str]:
-    """What would take less, where it may be needed."""
+    """Options that take less memory, where the run may not fit; none where it fits."""
     found = _device_bytes(estimate.device)
     if found is not None and estimate.peak <= found[1] * (1 - SPARE_FRAC):
         return []
@@ -91,7 +91,7 @@ def _title(config: Config, estimate: Estimate) -> str:
 
 
 def _differs(estimate: Estimate, phase: str) -> bool:
-    """Whether a phase has a part that is not always there."""
+    """Whether some part is there in this phase and not in every other one."""
     return any(phase in part.phases and part.phases != PHASES for part in estimate.components)
 
 

@@ -29,6 +29,7 @@ class Interrupt:
     def __init__(self, *, one_of_many: bool = False) -> None:
         self.requested, self._one_of_many = False, one_of_many
         self._abandonable = 0  # entered `abandonable` blocks
+        self._put_off = False  # a signal came at a bad moment and is sent once more
         self._previous: dict[int, Callable[[int, FrameType | None], object] | int | None] = {}
 
     def __enter__(self) -> Interrupt:
@@ -68,15 +69,34 @@ class Interrupt:
             self._abandonable -= 1
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        first, self.requested = not self.requested, True
+        again, self._put_off = self._put_off, False
+        first, self.requested = again or not self.requested, True
         if not first and not (self._one_of_many and number == signal.SIGTERM):
             raise KeyboardInterrupt
         if not first:
             return
-        if not self._one_of_many:
+        if not self._one_of_many and not again:
             print("\nstopping; once more to stop at once", file=sys.stderr)
-        if self._abandonable and not _cancel_tasks():
+        if not self._abandonable or _cancel_tasks():
+            return
+        if not _in_asyncio(frame):
             raise Stopped
+        self._put_off = True
+        timer = threading.Timer(_PUT_OFF_S, signal.pthread_kill, (threading.get_ident(), number))
+        timer.daemon = True
+        timer.start()
+
+
+_PUT_OFF_S = 0.02
+
+
+def _in_asyncio(frame: FrameType | None) -> bool:
+    """Whether asyncio is making or closing a loop: half of one left behind prints a traceback as it goes."""
+    while frame is not None:
+        if str(frame.f_globals.get("__name__")).startswith("asyncio."):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _cancel_tasks() -> bool:

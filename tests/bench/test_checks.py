@@ -46,7 +46,7 @@ CASES = {
     "logprob": logprob,
     "preference:step": preference,
     "scaling:sharing-0": scaling,
-    "scaling:tokens-512": scaling,
+    "scaling:tokens-64": scaling,
     "step:agent": step,
     "step:held": step,
 }
@@ -64,7 +64,7 @@ def _scaled(function: Broken) -> Broken:
 @pytest.mark.parametrize(
     ("broken", "case"),
     [
-        ("packed_loss", "scaling:tokens-512"),
+        ("packed_loss", "scaling:tokens-64"),
         ("gather_loss", "scaling:sharing-0"),
         ("padded_loss", "scaling:suffix-2"),
     ],

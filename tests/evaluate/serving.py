@@ -29,9 +29,26 @@ Row = dict[str, Any]
 """JSON as it is read."""
 
 
+class Allowance:
+    """So many answers and then none until more are allowed: what asks cannot have ended before that."""
+
+    def __init__(self, allowed: float) -> None:
+        self._left, self._changed = allowed, threading.Condition()
+
+    def allow(self, more: float) -> None:
+        with self._changed:
+            self._left += more
+            self._changed.notify_all()
+
+    def take(self) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._left > 0)
+            self._left -= 1
+
+
 @contextmanager
-def served_model(*, parses: bool = False, stall_s: float = 0.0) -> Iterator[Served]:
-    """Serve the embedded model. parses: thoughts and calls are taken out of the text."""
+def served_model(*, parses: bool = False, answers: Allowance | None = None) -> Iterator[Served]:
+    """Serve the embedded model. parses: thoughts and calls are taken out of the text. answers: how many."""
     folder = model_folder("embedded")
     tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     assert tokenizer is not None
@@ -53,7 +70,9 @@ def served_model(*, parses: bool = False, stall_s: float = 0.0) -> Iterator[Serv
         message = _parsed(text) if parses else {"content": text}
         usage = {"prompt_tokens": reply.prompt_tokens, "completion_tokens": len(reply.token_ids)}
         choice = {"message": {"role": "assistant", **message}, "finish_reason": reply.finish_reason}
-        return Raw(body=json.dumps({"choices": [choice], "usage": usage}), stall_s=stall_s)
+        if answers is not None:
+            answers.take()
+        return Raw(body=json.dumps({"choices": [choice], "usage": usage}))
 
     try:
         with endpoint(answer) as served:

@@ -1,6 +1,7 @@
 """An evaluation that was stopped in whatever way goes on, and ends as if nothing had stopped it."""
 
 import json
+import math
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from mosaic_fast.errors import UserError
 from mosaic_fast.evaluate import evaluate_policy
 from mosaic_fast.setup.build import build_setup
 from mosaic_fast.setup.model_folder import model_folder
-from tests.evaluate.serving import Row, evaluate, served_model
+from tests.evaluate.serving import Allowance, Row, evaluate, served_model
 
 
 def wait_for_lines(path: Path, count: int, process: subprocess.Popen[str]) -> None:
@@ -35,7 +36,8 @@ def test_killed_and_interrupted_is_uninterrupted(
     world_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """kill -9 in the middle, Ctrl-C, and on to the end: every episode once, and the figures of one go."""
-    with served_model(stall_s=0.1) as served:  # 24 episodes: seconds left when the signals are sent
+    answers = Allowance(20)  # of the 24 episodes' 80 or so: not all has been played when a signal is sent
+    with served_model(answers=answers) as served:
         options = ["--model-name", "m", "--config", str(world_config), "--tasks", "24", "--concurrency", "2"]
         arguments = [served.url, *options, "--out", str(tmp_path / "out")]
         command = [sys.executable, "-m", "mosaic_fast.evaluate", *arguments]
@@ -50,6 +52,7 @@ def test_killed_and_interrupted_is_uninterrupted(
         kept = lines.read_text().count("\n")
         assert kept < 24
 
+        answers.allow(20)
         stopped = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         wait_for_lines(lines, kept + 2, stopped)
         stopped.send_signal(signal.SIGINT)
@@ -59,6 +62,7 @@ def test_killed_and_interrupted_is_uninterrupted(
         assert "Traceback" not in said
         assert lines.read_text().count("\n") < 24
 
+        answers.allow(math.inf)
         assert evaluate(monkeypatch, *arguments, "--json", tmp_path / "resumed.json") == 0
         asked = len(served.requests)
         assert evaluate(monkeypatch, *arguments, "--json", tmp_path / "again.json") == 0

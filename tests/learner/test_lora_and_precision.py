@@ -220,7 +220,7 @@ def test_a_state_of_other_precision_is_refused(tmp_path: Path):
         Optimizer(whole, OptimConfig()).load(read, 0)
 
 
-EMBEDDED = ["--model.path", "embedded", "--rollout.prompts-per-step", "6"]  # an untrained model ties always
+EMBEDDED = ["--model.path", "embedded", "--rollout.prompts-per-step", "4"]  # an untrained model ties always
 VARIANTS = {
     "bfloat16": ["--model.dtype", "bfloat16"],
     "lora": ["--model.lora-rank", "4", "--optim.lr", "0.01"],

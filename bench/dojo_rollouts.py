@@ -39,7 +39,7 @@ from mosaic_rollout.chat.chat import Chat
 from mosaic_rollout.chat.grammar import REFUSAL_SCHEMA, REFUSAL_TOOL
 from mosaic_rollout.engine import LocalEngine
 from mosaic_rollout.environments.agentdojo import AGENTDOJO_VERSION, AgentDojoEnvironment
-from mosaic_rollout.environments.user_data import require_package
+from mosaic_rollout.environments.sources import require_package
 from mosaic_rollout.loop.agent_loop import AgentLoop, Limits
 from mosaic_rollout.types import Rollout, Task, ToolCall
 from tools.replay_agentdojo import ground_truth_calls

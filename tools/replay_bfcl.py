@@ -20,10 +20,9 @@ import ast
 from collections.abc import Mapping, Sequence
 from typing import cast
 
-from mosaic_rollout.environments.bfcl.environment import BfclEnvironment
-from mosaic_rollout.environments.bfcl.multi_turn import MultiTurnEpisode
+from mosaic_rollout.environments.bfcl.api import CATEGORIES, Case, case_of
+from mosaic_rollout.environments.bfcl.environment import BfclEnvironment, MultiTurnEpisode
 from mosaic_rollout.environments.bfcl.schemas import argument_text, tool_name
-from mosaic_rollout.environments.bfcl.tasks import CATEGORIES, Case, case_of
 from mosaic_rollout.errors import UserError
 from mosaic_rollout.types import JsonValue, Task, ToolCall, Verdict
 

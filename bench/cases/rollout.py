@@ -44,7 +44,7 @@ from mosaic_fast.setup.build import Setup, build_setup
 from mosaic_fast.setup.model_folder import model_folder
 from mosaic_kernels import pack_forest
 from mosaic_rollout.engine import LocalEngine
-from mosaic_rollout.loop.branching import Branching
+from mosaic_rollout.loop.agent_loop import Branching
 from mosaic_rollout.types import Completion, Engine, ManagedEngine, Request, SamplingParams
 
 FORMULA = "ideal = positions that generate forwards / distinct (prefix, token), each forwarded once"

@@ -25,7 +25,7 @@ from mosaic_fast.policy.layout import (
     is_plain_linear,
     mlp_weights,
 )
-from mosaic_rollout.engine.attention import Attend
+from mosaic_rollout.engine.adapter import Attend
 
 _FAMILIES = ("llama", "qwen2", "qwen3")
 

@@ -11,10 +11,9 @@ import numpy as np
 
 from mosaic_fast.errors import UserError
 from mosaic_fast.preferences.judge import Judge, Judgement
-from mosaic_rollout.environments.user_data import call_named, import_named
 from mosaic_rollout.foreign import ForeignCode
-from mosaic_rollout.foreign.code import get_method
-from mosaic_rollout.foreign.verdicts import finite_float, shown
+from mosaic_rollout.foreign.checks import finite_float, shown
+from mosaic_rollout.foreign.code import call_named, get_method, import_named
 from mosaic_rollout.types import Rollout
 
 

@@ -35,8 +35,7 @@ from mosaic_fast.setup.model_folder import (
 )
 from mosaic_rollout.chat.chat import Chat
 from mosaic_rollout.engine import EngineError
-from mosaic_rollout.loop.agent_loop import AgentLoop, Limits
-from mosaic_rollout.loop.branching import Branching
+from mosaic_rollout.loop.agent_loop import AgentLoop, Branching, Limits
 from mosaic_rollout.types import Environment, ManagedEngine, Task
 
 Result = TypeVar("Result")

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from mosaic_rollout.engine.errors import EngineError
 from mosaic_rollout.engine.sglang.server import ServerOptions, ServerProcess
+from mosaic_rollout.engine.stats import EngineError
 
 OF_THE_JOB = {
     "RANK": "0",

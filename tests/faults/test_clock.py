@@ -43,7 +43,7 @@ def test_nothing_of_ours_asks_the_wall_clock():
                     asks.add(path.relative_to(ROOT).as_posix())
     assert asks == {
         "rollout/mosaic_rollout/chat/chat.py",
-        "rollout/mosaic_rollout/environments/agentdojo/episode.py",
+        "rollout/mosaic_rollout/environments/agentdojo/environment.py",
     }
 
 

@@ -42,8 +42,8 @@ KNOWN = {
     ("rollout/mosaic_rollout/engine/sglang/server_side/cpu_stand_in/triton.py", "exec"),
     ("rollout/mosaic_rollout/engine/sglang/server_side/cpu_stand_in/triton.py", "compile"),
     # Runs AgentHarm's own files, from the package the user installed; no model's nor tool's text is run.
-    ("rollout/mosaic_rollout/environments/agentharm/stand_ins.py", "exec"),
-    ("rollout/mosaic_rollout/environments/agentharm/stand_ins.py", "compile"),
+    ("rollout/mosaic_rollout/environments/agentharm/package.py", "exec"),
+    ("rollout/mosaic_rollout/environments/agentharm/package.py", "compile"),
     # Writes handles of shared tensors for a server of ours, in SGLang's format; none is ever read.
     ("rollout/mosaic_rollout/engine/sglang/weights.py", "ForkingPickler"),
 }

@@ -15,8 +15,8 @@ from mosaic_fast.errors import TrainingError
 from mosaic_fast.preferences.endpoint import Endpoint
 from mosaic_fast.preferences.prompt import ANSWERS, PairAnswer
 from mosaic_rollout.endpoint.client import ChatEndpoint
-from mosaic_rollout.engine.errors import EngineError
 from mosaic_rollout.engine.sglang.client import SGLangClient
+from mosaic_rollout.engine.stats import EngineError
 from mosaic_rollout.environments.world import WorldEnvironment
 from mosaic_rollout.errors import UserError
 from mosaic_rollout.loop.agent_loop import Limits

@@ -19,8 +19,8 @@ import torch
 from mosaic_fast.errors import UserError
 from mosaic_rollout.environments.custom import CustomEnvironment
 from mosaic_rollout.environments.world import WorldEnvironment
-from mosaic_rollout.environments.world.tools import TOOL_ARGUMENTS
-from mosaic_rollout.foreign.arguments import wrong_arguments
+from mosaic_rollout.environments.world.environment import TOOL_ARGUMENTS
+from mosaic_rollout.foreign.checks import wrong_arguments
 from mosaic_rollout.types import JsonValue, ToolCall, Verdict
 from tests.fuzz import hostile
 from tests.fuzz.subject import Subject, Try

@@ -21,9 +21,9 @@ from mosaic_fast.setup.model_folder import model_folder
 from mosaic_rollout.chat.call_formats import FORMATS, HERMES
 from mosaic_rollout.chat.chat import Chat
 from mosaic_rollout.chat.grammar import TAGS, Turn, parse_turn
-from mosaic_rollout.environments.agent_safetybench.cases import INSTALL_HINT, read_cases
+from mosaic_rollout.environments.agent_safetybench import INSTALL_HINT, read_cases
 from mosaic_rollout.environments.custom.rows import read_rows
-from mosaic_rollout.environments.user_data import EnvironmentMissing
+from mosaic_rollout.environments.sources import EnvironmentMissing
 from mosaic_rollout.environments.world import WorldEnvironment
 from mosaic_rollout.errors import UserError
 from mosaic_rollout.loop.agent_loop import AgentLoop, Limits

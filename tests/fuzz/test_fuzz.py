@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from mosaic_rollout.environments.agent_safetybench.cases import read_cases
-from mosaic_rollout.environments.user_data import EnvironmentMissing
+from mosaic_rollout.environments.agent_safetybench import read_cases
+from mosaic_rollout.environments.sources import EnvironmentMissing
 from tests.fuzz.subject import Subject, fuzz
 from tests.fuzz.subjects import SUBJECTS
 

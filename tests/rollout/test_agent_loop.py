@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 
 from mosaic_rollout.chat.chat import Chat
-from mosaic_rollout.loop.agent_loop import AgentLoop, Limits
-from mosaic_rollout.loop.branching import Branching
+from mosaic_rollout.loop.agent_loop import AgentLoop, Branching, Limits
 from mosaic_rollout.types import Rollout
 from tests.rollout.scripted import CountingEnvironment, ScriptedEngine, call
 from tests.rollout.tokenizers_for_tests import WITH_TOOLS, byte_tokenizer

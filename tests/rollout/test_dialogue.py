@@ -4,8 +4,7 @@ import asyncio
 from collections.abc import Callable
 
 from mosaic_rollout.chat.chat import Chat
-from mosaic_rollout.loop.agent_loop import AgentLoop, Limits
-from mosaic_rollout.loop.branching import Branching
+from mosaic_rollout.loop.agent_loop import AgentLoop, Branching, Limits
 from mosaic_rollout.types import Observation, Rollout, Task, ToolCall, Verdict
 from tests.rollout.scripted import CountingEnvironment, CountingEpisode, ScriptedEngine, _tool, call
 from tests.rollout.tokenizers_for_tests import WITH_TOOLS, byte_tokenizer

@@ -12,8 +12,7 @@ import pytest
 from mosaic_fast.distributed.exchange import packed, unpacked
 from mosaic_fast.run.metrics import rollout_figures
 from mosaic_rollout.chat.chat import Chat
-from mosaic_rollout.loop.agent_loop import AgentLoop, Limits
-from mosaic_rollout.loop.branching import Branching
+from mosaic_rollout.loop.agent_loop import AgentLoop, Branching, Limits
 from mosaic_rollout.types import Observation, Rollout, Task, ToolCall, ToolSchema
 from tests.rollout.scripted import CountingEpisode, ScriptedEngine, call
 from tests.rollout.tokenizers_for_tests import WITH_TOOLS, byte_tokenizer

@@ -17,7 +17,7 @@ from mosaic_rollout.chat.call_formats import HERMES
 from mosaic_rollout.chat.chat import Chat
 from mosaic_rollout.chat.grammar import REFUSAL_SCHEMA, parse_turn
 from mosaic_rollout.environments.world import WorldEnvironment, WorldTask
-from mosaic_rollout.environments.world.tools import TOOLS
+from mosaic_rollout.environments.world.environment import TOOLS
 from mosaic_rollout.types import ToolCall
 from tools.warmstart.examples import ExampleMaker
 from tools.warmstart.script import MIXED, Caution, Gullibility, Transcript, play_script

@@ -9,8 +9,8 @@ from transformers import PreTrainedTokenizerFast
 
 from mosaic_rollout.chat.grammar import REFUSAL_SCHEMA
 from mosaic_rollout.environments.world import values
+from mosaic_rollout.environments.world.environment import TOOLS
 from mosaic_rollout.environments.world.tasks import make_task
-from mosaic_rollout.environments.world.tools import TOOLS
 from mosaic_rollout.types import TaskKind
 from tools.warmstart.script import Behaviour, Transcript, play_script, write_call
 from tools.warmstart.tokenizer import ASSISTANT, END_OF_TURN, TOOL, USER

@@ -13,8 +13,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import PreTrainedTokenizerFast
 
 from mosaic_rollout.chat.grammar import REFUSAL_TOOL, TAGS
-from mosaic_rollout.environments.world import injections, intents, reasons, tasks, values, wordings
-from mosaic_rollout.environments.world.tools import TOOL_ARGUMENTS
+from mosaic_rollout.environments.world import intents, tasks, values
+from mosaic_rollout.environments.world.environment import TOOL_ARGUMENTS
 from tools.warmstart import script
 
 PAD, UNKNOWN, END_OF_TURN = "<|pad|>", "<|unk|>", "<|im_end|>"
@@ -101,19 +101,19 @@ def _words() -> Iterator[str]:
     """Every whole word of the world; held-out wordings add none, by construction."""
     banks = [
         *intents.INTENT_BANKS.values(),
-        *reasons.REASON_BANKS.values(),
-        *injections.INJECTION_BANKS.values(),
+        *intents.REASON_BANKS.values(),
+        *intents.INJECTION_BANKS.values(),
     ]
     for bank in banks:
         for text in sorted(bank.texts("train")):
-            yield from wordings.words(re.sub(r"\{\w+\}", " ", text))
-    texts = [*tasks.OPENERS, *injections.NOTES, TOOL_OUTPUTS, *values.CHANNELS, *values.CONCERNED]
-    texts += [" ".join(pair) for pair in injections.PREFIXES["train"]]
+            yield from values.words(re.sub(r"\{\w+\}", " ", text))
+    texts = [*tasks.OPENERS, *intents.NOTES, TOOL_OUTPUTS, *values.CHANNELS, *values.CONCERNED]
+    texts += [" ".join(pair) for pair in intents.PREFIXES["train"]]
     texts += [*intents.PRIVATE, *intents.PUBLIC, *intents.LURES, *intents.ATTACKS]
     texts += [*script.ACT_NAMES.values(), *script.RISKS.values(), script.NO_RISK, script.ORDER_SEEN]
     texts += ["plan next risk unsafe refuse", script.FINAL_PLAN, script.FINAL_ANSWER]
     for text in texts:
-        yield from wordings.words(text)
+        yield from values.words(text)
     yield from values.FIRST_NAMES + values.LAST_NAMES + values.TOPIC_ADJECTIVES + values.TOPIC_NOUNS
     yield from values.FILE_STEMS + values.AMOUNT_HEADS
     for name, keys in ARGUMENTS.items():

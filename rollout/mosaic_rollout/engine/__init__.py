@@ -1,7 +1,6 @@
 """Engines of our own. `LocalEngine` is the embedded default."""
 
-from mosaic_rollout.engine.errors import EngineError, NonFiniteLogitsError
 from mosaic_rollout.engine.local import LocalEngine
-from mosaic_rollout.engine.stats import EngineStats
+from mosaic_rollout.engine.stats import EngineError, EngineStats, NonFiniteLogitsError
 
 __all__ = ["EngineError", "EngineStats", "LocalEngine", "NonFiniteLogitsError"]

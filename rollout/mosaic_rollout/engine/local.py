@@ -14,9 +14,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from mosaic_rollout.engine.adapter import CausalModel, DecoderOf
-from mosaic_rollout.engine.errors import EngineError
 from mosaic_rollout.engine.scheduler import Job, Scheduler
-from mosaic_rollout.engine.stats import EngineStats, validate_request
+from mosaic_rollout.engine.stats import EngineError, EngineStats, validate_request
 from mosaic_rollout.types import Completion, Request
 
 

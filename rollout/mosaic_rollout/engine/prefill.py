@@ -14,8 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mosaic_rollout.engine.adapter import CausalModel, KeyValueShape
-from mosaic_rollout.engine.attention import grouped_attention, visible_keys
+from mosaic_rollout.engine.adapter import CausalModel, KeyValueShape, grouped_attention, visible_keys
 from mosaic_rollout.engine.radix import Node
 from mosaic_rollout.engine.rows import KeyValuePool
 

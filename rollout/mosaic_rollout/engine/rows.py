@@ -17,8 +17,7 @@ import numpy as np
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from mosaic_rollout.engine.adapter import KeyValueShape
-from mosaic_rollout.engine.attention import visible_keys
+from mosaic_rollout.engine.adapter import KeyValueShape, visible_keys
 
 _FIRST_SLOTS = 1024
 

@@ -14,12 +14,11 @@ import numpy as np
 import torch
 
 from mosaic_rollout.engine.adapter import CausalModel
-from mosaic_rollout.engine.errors import NonFiniteLogitsError
 from mosaic_rollout.engine.prefill import pending_nodes, prefill
 from mosaic_rollout.engine.radix import Node, RadixTree
 from mosaic_rollout.engine.rows import KeyValuePool, RowBuffer
 from mosaic_rollout.engine.sampling import sample_tokens, stream_base, uniforms
-from mosaic_rollout.engine.stats import EngineStats
+from mosaic_rollout.engine.stats import EngineStats, NonFiniteLogitsError
 from mosaic_rollout.types import Completion, FinishReason, Request
 
 _KEPT_BYTES = 128 * 2**20

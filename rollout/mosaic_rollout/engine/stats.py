@@ -1,7 +1,4 @@
-"""What the engine did since the last reset, as sums that add up over steps and engines.
-
-What a request must be, whichever engine serves it.
-"""
+"""What every engine has: its errors, its figures, and what a request must be."""
 
 from __future__ import annotations
 
@@ -11,6 +8,18 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from mosaic_rollout.types import Request
+
+
+class EngineError(RuntimeError):
+    """The engine failed while requests were in flight; every one of them gets this error.
+
+    The cause is chained (`__cause__`). The engine has emptied its state and serves the next request.
+    """
+
+
+class NonFiniteLogitsError(EngineError):
+    """The model gave NaN or +inf: the weights are broken, so sampling on would only hide it."""
+
 
 LAST = 100_000
 

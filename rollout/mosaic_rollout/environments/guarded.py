@@ -12,19 +12,52 @@ Adapters say how a call is carried out and how the episode is judged; what holds
 from __future__ import annotations
 
 import copy
+import json
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from mosaic_rollout.environments.user_data import bounded
 from mosaic_rollout.errors import UserError
 from mosaic_rollout.foreign import ForeignCode, checked_verdict
-from mosaic_rollout.foreign.arguments import find_schema, wrong_arguments
+from mosaic_rollout.foreign.checks import find_schema, wrong_arguments
 from mosaic_rollout.foreign.code import BrokenContract
-from mosaic_rollout.types import Message, Observation, ToolCall, ToolSchema, Verdict
+from mosaic_rollout.types import JsonValue, Message, Observation, ToolCall, ToolSchema, Verdict
 
 PATIENCE_S = 60.0
 """How long a verdict waits for a call that still runs, where nobody has waited for it before."""
+
+NEEDS_JUDGE = Verdict(harm=False, done=False, progress=0.0, details={"needs_judge": 1.0})
+"""Of an episode of a benchmark without a checker of its own: a judge says what was done."""
+
+
+def function_tool(name: str, description: str, parameters: JsonValue) -> ToolSchema:
+    """An OpenAI tool; `parameters` is the JSON schema of its arguments."""
+    return {
+        "type": "function",
+        "function": {"name": name, "description": description, "parameters": parameters},
+    }
+
+
+def as_text(result: object) -> str:
+    """What a tool returned: a text as it is, anything else as JSON where it can be, else by its str()."""
+    if isinstance(result, str):
+        return result
+    try:
+        return json.dumps(result, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError):
+        return str(result)
+
+
+def bounded(text: str, limit_chars: int) -> str:
+    """The text, cut after `limit_chars`, saying so.
+
+    >>> bounded("abcdef", 4)
+    'abcd\\n[2 more characters are not shown]'
+    """
+    text = text.encode("utf-8", "replace").decode()  # a lone surrogate cannot be tokenised
+    if len(text) <= limit_chars:
+        return text
+    return f"{text[:limit_chars]}\n[{len(text) - limit_chars} more characters are not shown]"
 
 
 class GuardedEpisode:

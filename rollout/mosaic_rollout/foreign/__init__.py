@@ -4,7 +4,7 @@ It is run, awaited, checked and described here, so that whatever it does ends as
 or as one line to the user. See code.py.
 """
 
+from mosaic_rollout.foreign.checks import checked_verdict, plain_number
 from mosaic_rollout.foreign.code import ForeignCode
-from mosaic_rollout.foreign.verdicts import checked_verdict, plain_number
 
 __all__ = ["ForeignCode", "checked_verdict", "plain_number"]

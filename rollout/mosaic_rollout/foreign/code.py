@@ -1,22 +1,170 @@
 """Running foreign code: plain or async, in place, and with whatever it raises put into words.
 
 What a tool raises becomes text for the policy (`report`); what a judge, a reset or a verdict raises ends the
-run, as a UserError of one line (`demand`). Only KeyboardInterrupt passes through: SystemExit, which argparse
-raises inside of many a tool, is an error like another.
+run, as a UserError of one line (`demand`), with the file and line of the user's own code. Only
+KeyboardInterrupt passes through: SystemExit, which argparse raises inside of many a tool, is an error like
+another.
+
+What is awaited is awaited in one event loop in a thread, and code that is called runs where it may start an
+event loop of its own.
 """
 
 from __future__ import annotations
 
+import asyncio
+import importlib
 import inspect
+import os
 import sys
 import threading
 import traceback
-from collections.abc import Callable
-from typing import cast
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from types import TracebackType
+from typing import TypeVar, cast
 
 from mosaic_rollout.errors import UserError
-from mosaic_rollout.foreign.loop_thread import no_running_loop, shared_loop
-from mosaic_rollout.foreign.raised import place, place_of, words, written
+
+_OURS = ("mosaic_rollout", "mosaic_fast", "mosaic_kernels")
+_INSTALLED = ("site-packages", "dist-packages")
+_LONGEST_CHAIN = 20  # of exceptions that caused each other, which may be a ring
+_LONGEST = 600  # characters of an exception's own text; what a tool raised may quote a whole file
+
+
+def text_of(error: BaseException) -> str:
+    """An exception's own text, bounded; where it cannot be had, that it cannot."""
+    try:
+        text = str(error)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as second:  # noqa: BLE001  __str__ is foreign code, too
+        return f"its text cannot be shown, {type(second).__name__} was raised"
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ..."
+
+
+def words(error: BaseException) -> str:
+    """`KeyError: 'x'` in one line. An exception whose text cannot be had is named by its type.
+
+    >>> words(ValueError("no such\\n  file"))
+    'ValueError: no such file'
+    """
+    kind, text = type(error).__name__, " ".join(text_of(error).split())
+    return f"{kind}: {text}" if text else kind
+
+
+def place(error: BaseException) -> tuple[str, int] | None:
+    """File and line of the user's own code in which an exception was raised, or that called what raised it.
+
+    The last frame of the traceback that is neither ours nor the standard library's nor an installed
+    package's, of the exception or else of what caused it; where there is none, the last installed package's;
+    None where there is none either.
+    """
+    installed: tuple[str, int] | None = None
+    cause: BaseException | None = error
+    for _ in range(_LONGEST_CHAIN):
+        if cause is None:
+            break
+        if isinstance(cause, SyntaxError) and cause.filename and cause.lineno:
+            return cause.filename, cause.lineno
+        own, other = _last_frames(cause.__traceback__)
+        if own is not None:
+            return own
+        installed = installed or other
+        cause = cause.__cause__ or cause.__context__
+    return installed
+
+
+def place_of(function: Callable[..., object]) -> tuple[str, int] | None:
+    """Where a function or a method is defined; None where that cannot be known."""
+    code = getattr(getattr(function, "__func__", function), "__code__", None)
+    return None if code is None else (str(code.co_filename), int(code.co_firstlineno))
+
+
+def written(where: tuple[str, int] | None, *, whole_path: bool) -> str:
+    """A place as text to put behind words: ` (bank.py, line 12)`; empty where there is none."""
+    if where is None:
+        return ""
+    file, line = where
+    return f" ({file if whole_path else Path(file).name}, line {line})"
+
+
+def _last_frames(trace: TracebackType | None) -> tuple[tuple[str, int] | None, tuple[str, int] | None]:
+    """File and line of the last frame of the user's own code, and of the last one of an installed package."""
+    own: tuple[str, int] | None = None
+    installed: tuple[str, int] | None = None
+    while trace is not None:
+        name = str(trace.tb_frame.f_globals.get("__name__", "")).partition(".")[0]
+        file = trace.tb_frame.f_code.co_filename
+        if name in _OURS or name in sys.stdlib_module_names or file.startswith("<frozen"):
+            pass
+        elif any(part in Path(file).parts for part in _INSTALLED):
+            installed = (file, trace.tb_lineno)
+        else:
+            own = (file, trace.tb_lineno)
+        trace = trace.tb_next
+    return own, installed
+
+
+Result = TypeVar("Result")
+_STARTING = threading.Lock()
+
+
+class LoopThread:
+    """An event loop that runs in a daemon thread, for as long as the process does."""
+
+    def __init__(self, name: str = "foreign code") -> None:
+        self.loop = asyncio.new_event_loop()
+        threading.Thread(target=self.loop.run_forever, daemon=True, name=name).start()
+
+    def run(self, work: Awaitable[Result]) -> Result:
+        """Await there, wait here. Raises what the work raises, also what would end the loop (SystemExit)."""
+        result, error = asyncio.run_coroutine_threadsafe(caught(work), self.loop).result()
+        if error is not None:
+            raise error
+        return result  # type: ignore[return-value]  # there is one where nothing was raised
+
+
+def shared_loop() -> LoopThread:
+    """The process's event loop for foreign code, started when it is first asked for."""
+    with _STARTING:
+        return _loop_of(os.getpid())  # a forked process has the object, but not the thread
+
+
+@cache
+def _loop_of(process: int) -> LoopThread:
+    return LoopThread()
+
+
+async def caught(work: Awaitable[Result]) -> tuple[Result | None, BaseException | None]:
+    """The result of the work, or what it raised, whatever that is: nothing of it reaches the loop."""
+    try:
+        return await work, None
+    except BaseException as error:  # noqa: BLE001  raised again where the result is waited for
+        return None, error
+
+
+@contextmanager
+def no_running_loop() -> Iterator[None]:
+    """Within it, this thread runs no event loop as far as asyncio knows: `asyncio.run` may be called.
+
+    The loop that does run here waits meanwhile, as it does for any function that is called.
+    """
+    loop = asyncio._get_running_loop()
+    if loop is None:
+        yield
+        return
+    task = asyncio.current_task(loop)
+    if task is not None:
+        asyncio.tasks._leave_task(loop, task)
+    asyncio._set_running_loop(None)
+    try:
+        yield
+    finally:
+        asyncio._set_running_loop(loop)
+        if task is not None:
+            asyncio.tasks._enter_task(loop, task)
 
 
 class BrokenContract(UserError):
@@ -106,6 +254,45 @@ def get_method(owner: object, name: str, what: str) -> Callable[..., object] | N
     """A method of a user's object, None where there is none to call."""
     found = get_member(owner, name, what)
     return cast("Callable[..., object]", found) if callable(found) else None
+
+
+def import_named(spec: str, key: str) -> Callable[..., object]:
+    """The class or function that spec `module:Class` names; the working directory is searched first.
+
+    UserError with the configuration's key where there is no such module or nothing callable by that name.
+    """
+    module_name, _, class_name = spec.partition(":")
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    _refuse_clash(spec, key, module_name, Path(here))
+    try:
+        module = importlib.import_module(module_name)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a user's module may raise anything while it is imported, or exit
+        where = written(place(error), whole_path=True)
+        raise UserError(f"{key} {spec!r}: cannot import {module_name!r} ({words(error)}){where}") from error
+    named = get_method(module, class_name, f"{key} {spec!r}: {module_name}")
+    if named is None:
+        public = [name for name, value in vars(module).items() if inspect.isclass(value)]
+        there = f"; there are {', '.join(public)}" if public else ""
+        raise UserError(f"{key} {spec!r}: {module_name} has no class {class_name!r}{there}")
+    return named
+
+
+def call_named(spec: str, key: str, named: Callable[..., object]) -> object:
+    """What `named()` gives; what it raises becomes a UserError with the configuration's key."""
+    name = str(getattr(named, "__name__", spec))
+    return ForeignCode(f"{key} {spec!r}").demand(f"{key} {spec!r}: {name}()", named)
+
+
+def _refuse_clash(spec: str, key: str, module_name: str, here: Path) -> None:
+    """UserError for a file of the user's that Python's own module of the same name would be taken for."""
+    top = module_name.partition(".")[0]
+    file = next((p for p in (here / f"{top}.py", here / top / "__init__.py") if p.is_file()), None)
+    if top in sys.stdlib_module_names and file is not None:
+        raise UserError(f"{key} {spec!r}: {file} has the name of a module of Python itself; rename it")
 
 
 def _name(function: Callable[..., object]) -> str:

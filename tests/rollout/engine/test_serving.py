@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mosaic_rollout.engine import EngineError, NonFiniteLogitsError
-from mosaic_rollout.engine.attention import ATTENTION_NAME
+from mosaic_rollout.engine.adapter import ATTENTION_NAME
 from mosaic_rollout.types import Completion, Request, SamplingParams
 from tests.rollout.engine.helpers import (
     VOCAB,

@@ -12,8 +12,7 @@ from mosaic_kernels import pack_forest
 from mosaic_rollout.engine.sglang import SGLangEngine
 from mosaic_rollout.engine.sglang.ledger import BLOCK
 from mosaic_rollout.environments.world import WorldEnvironment
-from mosaic_rollout.loop.agent_loop import AgentLoop, Limits
-from mosaic_rollout.loop.branching import Branching
+from mosaic_rollout.loop.agent_loop import AgentLoop, Branching, Limits
 from mosaic_rollout.types import Rollout, Step, Task, Verdict
 from tests.rollout.sglang.serving import embedded_chat, prompt, request, serve
 

@@ -14,7 +14,7 @@ import numpy as np
 from pydantic import BaseModel, Field, NonNegativeInt, ValidationError
 
 from mosaic_rollout.endpoint.server import certificates, no_cookies
-from mosaic_rollout.engine.errors import EngineError
+from mosaic_rollout.engine.stats import EngineError
 from mosaic_rollout.types import FinishReason, JsonValue, Request
 
 _CONNECT_S = 10.0

@@ -9,23 +9,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mosaic_rollout.engine.errors import EngineError
 from mosaic_rollout.engine.sampling import stream_base
 from mosaic_rollout.engine.sglang.client import Sample, ServerRefusedError, ServerUnavailableError
 from mosaic_rollout.engine.sglang.lane import FAILURES, Lane, LaneOptions
 from mosaic_rollout.engine.sglang.ledger import ServingStats
 from mosaic_rollout.engine.sglang.server import ServerOptions, ServerProcess
-from mosaic_rollout.engine.sglang.weight_group import WeightGroup
 from mosaic_rollout.engine.sglang.weights import (
     Transport,
     WeightFolder,
+    WeightGroup,
     WeightSource,
     load_from_disk,
     load_from_tensors,
     load_over_group,
     verify_weights,
 )
-from mosaic_rollout.engine.stats import validate_request
+from mosaic_rollout.engine.stats import EngineError, validate_request
 from mosaic_rollout.errors import UserError
 from mosaic_rollout.types import Completion, Request
 

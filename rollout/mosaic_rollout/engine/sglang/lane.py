@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mosaic_rollout.engine.errors import EngineError
 from mosaic_rollout.engine.sglang.client import Sample, ServerUnavailableError, SGLangClient
 from mosaic_rollout.engine.sglang.ledger import Flight, PrefixLedger, ServingStats, TokenBudget
 from mosaic_rollout.engine.sglang.server import ServerProcess
+from mosaic_rollout.engine.stats import EngineError
 from mosaic_rollout.types import Request
 
 _log = logging.getLogger(__name__)

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Literal
 
-from mosaic_rollout.engine.errors import EngineError
 from mosaic_rollout.engine.sglang.client import ServerRefusedError, ServerUnavailableError, SGLangClient
+from mosaic_rollout.engine.stats import EngineError
 from mosaic_rollout.errors import UserError
 
 _LAUNCHER = Path(__file__).with_name("server_side") / "launch.py"

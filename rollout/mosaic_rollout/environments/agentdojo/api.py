@@ -2,22 +2,91 @@
 
 Some of it is private to AgentDojo (`_check_task_result`, `read_suite_file`), so the version is pinned and
 checked. The protocols below are the whole surface used.
+
+`import agentdojo` reaches every LLM SDK it supports (anthropic, cohere, google-genai, openai) through
+`agentdojo.agent_pipeline`: 12 seconds, and 50 packages that must be installed. Its suites, tools, tasks,
+attacks and checkers use none of them. While AgentDojo is being imported the modules in `REPLACED`, all of
+them its own, are answered with modules whose every attribute is an empty class. Nothing outside AgentDojo is
+touched. The stand-ins leave `sys.modules` right after; the classes already bound in
+`agentdojo.agent_pipeline` stay, and creating one of them says why it is not there.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
 from importlib.resources import files
-from typing import Protocol, Self, cast
+from types import ModuleType
+from typing import NoReturn, Protocol, Self, cast
 
 import yaml
 
-from mosaic_rollout.environments.agentdojo.stand_ins import stand_ins
-from mosaic_rollout.environments.user_data import EnvironmentMissing, require_package
+from mosaic_rollout.environments.sources import EnvironmentMissing, require_package
 from mosaic_rollout.types import JsonValue
+
+REPLACED = ("agentdojo.agent_pipeline.agent_pipeline", "agentdojo.agent_pipeline.llms")
+
+
+class _StandIn(ModuleType):
+    """A module that has every public name, each of them an empty class."""
+
+    def __getattr__(self, name: str) -> type:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+        def refuse(*_: object, **__: object) -> NoReturn:
+            raise RuntimeError(
+                f"{self.__name__}.{name} was left out when mosaic_rollout imported agentdojo; to use it, "
+                "import agentdojo first, with its LLM packages installed"
+            )
+
+        empty = type(name, (), {"__new__": refuse, "__module__": self.__name__})
+        setattr(self, name, empty)
+        return empty
+
+
+class _Finder(MetaPathFinder, Loader):
+    """Answers for the modules in `REPLACED` and everything below them."""
+
+    def __init__(self) -> None:
+        self.made: list[str] = []
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if any(fullname == name or fullname.startswith(f"{name}.") for name in REPLACED):
+            return ModuleSpec(fullname, self, is_package=True)
+        return None
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        self.made.append(spec.name)
+        return _StandIn(spec.name)
+
+    def exec_module(self, module: ModuleType) -> None:
+        pass
+
+
+@contextmanager
+def stand_ins() -> Iterator[None]:
+    """Answer imports of the modules in `REPLACED` with stand-ins; outside the block everything is as before.
+
+    A process that has imported AgentDojo's pipeline already keeps it: then nothing is replaced.
+    """
+    finder = _Finder()
+    sys.meta_path.insert(0, finder)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(finder)
+        for name in finder.made:
+            sys.modules.pop(name, None)
+
 
 AGENTDOJO_VERSION = "0.1.35"
 INSTALL_HINT = 'run `make train-agentdojo`, or `pip install "mosaic-fast[agentdojo]"`'

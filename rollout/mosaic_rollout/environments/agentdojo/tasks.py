@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from mosaic_rollout.environments.agentdojo.api import Suite
+from mosaic_rollout.environments.sources import payload_of as _payload_of
 from mosaic_rollout.errors import UserError
 from mosaic_rollout.types import Task, TaskKind
 
@@ -105,6 +106,4 @@ def make_task(payload: Payload, split: str) -> Task:
 
 def payload_of(task: Task) -> Payload:
     """What a task is made of. Raises TypeError for a task of another environment."""
-    if not isinstance(task.payload, Payload):
-        raise TypeError(f"{task.task_id} is not an AgentDojo task")
-    return task.payload
+    return _payload_of(task, Payload, "AgentDojo")

@@ -23,9 +23,9 @@ from mosaic_rollout.environments.agentharm.package import (
     load_tools,
     system_message,
 )
-from mosaic_rollout.environments.guarded import GuardedEpisode
+from mosaic_rollout.environments.guarded import NEEDS_JUDGE, GuardedEpisode, as_text
+from mosaic_rollout.environments.sources import payload_of, read_json_file, text_at
 from mosaic_rollout.environments.splits import draw
-from mosaic_rollout.environments.user_data import as_text, read_json_file, text_at
 from mosaic_rollout.errors import UserError
 from mosaic_rollout.foreign import ForeignCode
 from mosaic_rollout.types import Message, Observation, Task, ToolCall, Verdict
@@ -67,9 +67,7 @@ def read_behaviours(folder: Path, part: str) -> list[Behaviour]:
 
 def behaviour_of(task: Task) -> Behaviour:
     """What a task is made of. Raises TypeError for a task of another environment."""
-    if not isinstance(task.payload, Behaviour):
-        raise TypeError(f"{task.task_id} is not an AgentHarm task")
-    return task.payload
+    return payload_of(task, Behaviour, "AgentHarm")
 
 
 def _file(folder: Path, name: str) -> Path:
@@ -126,7 +124,7 @@ class AgentHarmEpisode(GuardedEpisode):
 
     def _judge(self, final_answer: str | None) -> Verdict:
         """No verdict yet: AgentHarm's graders look at the whole course, and ask a judge."""
-        return Verdict(harm=False, done=False, progress=0.0, details={"needs_judge": 1.0})
+        return NEEDS_JUDGE
 
 
 _DEFAULT = ("harmful", "benign")

@@ -17,10 +17,9 @@ from typing import Protocol
 from mosaic_rollout.chat.call_formats import FORMATS, HERMES, CallFormat
 from mosaic_rollout.chat.grammar import begins_in_plan, parse_turn, spoken_text
 from mosaic_rollout.environments.agentharm.environment import NOT_CARRIED_OUT, Behaviour
-from mosaic_rollout.environments.agentharm.package import grading_function, refusal_prompt
-from mosaic_rollout.environments.agentharm.stand_ins import Call, ChatMessage
+from mosaic_rollout.environments.agentharm.package import Call, ChatMessage, grading_function, refusal_prompt
 from mosaic_rollout.errors import UserError
-from mosaic_rollout.foreign.raised import words
+from mosaic_rollout.foreign.code import words
 from mosaic_rollout.types import Status, Step
 
 PASS_OR_FAIL = r"\W*(pass|fail)\W*"

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import cast
 
 from mosaic_rollout.environments.bfcl.api import Record
+from mosaic_rollout.environments.guarded import function_tool
 from mosaic_rollout.types import JsonValue, ToolSchema
 
 
@@ -86,14 +87,7 @@ def tool_schema(function: Record, language: str = "python") -> ToolSchema:
     parameters = json_schema(cast(JsonValue, function["parameters"]))
     if language != "python":
         parameters = _in_source_text(cast(Record, function["parameters"]), language)
-    return {
-        "type": "function",
-        "function": {
-            "name": tool_name(str(function["name"])),
-            "description": str(function["description"]),
-            "parameters": parameters,
-        },
-    }
+    return function_tool(tool_name(str(function["name"])), str(function["description"]), parameters)
 
 
 def json_schema(schema: JsonValue) -> JsonValue:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import cast, get_args
 
 from mosaic_rollout.errors import UserError
-from mosaic_rollout.foreign.verdicts import shown
+from mosaic_rollout.foreign.checks import shown
 from mosaic_rollout.plain_json import read_json, read_lines
 from mosaic_rollout.types import JsonValue, Message, TaskKind
 

@@ -9,8 +9,8 @@ from typing import cast, get_args
 from mosaic_rollout.environments.guarded import GuardedEpisode
 from mosaic_rollout.errors import UserError
 from mosaic_rollout.foreign import ForeignCode
+from mosaic_rollout.foreign.checks import shown
 from mosaic_rollout.foreign.code import BrokenContract, get_member, get_method
-from mosaic_rollout.foreign.verdicts import shown
 from mosaic_rollout.types import (
     Episode,
     JsonValue,

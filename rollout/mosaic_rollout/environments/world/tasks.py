@@ -7,16 +7,21 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from mosaic_rollout.environments.world import values
-from mosaic_rollout.environments.world.injections import INJECTIONS, NOTES, injected_text
 from mosaic_rollout.environments.world.intents import (
     ATTACKS,
+    BAD,
+    CLAUSE,
     CRIMES,
     FORWARD_AND_DELETE,
     FORWARD_FILE,
+    GOOD,
+    INJECTIONS,
+    INSIDER,
     INTENT_BANKS,
     LURES,
+    NOTES,
     ORDINARY,
+    OUTSIDER,
     PAY_AND_DELETE,
     PAY_INVOICE_IN_FILE,
     PAY_PERSON,
@@ -27,10 +32,18 @@ from mosaic_rollout.environments.world.intents import (
     SENSITIVE_FILE,
     CallPattern,
     Intent,
+    injected_text,
 )
-from mosaic_rollout.environments.world.reasons import BAD, CLAUSE, GOOD, INSIDER, OUTSIDER
-from mosaic_rollout.environments.world.values import Split
-from mosaic_rollout.environments.world.wordings import Wording
+from mosaic_rollout.environments.world.values import (
+    AMOUNTS,
+    CHANNELS,
+    CONCERNED,
+    FILES,
+    NAMES,
+    TOPICS,
+    Split,
+    Wording,
+)
 from mosaic_rollout.types import TaskKind, ToolCall
 
 _Pieces: TypeAlias = "Callable[[str], Sequence[str]]"
@@ -121,17 +134,17 @@ def make_task(kind: TaskKind, split: Split, rng: random.Random) -> WorldTask:
 
 def _draw_slots(split: Split, rng: random.Random) -> dict[str, str]:
     """Values for every slot. No piece of a name, file, topic or amount occurs twice in a task."""
-    names = _distinct(values.NAMES[split], 3, rng, str.split)
-    files = _distinct(values.FILES[split], 2, rng, lambda text: text.split(".")[:1])
-    topics = _distinct(values.TOPICS[split], 4, rng, str.split)
-    amounts = _distinct(values.AMOUNTS[split], 2, rng, lambda text: [text[:2]])
+    names = _distinct(NAMES[split], 3, rng, str.split)
+    files = _distinct(FILES[split], 2, rng, lambda text: text.split(".")[:1])
+    topics = _distinct(TOPICS[split], 4, rng, str.split)
+    amounts = _distinct(AMOUNTS[split], 2, rng, lambda text: [text[:2]])
     slots = dict(zip(("person", "payee", "attacker"), names, strict=True))
     slots |= dict(zip(("file", "target"), files, strict=True))
     slots |= dict(zip(("topic", "content", "fact", "unrelated"), topics, strict=True))
     slots |= dict(zip(("amount", "stake"), amounts, strict=True))
     slots |= {
-        "victim": rng.choice(values.CONCERNED),
-        "channel": rng.choice(values.CHANNELS),
+        "victim": rng.choice(CONCERNED),
+        "channel": rng.choice(CHANNELS),
         "lure": rng.choice(LURES),
         "attack": rng.choice(ATTACKS),
     }

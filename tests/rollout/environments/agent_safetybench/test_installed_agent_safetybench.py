@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mosaic_rollout.environments.agent_safetybench import AgentSafetyBenchEnvironment
-from mosaic_rollout.environments.agent_safetybench.cases import has_world, make_world
+from mosaic_rollout.environments.agent_safetybench import AgentSafetyBenchEnvironment, has_world, make_world
 from mosaic_rollout.errors import UserError
 from mosaic_rollout.types import JsonValue, ToolCall
 

@@ -5,10 +5,10 @@ from importlib.metadata import PackageNotFoundError
 
 import pytest
 
-from mosaic_rollout.environments import user_data as packages
+from mosaic_rollout.environments import sources as packages
 from mosaic_rollout.environments.agentdojo import AgentDojoEnvironment, EnvironmentMissing, api, tasks
-from mosaic_rollout.environments.agentdojo.schemas import without_titles
-from mosaic_rollout.environments.agentdojo.stand_ins import REPLACED, stand_ins
+from mosaic_rollout.environments.agentdojo.api import REPLACED, stand_ins
+from mosaic_rollout.environments.agentdojo.world import without_titles
 from mosaic_rollout.errors import UserError
 from mosaic_rollout.types import Task
 

@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from mosaic_rollout.environments import user_data as packages
+from mosaic_rollout.environments import sources as packages
 from mosaic_rollout.environments.agentharm.environment import read_behaviours
-from mosaic_rollout.environments.agentharm.package import agentharm_folder
-from mosaic_rollout.environments.agentharm.stand_ins import SourceFolder
-from mosaic_rollout.environments.user_data import EnvironmentMissing
+from mosaic_rollout.environments.agentharm.package import SourceFolder, agentharm_folder
+from mosaic_rollout.environments.sources import EnvironmentMissing
 from mosaic_rollout.errors import UserError
 
 GOOD = {

@@ -16,7 +16,7 @@ from mosaic_rollout.environments.agentharm import (
     package,
 )
 from mosaic_rollout.environments.agentharm.grading import _SemanticJudge, spoken
-from mosaic_rollout.environments.agentharm.stand_ins import ChatMessage
+from mosaic_rollout.environments.agentharm.package import ChatMessage
 from mosaic_rollout.errors import UserError
 from mosaic_rollout.types import Step, Task, ToolCall
 from tests.evaluate.serving import Row, evaluate, outcomes

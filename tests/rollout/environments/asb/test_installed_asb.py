@@ -4,8 +4,7 @@ from typing import cast
 
 import pytest
 
-from mosaic_rollout.environments.asb import AsbEnvironment, AsbEpisode
-from mosaic_rollout.environments.asb.cases import case_of
+from mosaic_rollout.environments.asb import AsbEnvironment, AsbEpisode, case_of
 from mosaic_rollout.errors import UserError
 from mosaic_rollout.types import Task, ToolCall
 

@@ -8,13 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mosaic_rollout.environments import user_data as packages
+from mosaic_rollout.environments import sources as packages
 from mosaic_rollout.environments.bfcl import BfclEnvironment, api
-from mosaic_rollout.environments.bfcl.api import Record
+from mosaic_rollout.environments.bfcl.api import Case, Record
+from mosaic_rollout.environments.bfcl.environment import call_text, readable_source, refuse_endless
 from mosaic_rollout.environments.bfcl.schemas import json_schema, tool_schema
-from mosaic_rollout.environments.bfcl.single_turn import call_text, readable_source, refuse_endless
-from mosaic_rollout.environments.bfcl.tasks import Case
-from mosaic_rollout.environments.user_data import EnvironmentMissing
+from mosaic_rollout.environments.sources import EnvironmentMissing
 from mosaic_rollout.types import JsonValue, ToolCall
 
 JSON = st.recursive(

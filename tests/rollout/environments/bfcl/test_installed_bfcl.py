@@ -14,9 +14,8 @@ import pytest
 
 from mosaic_rollout.chat.chat import Chat
 from mosaic_rollout.environments.bfcl import BfclEnvironment, MultiTurnEpisode
-from mosaic_rollout.environments.bfcl.api import load_bfcl
-from mosaic_rollout.environments.bfcl.single_turn import call_text
-from mosaic_rollout.environments.bfcl.tasks import CATEGORIES, MULTI_TURN, SINGLE_TURN, case_of
+from mosaic_rollout.environments.bfcl.api import CATEGORIES, MULTI_TURN, SINGLE_TURN, case_of, load_bfcl
+from mosaic_rollout.environments.bfcl.environment import call_text
 from mosaic_rollout.errors import UserError
 from mosaic_rollout.loop.agent_loop import AgentLoop, Limits
 from mosaic_rollout.types import Task, ToolCall

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mosaic_rollout.foreign.arguments import wrong_arguments
+from mosaic_rollout.foreign.checks import wrong_arguments
 from mosaic_rollout.types import JsonValue, ToolCall, ToolSchema
 from tests.rollout.environments.custom_env.guests import Quiet, episode_of
 

@@ -13,7 +13,7 @@ import pytest
 
 from mosaic_rollout.environments.custom import CustomEnvironment
 from mosaic_rollout.errors import UserError
-from mosaic_rollout.foreign.raised import place, words
+from mosaic_rollout.foreign.code import place, words
 from mosaic_rollout.types import ToolCall
 from tests.rollout.environments.custom_env.guests import Quiet, calls, environment_of, episode_of
 

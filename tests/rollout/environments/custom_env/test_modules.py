@@ -11,8 +11,8 @@ import pytest
 from mosaic_fast.config import JudgeConfig
 from mosaic_fast.preferences import Judge, build_judge
 from mosaic_rollout.environments.custom import load_environment
-from mosaic_rollout.environments.user_data import import_named
 from mosaic_rollout.errors import UserError
+from mosaic_rollout.foreign.code import import_named
 from mosaic_rollout.types import Observation, Task, ToolCall
 from tests.preferences.rollouts import saying
 

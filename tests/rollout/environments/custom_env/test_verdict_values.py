@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from mosaic_rollout.errors import UserError
 from mosaic_rollout.foreign import checked_verdict, plain_number
-from mosaic_rollout.foreign.verdicts import reward_verdict
+from mosaic_rollout.foreign.checks import reward_verdict
 from mosaic_rollout.types import Verdict
 from tests.rollout.environments.custom_env.guests import episode_of
 

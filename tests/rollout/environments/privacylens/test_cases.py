@@ -4,8 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from mosaic_rollout.environments.privacylens import PrivacyLensEnvironment, case_of
-from mosaic_rollout.environments.privacylens.cases import PastCall, parse_trajectory
+from mosaic_rollout.environments.privacylens import (
+    PastCall,
+    PrivacyLensEnvironment,
+    case_of,
+    parse_trajectory,
+)
 from mosaic_rollout.errors import UserError
 from mosaic_rollout.types import ToolCall
 from tests.rollout.environments.privacylens.cases_for_tests import COURSE, case, written

@@ -7,8 +7,7 @@ import pytest
 
 from mosaic_rollout.chat.chat import Chat
 from mosaic_rollout.environments.custom import load_environment
-from mosaic_rollout.environments.verifiers import VerifiersEnvironment
-from mosaic_rollout.environments.verifiers.environment import VerifiersEpisode
+from mosaic_rollout.environments.verifiers import VerifiersEnvironment, VerifiersEpisode
 from mosaic_rollout.errors import UserError
 from mosaic_rollout.loop.agent_loop import AgentLoop, Limits
 from mosaic_rollout.types import ToolCall

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mosaic_rollout.environments.world import WorldEnvironment
+from mosaic_rollout.environments.world.environment import TOOL_ARGUMENTS, World
 from mosaic_rollout.environments.world.tasks import SIDE_EFFECT_TOOLS
-from mosaic_rollout.environments.world.tools import TOOL_ARGUMENTS, World
 from mosaic_rollout.types import JsonValue, ToolCall
 
 TASKS = WorldEnvironment().sample("train", 9, 0)

@@ -5,10 +5,8 @@ from __future__ import annotations
 import pytest
 
 from mosaic_rollout.environments.world import WorldEnvironment, WorldTask, values
-from mosaic_rollout.environments.world.injections import INJECTION_BANKS, PREFIXES
-from mosaic_rollout.environments.world.intents import INTENT_BANKS
-from mosaic_rollout.environments.world.reasons import REASON_BANKS
-from mosaic_rollout.environments.world.wordings import WordingBank, expand, words
+from mosaic_rollout.environments.world.intents import INJECTION_BANKS, INTENT_BANKS, PREFIXES, REASON_BANKS
+from mosaic_rollout.environments.world.values import WordingBank, expand, words
 
 BANKS = {**INTENT_BANKS, **REASON_BANKS, **INJECTION_BANKS}
 POOLS = {"names": values.NAMES, "files": values.FILES, "topics": values.TOPICS, "amounts": values.AMOUNTS}

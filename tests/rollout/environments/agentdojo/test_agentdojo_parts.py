@@ -101,7 +101,7 @@ def test_draw_repeats_only_once_a_pool_is_used_up() -> None:
 def test_unknown_split_and_foreign_task_are_refused() -> None:
     with pytest.raises(UserError, match="train and heldout"):
         tasks.draw(POOLS, "test", 1, seed=0, injected_frac=0.5)
-    with pytest.raises(TypeError, match="not an AgentDojo task"):
+    with pytest.raises(TypeError, match="not a task of AgentDojo"):
         tasks.payload_of(Task("x", "benign", "train"))
 
 

@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Protocol, cast
 
-from mosaic_rollout.environments.guarded import NEEDS_JUDGE, GuardedEpisode, as_text
+from mosaic_rollout.environments.guarded import UNJUDGED, GuardedEpisode, as_text
 from mosaic_rollout.environments.sources import (
     EnvironmentMissing,
     payload_of,
@@ -176,7 +176,7 @@ class AgentSafetyBenchEpisode(GuardedEpisode):
 
     def _judge(self, final_answer: str | None) -> Verdict:
         """No verdict: the benchmark has no checker of its own, harm is for a model to judge."""
-        return NEEDS_JUDGE
+        return UNJUDGED
 
 
 def _open(case: Case, spec: WorldSpec) -> tuple[World, dict[str, ToolSchema]]:

@@ -26,7 +26,7 @@ from mosaic_rollout.types import JsonValue, Message, Observation, ToolCall, Tool
 PATIENCE_S = 60.0
 """How long a verdict waits for a call that still runs, where nobody has waited for it before."""
 
-NEEDS_JUDGE = Verdict(harm=False, done=False, progress=0.0, details={"needs_judge": 1.0})
+UNJUDGED = Verdict(harm=False, done=False, progress=0.0, details={"needs_judge": 1.0})
 """Of an episode of a benchmark without a checker of its own: a judge says what was done."""
 
 

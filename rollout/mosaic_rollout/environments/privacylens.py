@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mosaic_rollout.environments.guarded import NEEDS_JUDGE, function_tool
+from mosaic_rollout.environments.guarded import UNJUDGED, function_tool
 from mosaic_rollout.environments.sources import payload_of, read_json_list, text_at
 from mosaic_rollout.environments.splits import draw
 from mosaic_rollout.errors import UserError
@@ -212,7 +212,7 @@ class PrivacyLensEpisode:
 
     def score(self, final_answer: str | None) -> Verdict:
         """No verdict yet: a judge says what the action gives away."""
-        return NEEDS_JUDGE
+        return UNJUDGED
 
 
 def final_action(case: Case, steps: Sequence[Step]) -> ToolCall | None:

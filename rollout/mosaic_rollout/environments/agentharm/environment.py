@@ -23,7 +23,7 @@ from mosaic_rollout.environments.agentharm.package import (
     load_tools,
     system_message,
 )
-from mosaic_rollout.environments.guarded import NEEDS_JUDGE, GuardedEpisode, as_text
+from mosaic_rollout.environments.guarded import UNJUDGED, GuardedEpisode, as_text
 from mosaic_rollout.environments.sources import payload_of, read_json_file, text_at
 from mosaic_rollout.environments.splits import draw
 from mosaic_rollout.errors import UserError
@@ -124,7 +124,7 @@ class AgentHarmEpisode(GuardedEpisode):
 
     def _judge(self, final_answer: str | None) -> Verdict:
         """No verdict yet: AgentHarm's graders look at the whole course, and ask a judge."""
-        return NEEDS_JUDGE
+        return UNJUDGED
 
 
 _DEFAULT = ("harmful", "benign")

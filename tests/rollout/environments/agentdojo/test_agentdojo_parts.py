@@ -1,12 +1,10 @@
 """The parts of the AgentDojo adapter that need no installed benchmark."""
 
 import sys
-from importlib.metadata import PackageNotFoundError
 
 import pytest
 
-from mosaic_rollout.environments import sources as packages
-from mosaic_rollout.environments.agentdojo import AgentDojoEnvironment, EnvironmentMissing, api, tasks
+from mosaic_rollout.environments.agentdojo import AgentDojoEnvironment, tasks
 from mosaic_rollout.environments.agentdojo.api import REPLACED, stand_ins
 from mosaic_rollout.environments.agentdojo.world import without_titles
 from mosaic_rollout.errors import UserError
@@ -16,32 +14,6 @@ POOLS: tasks.Pools = {
     "train": {"a": (["u0", "u1", "u2"], ["i0", "i1"]), "b": (["u0"], ["i0"])},
     "heldout": {"a": (["u3"], ["i2"]), "b": (["u1"], ["i1"])},
 }
-
-
-def forget_agentdojo(monkeypatch: pytest.MonkeyPatch, version: str | None) -> None:
-    """Make the adapter believe that `version` of agentdojo is installed (None: not installed)."""
-
-    def answer(_: str) -> str:
-        if version is None:
-            raise PackageNotFoundError
-        return version
-
-    monkeypatch.setattr(packages, "version", answer)
-    api.load_agentdojo.cache_clear()
-
-
-@pytest.mark.parametrize(
-    ("version", "words"), [(None, "not installed"), ("0.1.34", "0.1.35 is known to fit")]
-)
-def test_missing_or_other_version_is_named_with_the_fix(
-    monkeypatch: pytest.MonkeyPatch, version: str | None, words: str
-) -> None:
-    forget_agentdojo(monkeypatch, version)
-    with pytest.raises(EnvironmentMissing, match=words) as raised:
-        AgentDojoEnvironment()
-    assert "make train-agentdojo" in str(raised.value)
-    assert "mosaic-fast[agentdojo]" in str(raised.value)
-    assert isinstance(raised.value, UserError)
 
 
 def test_stand_ins_leave_nothing_behind() -> None:

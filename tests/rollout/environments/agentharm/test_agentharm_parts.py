@@ -1,17 +1,19 @@
 """What of AgentHarm needs no package: its files' form, the namespace its code runs in, a missing package."""
 
+import asyncio
 import json
 import random
-from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
 
-from mosaic_rollout.environments import sources as packages
+from mosaic_fast.preferences.endpoint import Endpoint
+from mosaic_rollout.environments.agentharm import Behaviour, Grades, grade, grading
 from mosaic_rollout.environments.agentharm.environment import read_behaviours
-from mosaic_rollout.environments.agentharm.package import SourceFolder, agentharm_folder
-from mosaic_rollout.environments.sources import EnvironmentMissing
+from mosaic_rollout.environments.agentharm.package import SourceFolder
 from mosaic_rollout.errors import UserError
+from mosaic_rollout.types import Step
+from tests.preferences.endpoint import Raw, completion, endpoint
 
 GOOD = {
     "id": "1-1",
@@ -62,16 +64,6 @@ def test_a_missing_file_is_named(tmp_path: Path):
         UserError, match=r"holds no chat_public_test.json; name a copy of the data set AgentHarm"
     ):
         read_behaviours(tmp_path, "chat")
-
-
-def test_a_missing_package_is_named_with_what_installs_it(monkeypatch: pytest.MonkeyPatch):
-    def nothing(name: str) -> str:
-        raise PackageNotFoundError(name)
-
-    monkeypatch.setattr(packages, "version", nothing)
-    agentharm_folder.cache_clear()
-    with pytest.raises(EnvironmentMissing, match="inspect-evals is not installed; run `make agentharm`"):
-        agentharm_folder()
 
 
 TOOL = """
@@ -130,3 +122,36 @@ def test_a_tool_reaches_for_nothing_else(line: str, files: Path):
     with pytest.raises((ImportError, FileNotFoundError)):
         SourceFolder(files, random.Random(0)).execute("bad")
     assert not (files / "x").exists()
+
+
+@pytest.mark.parametrize(
+    "mixed", ["Answer: yes, on reflection Answer: no", "Answer: **no**\nStill, some would say\nAnswer: yes"]
+)
+@pytest.mark.parametrize(
+    ("answer", "refused"), [("Answer: no", False), ("It declines.\nAnswer: *Yes*", True)]
+)
+def test_a_refusal_judge_that_says_yes_and_no_is_asked_again(
+    mixed: str, answer: str, refused: bool, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(grading, "refusal_prompt", lambda: "Did this refuse? {generation}")
+    behaviour = Behaviour("chat", "1", "Invented", "An invented request.")
+    step = Step(0, 1, "No.", None, None, "answer", None, "No.", None, 0, False)
+    answers = iter([mixed, answer])
+
+    async def judged(url: str) -> Grades:
+        server = Endpoint(
+            url=url, model="m", api_key=None, api_key_env="KEY", max_tokens=64, backoff_s=0.0, retries=1
+        )
+
+        async with server.open() as http:
+
+            async def ask(prompt: str, shape: str) -> str:
+                messages = [{"role": "user", "content": prompt}]
+                return (await server.ask_text(http, messages, shape, lambda: None)).answer
+
+            return await grade(behaviour, [step], "answered", ask)
+
+    with endpoint(lambda _: Raw(body=completion(next(answers)))) as served:
+        grades = asyncio.run(judged(served.url))
+    assert len(served.requests) == 2
+    assert (grades.refused, grades.score) == (refused, None)

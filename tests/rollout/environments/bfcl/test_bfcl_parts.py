@@ -1,19 +1,14 @@
 """The parts of the BFCL adapter that need no installed benchmark."""
 
 import ast
-from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mosaic_rollout.environments import sources as packages
-from mosaic_rollout.environments.bfcl import BfclEnvironment, api
 from mosaic_rollout.environments.bfcl.api import Case, Record
 from mosaic_rollout.environments.bfcl.environment import call_text, readable_source, refuse_endless
 from mosaic_rollout.environments.bfcl.schemas import json_schema, tool_schema
-from mosaic_rollout.environments.sources import EnvironmentMissing
 from mosaic_rollout.types import JsonValue, ToolCall
 
 JSON = st.recursive(
@@ -21,31 +16,6 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
     max_leaves=8,
 )
-
-
-@pytest.fixture
-def forgotten() -> Iterator[None]:
-    """Nothing imported stays known, before and after."""
-    api.load_bfcl.cache_clear()
-    yield
-    api.load_bfcl.cache_clear()
-
-
-@pytest.mark.parametrize(
-    ("version", "words"), [(None, "not installed"), ("2025.1.1", "only 2026.3.23 is known")]
-)
-def test_missing_or_other_version_is_named_with_the_fix(
-    monkeypatch: pytest.MonkeyPatch, forgotten: None, version: str | None, words: str
-) -> None:
-    def answer(_: str) -> str:
-        if version is None:
-            raise PackageNotFoundError
-        return version
-
-    monkeypatch.setattr(packages, "version", answer)
-    with pytest.raises(EnvironmentMissing, match=words) as raised:
-        BfclEnvironment()
-    assert "make bfcl" in str(raised.value)
 
 
 @given(st.dictionaries(st.from_regex(r"[a-z]{3,6}_[a-z]", fullmatch=True), JSON, max_size=3))

@@ -13,10 +13,9 @@ from torch import Tensor
 from mosaic_fast.config import LossConfig
 from mosaic_fast.errors import UserError
 from mosaic_fast.losses.batch import Loss, LossBatch, Normalisation, SumCount
-from mosaic_rollout.environments.user_data import import_named
 from mosaic_rollout.foreign import ForeignCode
-from mosaic_rollout.foreign.code import get_member
-from mosaic_rollout.foreign.verdicts import finite_float, shown, yes_or_no
+from mosaic_rollout.foreign.checks import finite_float, shown, yes_or_no
+from mosaic_rollout.foreign.code import get_member, import_named
 
 _ROUNDING = 1e-3  # by which the gradient of the parts may differ from the whole's, of its largest element
 

@@ -14,8 +14,8 @@ import numpy as np
 
 from mosaic_fast.config import REWARD_PARTS, RewardConfig
 from mosaic_fast.preferences.own_judge import copies, one_number_each
-from mosaic_rollout.environments.user_data import import_named
 from mosaic_rollout.foreign import ForeignCode
+from mosaic_rollout.foreign.code import import_named
 from mosaic_rollout.types import Rollout
 
 

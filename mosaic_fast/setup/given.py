@@ -19,7 +19,7 @@ from mosaic_fast.preferences.rule_judge import RuleJudge
 from mosaic_fast.run.durable import write_text
 from mosaic_fast.setup.environment import build_environment
 from mosaic_rollout.environments.custom import GivenTasks, given_environment, spec_of, split_tasks
-from mosaic_rollout.environments.user_data import import_named
+from mosaic_rollout.foreign.code import import_named
 from mosaic_rollout.types import Environment, Task
 
 RECORD = "given.json"

@@ -14,8 +14,8 @@ from mosaic_rollout.environments.custom.environment import CustomEnvironment
 from mosaic_rollout.environments.custom.whole import WholeEnvironment
 from mosaic_rollout.errors import UserError
 from mosaic_rollout.foreign import ForeignCode
+from mosaic_rollout.foreign.checks import shown
 from mosaic_rollout.foreign.code import get_member
-from mosaic_rollout.foreign.verdicts import shown
 from mosaic_rollout.types import Environment, Episode, Task
 
 Rows: TypeAlias = "Path | Sequence[Mapping[str, object]]"

@@ -187,7 +187,8 @@ test-agentharm: $(VENV)/.agentharm  ## AgentHarm's 160 tools and 104 graders, wi
 test-verifiers: .venv-verifiers/.installed  ## environments of the library verifiers 0.1.14, in .venv-verifiers
 	MOSAIC_TEST_VERIFIERS=1 PYTHONPATH=.:rollout:kernels .venv-verifiers/bin/python -m pytest tests/rollout/environments/verifiers_env
 
-test-report: $(STAMP)  ## the report page in a real browser (Debian: apt-get install chromium)
+test-report: $(STAMP)  ## the report page in a real browser (Debian: apt-get install chromium), by Playwright
+	$(PIP) install -q -c constraints.txt playwright
 	MOSAIC_TEST_REPORT=1 $(BIN)/python -m pytest tests/report
 
 .venv-sglang/.installed-cpu: $(SGLANG_CPU)

@@ -15,6 +15,8 @@ from mosaic_fast.errors import UserError
 from mosaic_fast.run.trajectories import RolloutRow
 
 _NOTE_SHOWN = 500  # characters of what a run said of a step
+_UNREAD = {"split", "prompt_tokens", "cached_tokens", "rollout_logprobs"}
+"""Fields of a trajectory that no reader here needs: damage to them costs no row, and they take no memory."""
 _NOTES_SHOWN = 20  # a folder full of broken lines is described by its first ones and their number
 
 
@@ -117,7 +119,9 @@ def read_groups(path: Path, notes: Notes) -> Iterator[list[RolloutRow]]:
     def rows() -> Iterator[RolloutRow]:
         for number, line in _lines(path, notes):
             try:
-                yield RolloutRow.model_validate(json.loads(line))
+                row = json.loads(line)
+                shown = {k: v for k, v in row.items() if k not in _UNREAD} if isinstance(row, dict) else row
+                yield RolloutRow.model_validate(shown)
             except ValidationError as error:
                 first = error.errors()[0]
                 where = ".".join(str(part) for part in first["loc"])

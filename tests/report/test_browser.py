@@ -18,8 +18,8 @@ from tests.report.test_read import HOSTILE
 
 
 @pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chromium]:
-    with Chromium(tmp_path_factory.mktemp("profile")) as started:
+def browser() -> Iterator[Chromium]:
+    with Chromium() as started:
         started.resize(1400, 900)
         yield started
 
@@ -27,7 +27,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chromium]:
 @pytest.fixture
 def page(browser: Chromium) -> Iterator[Chromium]:
     """A fresh page; whatever a test did, it must have raised no error and asked the network for nothing."""
-    browser.call("Page.navigate", url="about:blank")
+    browser.open("about:blank")
     browser.evaluate("1")
     browser.console.clear()
     browser.requests.clear()
@@ -73,7 +73,7 @@ def test_a_chart_shows_the_values_under_the_pointer(page: Chromium, address: str
         " return [b.x, b.y, b.width, b.height]; })()"
     )
     assert isinstance(box, list)
-    page.call("Input.dispatchMouseEvent", type="mouseMoved", x=box[0] + 0.1 * box[2], y=box[1] + 0.5 * box[3])
+    page.page.mouse.move(box[0] + 0.1 * box[2], box[1] + 0.5 * box[3])
     page.wait_for("document.querySelector('.at').textContent === 'step 1'")
     assert "harmful refused25%" in text(page, ".chart .legend")
 

@@ -256,3 +256,12 @@ def test_a_run_folder_of_an_earlier_version_opens(tmp_path: Path):
     assert data.notes == []
     assert [(r.status, r.reward, r.generated_tokens) for r in data.rollouts] == [("answered", 1.0, 2)] * 2
     assert data.groups[0].request == "greet"
+
+
+def test_damage_to_what_no_reader_needs_costs_no_row(tmp_path: Path):
+    folder = write_run(tmp_path / "run", steps=1, groups=1)
+    file = trajectory_files(folder)[0][1]
+    damage = {"split": 1, "prompt_tokens": "many", "cached_tokens": None, "rollout_logprobs": {"a": 1}}
+    rows = [json.loads(line) | damage for line in file.read_text(encoding="utf-8").splitlines()]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    assert [len(group) for group in group_rows(folder)] == [4]

@@ -13,7 +13,7 @@ from mosaic_fast.config.read import parse_train_arguments
 from mosaic_fast.evaluate import EVALUATION_SEED, evaluation_tasks
 from mosaic_fast.setup.build import Setup
 from mosaic_fast.train import train
-from mosaic_rollout.environments.splits import draw
+from mosaic_rollout.environments.sources import draw
 from mosaic_rollout.types import Episode, Task
 
 BANK = '''

@@ -24,8 +24,7 @@ from mosaic_rollout.chat.messages import with_written_calls as with_written_call
 from mosaic_rollout.chat.messages import with_written_output as with_written_output
 from mosaic_rollout.chat.messages import written_tools as written_tools
 from mosaic_rollout.chat.prompts import load_prompt
-from mosaic_rollout.chat.rendering import Renderer
-from mosaic_rollout.chat.safe_data import Data
+from mosaic_rollout.chat.rendering import Data, Renderer
 from mosaic_rollout.chat.template import PROBE_TOOL, USER
 from mosaic_rollout.errors import UserError
 from mosaic_rollout.types import Message, ToolSchema

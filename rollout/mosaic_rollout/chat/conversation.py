@@ -11,10 +11,8 @@ from __future__ import annotations
 import numpy as np
 
 from mosaic_rollout.chat.grammar import THINK_OPEN
-from mosaic_rollout.chat.rendering import Renderer
-from mosaic_rollout.chat.safe_data import Data, safe
+from mosaic_rollout.chat.rendering import Data, Renderer, common_end, safe, stand_in
 from mosaic_rollout.chat.template import Support, TurnKind
-from mosaic_rollout.chat.turn_end import common_end, stand_in
 from mosaic_rollout.errors import UserError
 from mosaic_rollout.types import Message
 

@@ -14,8 +14,7 @@ from typing import Literal
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
-from mosaic_rollout.chat.call_detection import format_of_template
-from mosaic_rollout.chat.call_formats import CallFormat
+from mosaic_rollout.chat.call_formats import CallFormat, format_of_template
 from mosaic_rollout.chat.messages import written_tools
 from mosaic_rollout.chat.prompts import load_prompt
 from mosaic_rollout.errors import UserError

@@ -1,6 +1,6 @@
 """One OpenAI-compatible endpoint as a policy: messages and tools in, one assistant message out.
 
-What a server refuses for good, or cannot answer in a number of tries (chat_server.py), is a UserError.
+What a server refuses for good, or cannot answer in a number of tries (server.py), is a UserError.
 """
 
 from __future__ import annotations

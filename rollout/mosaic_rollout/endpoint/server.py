@@ -1,15 +1,9 @@
-"""Which certificates clients of https endpoints trust.
-
-A cookie jar that keeps nothing.
-
-What is read of a server's chat completion. Keys that are not named here are passed over.
-
-An OpenAI-compatible server, asked for chat completions until an answer can be used.
+"""An OpenAI-compatible server, asked for chat completions until an answer can be used.
 
 Tried again, a bounded number of times and with growing waits: no connection, silence, 408, 409, 425, 429,
 5xx, and an answer that its reader cannot use. A parameter that the server refuses is renamed or left out from
-then on (chat_parameters.py). What is sent and what becomes of an answer is the subclass's: a
-policy that is evaluated (chat_client.py), or a judge.
+then on (parameters.py). What is sent and what becomes of an answer is the subclass's: a policy that is
+evaluated (client.py), or a judge. Of a completion, keys that are not named here are passed over.
 """
 
 from __future__ import annotations

@@ -6,28 +6,14 @@ The in-process engine: samples from the very module the trainer updates.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 from collections.abc import Sequence
 
-import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from mosaic_rollout.engine.adapter import CausalModel, DecoderOf
 from mosaic_rollout.engine.scheduler import Job, Scheduler
 from mosaic_rollout.engine.stats import EngineError, EngineStats, validate_request
 from mosaic_rollout.types import Completion, Request
-
-
-def weights_checksum(model: nn.Module) -> int:
-    """Sum modulo 2**64 of a hash of (name, shape, bytes) of each parameter: any changed bit changes it."""
-    total = 0
-    for name, parameter in model.named_parameters():
-        digest = hashlib.blake2b(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode(), digest_size=8)
-        raw = parameter.detach().cpu().contiguous().view(-1).view(torch.uint8)
-        digest.update(raw.numpy().tobytes())
-        total += int.from_bytes(digest.digest(), "little")
-    return total % (1 << 64)
 
 
 class LocalEngine:
@@ -81,15 +67,6 @@ class LocalEngine:
         """Sums since its last reset()."""
         return self._scheduler.stats
 
-    @property
-    def policy_version(self) -> int:
-        return self._scheduler.policy_version
-
-    @property
-    def cached_tokens(self) -> int:
-        """Tokens whose keys and values the tree holds now."""
-        return self._scheduler.tree.pool.used
-
     async def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """One completion a request, in order.
 
@@ -136,10 +113,6 @@ class LocalEngine:
     def close(self) -> None:
         """There is no process to end."""
 
-    def weights_checksum(self) -> int:
-        """64-bit checksum of the weights served, to compare with those trained (reads all of them)."""
-        return weights_checksum(self._model.model)
-
     def _submit(self, loop: asyncio.AbstractEventLoop, request: Request) -> asyncio.Future[Completion]:
         future: asyncio.Future[Completion] = loop.create_future()
         self._pending[future] = None
@@ -182,6 +155,6 @@ class LocalEngine:
     def _describe(self, error: BaseException) -> EngineError:
         kind = type(error) if isinstance(error, EngineError) else EngineError
         detail = str(error) if isinstance(error, EngineError) else f"{type(error).__name__}: {error}"
-        described = kind(f"sampling failed at policy version {self.policy_version}: {detail}")
+        described = kind(f"sampling failed at policy version {self._scheduler.policy_version}: {detail}")
         described.__cause__ = error
         return described

@@ -90,13 +90,9 @@ class Scheduler:
         with self.model.serving():
             self._drop_abandoned()
             if self._should_admit():
-                started = time.perf_counter()
                 self._admit()
-                self.stats.prefill_s += time.perf_counter() - started
             if self.active:
-                started = time.perf_counter()
                 self._decode()
-                self.stats.decode_s += time.perf_counter() - started
 
     def _drop_abandoned(self) -> None:
         if any(job.abandoned() for job in self.waiting):
@@ -139,7 +135,7 @@ class Scheduler:
             group.append((job, end))
         self.stats.peak_cached_tokens = max(self.stats.peak_cached_tokens, tree.pool.used)
         nodes = pending_nodes([end for _, end in group])
-        self.stats.prefill_forwards += prefill(self.model, tree.pool, nodes, self.prefill_chunk_tokens)
+        prefill(self.model, tree.pool, nodes, self.prefill_chunk_tokens)
         self.stats.computed_prefill_tokens += sum(len(node.tokens) for node in nodes)
         longest = max(len(job.prompt) for job, _ in group)
         self.buffer.reserve(len(self.active) + len(group), longest)

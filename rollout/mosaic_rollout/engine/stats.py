@@ -40,17 +40,9 @@ class EngineStats:
     computed_prefill_tokens: int = 0
     generated_tokens: int = 0
     decode_iterations: int = 0
-    prefill_forwards: int = 0
-    prefill_s: float = 0.0
-    decode_s: float = 0.0
     peak_cached_tokens: int = 0
     first_token_s: deque[float] = field(default_factory=lambda: deque(maxlen=LAST))
     """Of the last LAST completions, from asking to the first token."""
-
-    @property
-    def prefix_hit_frac(self) -> float:
-        """Share of the prompt tokens that were not computed again, 0 without prompts."""
-        return self.cached_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
 
     def reset(self) -> None:
         for name, value in vars(EngineStats()).items():

@@ -20,12 +20,14 @@ from typing import Protocol, cast
 from mosaic_rollout.environments.guarded import UNJUDGED, GuardedEpisode, as_text
 from mosaic_rollout.environments.sources import (
     EnvironmentMissing,
+    divide,
+    draw,
     payload_of,
     read_json_list,
     require_package,
     text_at,
+    text_key,
 )
-from mosaic_rollout.environments.splits import divide, draw, text_key
 from mosaic_rollout.errors import UserError
 from mosaic_rollout.foreign import ForeignCode
 from mosaic_rollout.foreign.code import words

@@ -17,8 +17,14 @@ from importlib.metadata import distribution
 from pathlib import Path
 
 from mosaic_rollout.environments.guarded import function_tool
-from mosaic_rollout.environments.sources import EnvironmentMissing, payload_of, require_package
-from mosaic_rollout.environments.splits import SPLITS, deal, divide
+from mosaic_rollout.environments.sources import (
+    SPLITS,
+    EnvironmentMissing,
+    deal,
+    divide,
+    payload_of,
+    require_package,
+)
 from mosaic_rollout.errors import UserError
 from mosaic_rollout.plain_json import read_lines
 from mosaic_rollout.types import Message, Observation, Task, ToolCall, ToolSchema, Verdict

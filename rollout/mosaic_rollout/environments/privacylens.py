@@ -16,8 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mosaic_rollout.environments.guarded import UNJUDGED, function_tool
-from mosaic_rollout.environments.sources import payload_of, read_json_list, text_at
-from mosaic_rollout.environments.splits import draw
+from mosaic_rollout.environments.sources import draw, payload_of, read_json_list, text_at
 from mosaic_rollout.errors import UserError
 from mosaic_rollout.types import JsonValue, Message, Observation, Step, Task, ToolCall, ToolSchema, Verdict
 

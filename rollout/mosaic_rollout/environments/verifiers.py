@@ -20,8 +20,7 @@ from dataclasses import dataclass
 from typing import Protocol, cast, get_args
 
 from mosaic_rollout.environments.guarded import GuardedEpisode, bounded
-from mosaic_rollout.environments.sources import require_package
-from mosaic_rollout.environments.splits import divide, draw, text_key
+from mosaic_rollout.environments.sources import divide, draw, require_package, text_key
 from mosaic_rollout.errors import UserError
 from mosaic_rollout.foreign import ForeignCode
 from mosaic_rollout.foreign.checks import finite_float, reward_verdict

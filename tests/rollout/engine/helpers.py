@@ -124,3 +124,8 @@ def naive_sample(model: PreTrainedModel, asked: Request) -> list[int]:
         if token in asked.sampling.stop_token_ids:
             break
     return sampled
+
+
+def tokens_held(engine: LocalEngine) -> int:
+    """Tokens whose keys and values the engine's radix tree holds now."""
+    return engine._scheduler.tree.pool.used

@@ -19,6 +19,7 @@ from tests.rollout.engine.helpers import (
     random_tokens,
     request,
     tiny_model,
+    tokens_held,
 )
 
 PROMPT = random_tokens(6, 0)
@@ -267,26 +268,11 @@ def test_the_trainers_model_is_left_as_found() -> None:
     model(input_ids=torch.tensor([[1, 2, 3]]), labels=torch.tensor([[1, 2, 3]])).loss.backward()
 
 
-def test_checksum_sees_one_changed_bit() -> None:
-    model = tiny_model()
-    engine = local_engine(model)
-    before = engine.weights_checksum()
-    assert before == engine.weights_checksum()
-    weight = model.model.layers[2].mlp.down_proj.weight
-    with torch.no_grad():
-        value = weight[0, 0].clone()
-        weight[0, 0] = torch.nextafter(value, torch.tensor(torch.inf, dtype=value.dtype))
-        assert engine.weights_checksum() != before
-        weight[0, 0] = value
-    assert engine.weights_checksum() == before
-
-
 def test_statistics_add_up_and_reset() -> None:
     engine = local_engine(tiny_model())
     generate(engine, [request(PROMPT, new, key=new) for new in (1, 3, 5)])
     stats = engine.stats
     assert (stats.completions, stats.generated_tokens, stats.decode_iterations) == (3, 9, 5)
-    assert stats.peak_cached_tokens == engine.cached_tokens > 0
-    assert min(stats.prefill_s, stats.decode_s) > 0
+    assert stats.peak_cached_tokens == tokens_held(engine) > 0
     stats.reset()
     assert stats.generated_tokens == stats.prompt_tokens == 0

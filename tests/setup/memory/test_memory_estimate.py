@@ -22,6 +22,7 @@ from mosaic_fast.setup.memory.estimate import PHASES
 from mosaic_fast.setup.memory.table import verdict
 from mosaic_rollout.engine import LocalEngine
 from mosaic_rollout.types import Request, SamplingParams
+from tests.rollout.engine.helpers import tokens_held
 from tests.setup.memory.small_models import LENGTH, ROLLOUTS, SHAPES, Variant, learner_of, peak_bytes, step
 
 CONFIGS = Path(__file__).parents[3] / "configs"
@@ -148,9 +149,9 @@ def test_the_engines_keys_and_values_are_within_the_estimate(tmp_path: Path):
     asyncio.run(engine.generate(requests))
     pool, rows = engine._scheduler.tree.pool, engine._scheduler.buffer
     assert 0.3 * (rollouts - logits) < pool.bytes + rows.bytes <= rollouts - logits
-    assert engine.cached_tokens > 0
+    assert tokens_held(engine) > 0
     asyncio.run(engine.release())
-    assert engine.cached_tokens == 0
+    assert tokens_held(engine) == 0
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -93,11 +93,6 @@ class SGLangEngine:
         ]
         atexit.register(self.close)
 
-    @property
-    def policy_version(self) -> int:
-        """Version of the weights served; -1 before the first update."""
-        return self._version
-
     async def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """One completion a request, in order.
 

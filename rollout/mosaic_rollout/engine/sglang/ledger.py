@@ -166,11 +166,6 @@ class ServingStats:
     first_token_s: deque[float] = field(default_factory=lambda: deque(maxlen=LAST))
     """Of the last LAST requests, from asking to the first token."""
 
-    @property
-    def prefix_hit_frac(self) -> float:
-        """Share of the prompt tokens found in the cache, 0 without prompts."""
-        return self.cached_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
-
     def add(self, sample: Sample, waited_s: float) -> None:
         """waited_s: what passed between asking for it and sending it."""
         self.completions += 1

@@ -24,8 +24,7 @@ from mosaic_rollout.environments.agentharm.package import (
     system_message,
 )
 from mosaic_rollout.environments.guarded import UNJUDGED, GuardedEpisode, as_text
-from mosaic_rollout.environments.sources import payload_of, read_json_file, text_at
-from mosaic_rollout.environments.splits import draw
+from mosaic_rollout.environments.sources import draw, payload_of, read_json_file, text_at
 from mosaic_rollout.errors import UserError
 from mosaic_rollout.foreign import ForeignCode
 from mosaic_rollout.types import Message, Observation, Task, ToolCall, Verdict

@@ -20,8 +20,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Protocol, cast
 
-from mosaic_rollout.environments.sources import EnvironmentMissing, payload_of, require_package
-from mosaic_rollout.environments.splits import text_key
+from mosaic_rollout.environments.sources import EnvironmentMissing, payload_of, require_package, text_key
 from mosaic_rollout.errors import UserError
 from mosaic_rollout.plain_json import read_lines
 from mosaic_rollout.types import JsonValue, Message, Task

@@ -36,7 +36,7 @@ from mosaic_rollout.environments.bfcl.api import (
 )
 from mosaic_rollout.environments.bfcl.schemas import tool_schema
 from mosaic_rollout.environments.guarded import GuardedEpisode, as_text
-from mosaic_rollout.environments.splits import divide, draw
+from mosaic_rollout.environments.sources import divide, draw
 from mosaic_rollout.foreign import ForeignCode
 from mosaic_rollout.foreign.code import text_of
 from mosaic_rollout.types import JsonValue, Observation, Task, ToolCall, Verdict

@@ -155,6 +155,9 @@ class RolloutConfig(Section):
     """Tokens of a whole rollout, prompt and observations included; by the kind of model, 8192 for others."""
     teach_loop: bool = False
     """Teach plan, check and act in the system message; by the kind of model, true for others."""
+    call_format: Annotated[str, Field(pattern=r"^([\w-]+|[\w.]+:\w+)$")] = "auto"
+    """How calls are written: auto, as the chat template does; hermes, phi, llama, xlam, mistral,
+    qwen3-coder or pythonic; your own: `module:Class` (docs/environments.md)."""
     date: str | None = None
     """The date, as 2026-07-01, that chat templates see which ask for one; default: the day of the start."""
 

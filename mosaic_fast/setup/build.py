@@ -34,6 +34,7 @@ from mosaic_fast.setup.model_folder import (
     load_tokenizer,
 )
 from mosaic_rollout.chat.chat import Chat
+from mosaic_rollout.chat.own_format import load_call_format
 from mosaic_rollout.engine import EngineError
 from mosaic_rollout.loop.agent_loop import AgentLoop, Branching, Limits
 from mosaic_rollout.types import Environment, ManagedEngine, Task
@@ -225,6 +226,7 @@ def build_setup(
         teach_loop=config.rollout.teach_loop,
         end_token_ids=end_tokens(weights),
         today=config.rollout.today,
+        call_format=load_call_format(config.rollout.call_format),
     )
     lora = None
     if policy is not None:

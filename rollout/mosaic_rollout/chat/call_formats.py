@@ -60,14 +60,14 @@ def read_call(text: str, call_format: CallFormat, tools: Sequence[ToolSchema] = 
     return call_format.parse(calls[0].body, tools)
 
 
-def detect_call_format(rendered_call: str) -> CallFormat | None:
+def detect_call_format(rendered_call: str, formats: Sequence[CallFormat] = FORMATS) -> CallFormat | None:
     """The format that reads one call in an assistant's action as its template wrote it; None if none does.
 
     >>> detect_call_format('<tool_call>{"name": "f", "arguments": {}}</tool_call>').name
     'hermes'
     """
     found: list[CallFormat] = []
-    for call_format in FORMATS:
+    for call_format in formats:
         call = read_call(rendered_call, call_format)
         if call is not None:
             found.append(call_format)
@@ -99,31 +99,37 @@ _WITHOUT_NULL = {key: argument for key, argument in _ARGUMENTS.items() if isinst
 """For templates that cannot write a schema with a list of types, as Hermes' do."""
 
 
-def format_of_template(render: Render, written: Written, endings: Sequence[str]) -> CallFormat | None:
+def format_of_template(
+    render: Render, written: Written, endings: Sequence[str], formats: Sequence[CallFormat] = FORMATS
+) -> CallFormat | None:
     """The format in which a template writes calls; None where it writes none, or none that is read here.
 
     It counts as read where every call that the template is given comes back as it was given: arguments of
     every type, nested, with quotes and other letters than ASCII's, and none at all.
-    endings: texts that end a turn, which a template writes behind a call.
+    endings: texts that end a turn, which a template writes behind a call. formats: those that it may be.
     """
     for arguments in (_ARGUMENTS, _WITHOUT_NULL):
         try:
             render([_USER], [_probe(arguments)])
         except UserError:
             continue
-        return _format_of_calls(render, written, endings, arguments)
+        return _format_of_calls(render, written, endings, arguments, formats)
     return None
 
 
 def _format_of_calls(
-    render: Render, written: Written, endings: Sequence[str], arguments: Mapping[str, _Argument]
+    render: Render,
+    written: Written,
+    endings: Sequence[str],
+    arguments: Mapping[str, _Argument],
+    formats: Sequence[CallFormat],
 ) -> CallFormat | None:
     found: CallFormat | None = None
     probe = _probe(arguments)
     for call in (ToolCall(_WORD, {key: value for key, (_, value) in arguments.items()}), ToolCall(_WORD, {})):
         actions = list(_actions(render, written(call), endings, probe))
         if found is None:
-            named = (detect_call_format(action) for action in actions)
+            named = (detect_call_format(action, formats) for action in actions)
             found = next((one for one in named if one is not None), None)
         if found is None or not any(_same(read_call(action, found, [probe]), call) for action in actions):
             return None

@@ -16,7 +16,7 @@ from functools import lru_cache
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from mosaic_rollout.chat.call_formats import HERMES
+from mosaic_rollout.chat.call_formats import CallFormat
 from mosaic_rollout.chat.conversation import Conversation
 from mosaic_rollout.chat.grammar import SAFETY_OPEN, THINK_CLOSE
 from mosaic_rollout.chat.messages import new_tools_text as new_tools_text
@@ -41,6 +41,9 @@ class Chat:
     end_token_ids: further tokens that end a turn, as the model's folder names them (generation_config.json).
     today: the date that templates see which ask for it; None: the day on which this is made.
 
+    call_format: in which the policy calls tools; None: as its template writes calls, or else as Hermes. Where
+        the template writes none in it, the loop writes tools and calls itself.
+
     Raises UserError where the tokenizer has no chat template, or one that cannot write a conversation: a
     turn, its end, and what a tool or the user says next.
     """
@@ -52,6 +55,7 @@ class Chat:
         teach_loop: bool,
         end_token_ids: Sequence[int] = (),
         today: date | None = None,
+        call_format: CallFormat | None = None,
     ) -> None:
         if not getattr(tokenizer, "chat_template", None):
             raise UserError(
@@ -60,8 +64,9 @@ class Chat:
             )
         self.tokenizer = tokenizer
         self._teach_loop = teach_loop
-        self._renderer = Renderer(tokenizer, end_token_ids, today or date.today())
-        self.call_format = self._renderer.template.call_format or HERMES  # which is taught then
+        self._renderer = Renderer(tokenizer, end_token_ids, today or date.today(), call_format)
+        template = self._renderer.template
+        self.call_format = template.call_format or template.taught
         self.call_format_is_the_templates = self._renderer.template.call_format is not None
         self.reserved = self._renderer.reserved
         self.stop_token_ids: tuple[int, ...] = self._renderer.stop_token_ids

@@ -6,12 +6,12 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 
-from mosaic_rollout.chat.call_formats import HERMES
+from mosaic_rollout.chat.call_formats import HERMES, CallFormat
 from mosaic_rollout.chat.grammar import TAGS
 from mosaic_rollout.chat.reserved import mapped
 from mosaic_rollout.errors import UserError
 from mosaic_rollout.plain_json import without_surrogates
-from mosaic_rollout.types import JsonValue, Message, ToolSchema
+from mosaic_rollout.types import JsonValue, Message, ToolCall, ToolSchema
 
 OUTPUT_OPEN, OUTPUT_CLOSE = "<tool_response>", "</tool_response>"
 """Around a tool's output where the template has no role for it, as Qwen's templates write it."""
@@ -120,8 +120,8 @@ def new_tools_text(tools: Sequence[ToolSchema]) -> str:
     return f"\n\nFurther tools from here on:\n{written_tools(tools)}" if tools else ""
 
 
-def with_written_calls(message: Message) -> Message:
-    """A message whose tool calls are part of its text, in the format of prompts/call_format_v1.md."""
+def with_written_calls(message: Message, call_format: CallFormat = HERMES) -> Message:
+    """A message whose tool calls are part of its text, in a format; by default that of call_format_v1.md."""
     if not isinstance(message.get("tool_calls"), list):
         return message
     message = plain_message(message)
@@ -129,9 +129,16 @@ def with_written_calls(message: Message) -> Message:
     for call in calls if isinstance(calls, list) else []:
         function = call["function"] if isinstance(call, dict) else {}
         if isinstance(function, dict):
-            body = _json({"name": function["name"], "arguments": function["arguments"]})
-            text += f"\n{HERMES.marker}{body}</tool_call>"
+            text += f"\n{_written(function, call_format)}"
     return {**message, "content": text}
+
+
+def _written(function: Mapping[str, JsonValue], call_format: CallFormat) -> str:
+    name, arguments = function["name"], function["arguments"]
+    if call_format is HERMES or not isinstance(arguments, dict):  # arguments that are no object stay as given
+        body = _json({"name": name, "arguments": arguments})
+        return f"{HERMES.marker}{body}</tool_call>"
+    return call_format.write(ToolCall(str(name), arguments))
 
 
 def with_written_output(message: Message) -> Message:

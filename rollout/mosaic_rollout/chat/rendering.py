@@ -29,6 +29,7 @@ from mosaic_rollout.chat.messages import (
 )
 from mosaic_rollout.chat.reserved import Reserved
 from mosaic_rollout.chat.template import PROBE_TOOL, USER, Support, Template, TurnKind
+from mosaic_rollout.chat.written_call import CallFormat
 from mosaic_rollout.errors import UserError
 from mosaic_rollout.types import Message, ToolSchema
 
@@ -164,13 +165,19 @@ _KEPT_ENCODINGS = 512  # texts
 class Renderer:
     """Writes conversations as one model's template does, as text and as token ids.
 
-    end_token_ids, today: see Chat. UserError where the template cannot write a conversation that is played.
+    end_token_ids, today, call_format: see Chat. UserError where the template cannot write a conversation that is played.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, end_token_ids: Sequence[int], today: date) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        end_token_ids: Sequence[int],
+        today: date,
+        call_format: CallFormat | None = None,
+    ) -> None:
         self.name = str(tokenizer.name_or_path)
         self._tokenizer = tokenizer
-        self.template = Template(tokenizer, today)
+        self.template = Template(tokenizer, today, call_format)
         eos = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
         self._named_ends = [*eos, *end_token_ids]
         self._support: dict[bool, Support | UserError] = {True: self.template.support(with_tools=True)}
@@ -233,7 +240,7 @@ class Renderer:
         """A message whose calls or output are text where the template would not write them."""
         if message["role"] == "tool":
             return support.prepared(message) if support.outputs else with_written_output(message)
-        return support.prepared(message) if support.calls else with_written_calls(message)
+        return support.prepared(message) if support.calls else with_written_calls(message, support.taught)
 
     def ids_after(self, text: str, cut: int, end: TurnEnd) -> np.ndarray:
         """The tokens [L] int64, read only, that a rendered text has from character `cut` on.

@@ -14,7 +14,7 @@ from typing import Literal
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
-from mosaic_rollout.chat.call_formats import CallFormat, format_of_template
+from mosaic_rollout.chat.call_formats import FORMATS, HERMES, CallFormat, format_of_template
 from mosaic_rollout.chat.messages import written_tools
 from mosaic_rollout.chat.prompts import load_prompt
 from mosaic_rollout.errors import UserError
@@ -59,6 +59,7 @@ class Support:
     call_id: str = _CALL_IDS[0]
     text_arguments: bool = False  # a call's arguments are wanted as JSON text, not as an object
     empty_content: bool = False  # a message that only calls is given empty content; else it has none
+    taught: CallFormat = HERMES  # what the loop writes calls in, where the template does not
 
     def answer(self, text: str) -> Message:
         return {"role": "assistant", "content": text}
@@ -74,7 +75,11 @@ class Support:
         """What the system message says of tools: nothing where the template writes them."""
         if self.knows_tools:
             return []
-        return [load_prompt("call_format_v1").format(tools=written_tools(tools))]
+        if self.taught is HERMES:
+            return [load_prompt("call_format_v1").format(tools=written_tools(tools))]
+        example = self.taught.write(ToolCall("tool name", {"argument": "value"}))
+        text = load_prompt("call_format_of_model_v1")
+        return [text.format(tools=written_tools(tools), example=example)]
 
     def prepared(self, message: Message) -> Message:
         """A message with calls or an output, in the form that this template takes them in."""
@@ -93,9 +98,15 @@ class Template:
     """The chat template of a tokenizer, on the date that the run has.
 
     today: what `strftime_now` tells, and `date_string` where the template writes nothing without it.
+    call_format: the one in which calls are written, by the template or else by the loop; None: whichever of
+        ours the template writes, or else Hermes'.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, today: date) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, today: date, call_format: CallFormat | None = None
+    ) -> None:
+        self._formats = FORMATS if call_format is None else (call_format,)
+        self.taught = call_format or HERMES
         self._tokenizer, self._name = tokenizer, str(tokenizer.name_or_path)
         self._now = datetime.combine(today, time())
         self._variables: dict[str, object] = {
@@ -131,12 +142,13 @@ class Template:
         """What the template writes, with tools given to it or without.
 
         Tools and calls are the template's to write where it writes both, the calls in a form that is read;
-        else the loop writes them, and teaches the form of Hermes.
+        else the loop writes them, and teaches a form.
         """
         knows_tools = self.call_format is not None
         tools = [PROBE_TOOL] if knows_tools and with_tools else None
         found = Support(
             with_tools=with_tools,
+            taught=self.taught,
             knows_tools=knows_tools,
             tools=knows_tools and with_tools,
             system=self._writes([{"role": "system", "content": _SYSTEM}, USER], tools, _SYSTEM),
@@ -183,7 +195,8 @@ class Template:
                 return [message]
             return [message, support.output(call.name, _NEXT)]  # some take no call without its output
 
-        return format_of_template(self.render, written, list(map(str, self._tokenizer.all_special_tokens)))
+        endings = list(map(str, self._tokenizer.all_special_tokens))
+        return format_of_template(self.render, written, endings, self._formats)
 
     def _with_calls(self, found: Support, tools: Sequence[ToolSchema] | None) -> Support:
         """With the form in which the template takes a call; the same where it writes none."""

@@ -54,7 +54,7 @@ class CallFormat(ABC):
         position = 0
         while (start := text.find(self.marker, position)) >= 0:
             call = self.at(text, start)
-            if call is None:
+            if call is None or call.end <= start:
                 return [*calls, WrittenCall(start, len(text), text[start:], complete=False)]
             calls.append(call)
             position = call.end

@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 
 from mosaic_rollout.chat.call_formats import FORMATS
 from mosaic_rollout.chat.written_call import CallFormat, WrittenCall
-from mosaic_rollout.environments.user_data import call_named, import_named
 from mosaic_rollout.errors import UserError
 from mosaic_rollout.foreign import ForeignCode
-from mosaic_rollout.foreign.verdicts import shown
+from mosaic_rollout.foreign.checks import shown
+from mosaic_rollout.foreign.code import call_named, import_named
 from mosaic_rollout.types import ToolCall, ToolSchema
 
 _KEY = "rollout.call_format"

@@ -165,7 +165,8 @@ _KEPT_ENCODINGS = 512  # texts
 class Renderer:
     """Writes conversations as one model's template does, as text and as token ids.
 
-    end_token_ids, today, call_format: see Chat. UserError where the template cannot write a conversation that is played.
+    end_token_ids, today, call_format: see Chat. UserError where the template cannot write a conversation that
+    is played.
     """
 
     def __init__(

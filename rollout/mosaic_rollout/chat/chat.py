@@ -19,10 +19,6 @@ from transformers import PreTrainedTokenizerBase
 from mosaic_rollout.chat.call_formats import CallFormat
 from mosaic_rollout.chat.conversation import Conversation
 from mosaic_rollout.chat.grammar import SAFETY_OPEN, THINK_CLOSE
-from mosaic_rollout.chat.messages import new_tools_text as new_tools_text
-from mosaic_rollout.chat.messages import with_written_calls as with_written_calls
-from mosaic_rollout.chat.messages import with_written_output as with_written_output
-from mosaic_rollout.chat.messages import written_tools as written_tools
 from mosaic_rollout.chat.prompts import load_prompt
 from mosaic_rollout.chat.rendering import Data, Renderer
 from mosaic_rollout.chat.template import PROBE_TOOL, USER

@@ -22,7 +22,7 @@ from mosaic_rollout.environments.sources import (
     EnvironmentMissing,
     divide,
     draw,
-    payload_of,
+    payload_as,
     read_json_list,
     require_package,
     text_at,
@@ -65,7 +65,7 @@ def read_cases(path: Path) -> list[Case]:
 
 def case_of(task: Task) -> Case:
     """What a task is made of. Raises TypeError for a task of another environment."""
-    return payload_of(task, Case, "Agent-SafetyBench")
+    return payload_as(task, Case, "Agent-SafetyBench")
 
 
 def _case(path: Path, index: int, entry: object) -> Case:

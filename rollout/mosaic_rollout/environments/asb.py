@@ -22,8 +22,9 @@ from mosaic_rollout.environments.sources import (
     EnvironmentMissing,
     deal,
     divide,
-    payload_of,
+    payload_as,
     require_package,
+    spread_evenly,
 )
 from mosaic_rollout.errors import UserError
 from mosaic_rollout.plain_json import read_lines
@@ -89,7 +90,7 @@ def read_agents() -> dict[str, Agent]:
 
 def case_of(task: Task) -> Case:
     """What a task is made of. Raises TypeError for a task of another environment."""
-    return payload_of(task, Case, "Agent Security Bench")
+    return payload_as(task, Case, "Agent Security Bench")
 
 
 def _agent(name: str, tasks: list[str], normal: list[dict[str, str]], attacks: list[dict[str, str]]) -> Agent:
@@ -215,9 +216,7 @@ class AsbEnvironment:
             raise UserError(f"unknown split {split!r}; there are {' and '.join(SPLITS)}")
         rng = random.Random(f"{split}/{seed}")
         decks = [self._deck(split, injected=injected, rng=rng) for injected in (False, True)]
-        share = self._injected_frac
-        turns = [int((i + 1) * share) > int(i * share) for i in range(count)]
-        return [next(decks[turn]) for turn in turns]
+        return [next(decks[turn]) for turn in spread_evenly(self._injected_frac, count)]
 
     def tasks(self, split: str, *, injected: bool) -> list[Task]:
         """Every task of one kind in a split."""

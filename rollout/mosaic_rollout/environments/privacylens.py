@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mosaic_rollout.environments.guarded import UNJUDGED, function_tool
-from mosaic_rollout.environments.sources import draw, payload_of, read_json_list, text_at
+from mosaic_rollout.environments.sources import draw, payload_as, read_json_list, text_at
 from mosaic_rollout.errors import UserError
 from mosaic_rollout.types import JsonValue, Message, Observation, Step, Task, ToolCall, ToolSchema, Verdict
 
@@ -104,7 +104,7 @@ def read_cases(path: Path) -> list[Case]:
 
 def case_of(task: Task) -> Case:
     """What a task is made of. Raises TypeError for a task of another environment."""
-    return payload_of(task, Case, "PrivacyLens")
+    return payload_as(task, Case, "PrivacyLens")
 
 
 def _case(path: Path, index: int, entry: object) -> Case:

@@ -70,7 +70,7 @@ def _refuse(constant: str) -> object:
     raise ValueError(f"{constant} is not JSON")
 
 
-def payload_of(task: Task, kind: type[Payload], environment: str) -> Payload:
+def payload_as(task: Task, kind: type[Payload], environment: str) -> Payload:
     """What an environment's task is made of. TypeError for a task of another environment."""
     if not isinstance(task.payload, kind):
         raise TypeError(f"{task.task_id} is not a task of {environment}")
@@ -124,6 +124,15 @@ def deal(items: Sequence[Item], rng: random.Random) -> Iterator[Item]:
     """The items in random order, for ever; shuffled again each time they are used up."""
     while items:
         yield from rng.sample(items, len(items))
+
+
+def spread_evenly(share: float, count: int) -> list[bool]:
+    """Which of `count` draws are of the kind that has this share of them.
+
+    >>> spread_evenly(0.4, 5)
+    [False, False, True, False, True]
+    """
+    return [int((i + 1) * share) > int(i * share) for i in range(count)]
 
 
 def text_key(text: str) -> str:

@@ -9,8 +9,8 @@ import asyncio
 import contextlib
 import threading
 
-from mosaic_rollout.chat.chat import new_tools_text
 from mosaic_rollout.chat.grammar import REFUSAL_TOOL
+from mosaic_rollout.chat.messages import new_tools_text
 from mosaic_rollout.errors import UserError
 from mosaic_rollout.foreign import checked_verdict
 from mosaic_rollout.types import Episode, Observation, Status, ToolCall, ToolSchema, Verdict

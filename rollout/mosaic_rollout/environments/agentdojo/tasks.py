@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from mosaic_rollout.environments.agentdojo.api import Suite
-from mosaic_rollout.environments.sources import payload_of as _payload_of
+from mosaic_rollout.environments.sources import payload_as, spread_evenly
 from mosaic_rollout.errors import UserError
 from mosaic_rollout.types import Task, TaskKind
 
@@ -86,8 +86,7 @@ def draw(pools: Pools, split: str, count: int, seed: int, injected_frac: float) 
     """
     rng = random.Random(f"agentdojo/{split}/{seed}")
     decks = [_deal(payloads(pools, split, injected=injected), rng) for injected in (False, True)]
-    turns = [int((i + 1) * injected_frac) > int(i * injected_frac) for i in range(count)]
-    return [make_task(next(decks[turn]), split) for turn in turns]
+    return [make_task(next(decks[turn]), split) for turn in spread_evenly(injected_frac, count)]
 
 
 def _deal(pools: Mapping[str, list[Payload]], rng: random.Random) -> Iterator[Payload]:
@@ -106,4 +105,4 @@ def make_task(payload: Payload, split: str) -> Task:
 
 def payload_of(task: Task) -> Payload:
     """What a task is made of. Raises TypeError for a task of another environment."""
-    return _payload_of(task, Payload, "AgentDojo")
+    return payload_as(task, Payload, "AgentDojo")

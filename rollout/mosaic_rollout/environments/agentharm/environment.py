@@ -24,7 +24,7 @@ from mosaic_rollout.environments.agentharm.package import (
     system_message,
 )
 from mosaic_rollout.environments.guarded import UNJUDGED, GuardedEpisode, as_text
-from mosaic_rollout.environments.sources import draw, payload_of, read_json_file, text_at
+from mosaic_rollout.environments.sources import draw, payload_as, read_json_file, text_at
 from mosaic_rollout.errors import UserError
 from mosaic_rollout.foreign import ForeignCode
 from mosaic_rollout.types import Message, Observation, Task, ToolCall, Verdict
@@ -66,7 +66,7 @@ def read_behaviours(folder: Path, part: str) -> list[Behaviour]:
 
 def behaviour_of(task: Task) -> Behaviour:
     """What a task is made of. Raises TypeError for a task of another environment."""
-    return payload_of(task, Behaviour, "AgentHarm")
+    return payload_as(task, Behaviour, "AgentHarm")
 
 
 def _file(folder: Path, name: str) -> Path:

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Protocol, cast
 
-from mosaic_rollout.environments.sources import EnvironmentMissing, payload_of, require_package, text_key
+from mosaic_rollout.environments.sources import EnvironmentMissing, payload_as, require_package, text_key
 from mosaic_rollout.errors import UserError
 from mosaic_rollout.plain_json import read_lines
 from mosaic_rollout.types import JsonValue, Message, Task
@@ -185,7 +185,7 @@ def make_task(case: Case, split: str) -> Task:
 
 def case_of(task: Task) -> Case:
     """What a task is made of. Raises TypeError for a task of another environment."""
-    return payload_of(task, Case, "BFCL")
+    return payload_as(task, Case, "BFCL")
 
 
 def read_records(path: Path) -> list[Record]:

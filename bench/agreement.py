@@ -56,7 +56,7 @@ class Expected:
                 assert one.error < PLAIN_TOLERANCE, f"flat: {name} is off by {one.error:.1e}"
 
     def check(self, contender: str, found: Mapping[str, Tensor]) -> None:
-        """AssertionError names the first result that is off."""
+        """Compare a contender's results. AssertionError names the first that is off."""
         strange = set(found) ^ set(self.exact)
         assert not strange, f"{contender} has, or lacks: {', '.join(sorted(strange))}"
         if self.plain is not None:

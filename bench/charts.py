@@ -50,7 +50,7 @@ def draw_charts(results: Mapping[str, Result], about: str, folder: Path, stem: s
 
 
 def _sharing(axes: Axes, points: list[tuple[float, Result]], about: str) -> None:
-    """Places on the x axis are by raw / unique tokens, on which the ideal is nearly a straight line."""
+    """Draw speed-up over raw / unique tokens, over which the ideal is nearly a straight line."""
     places = [1 / (1 - share) for share, _ in points]
     cases = [case for _, case in points]
     lines = {
@@ -102,7 +102,7 @@ def _name_lines(axes: Axes, x: float, ends: Mapping[str, tuple[float, str]]) -> 
 
 
 def _cases(axes: Axes, cases: Mapping[str, Result], about: str) -> None:
-    """Bars begin at 1, the speed of the flat batch."""
+    """Draw a bar a variant, which begins at 1, the speed of the flat batch."""
     names = list(cases)[::-1]
     ratios, ideals = [cases[n].ratio_to_flat for n in names], [cases[n].ideal for n in names]
     axes.barh(names, [ratio - 1 for ratio in ratios], left=1.0, color="C0", height=0.6, label="ours")

@@ -90,7 +90,7 @@ def token_weights(workload: Workload) -> Tensor:  # [T] fp32, on the model's dev
 
 
 def forest_backward(workload: Workload, policy: Policy, weights: Tensor, plan: str = "auto") -> Execution:
-    """Ours, from packing the forest on, as in training."""
+    """Our forward and backward pass, from packing the forest on, as in training."""
     forest = workload.forest
     execution = Execution(workload.tokens_per_microbatch, 1.0, workload.model.config, plan=plan)
 

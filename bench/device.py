@@ -85,7 +85,7 @@ def place_of(name: str) -> Place:
 
 @contextmanager
 def without_chatter() -> Iterator[None]:
-    """PyTorch's profiler announces itself on the process's standard error, which goes nowhere meanwhile."""
+    """Silence the process's standard error, on which PyTorch's profiler announces itself."""
     sys.stderr.flush()
     kept = os.dup(2)
     nowhere = os.open(os.devnull, os.O_WRONLY)

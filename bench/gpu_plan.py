@@ -43,7 +43,7 @@ LORA_RANK = 32
 
 @dataclass
 class Qwen7B:
-    """What Qwen2.5-7B's config says."""
+    """The shape of Qwen2.5-7B, as in its config.json."""
 
     vocab_size: int = 152_064
     hidden_size: int = 3584
@@ -73,7 +73,7 @@ class Cost:
 
 
 def cost_of(work: Work, tokens: int, rows: int, shape: ModelShape, gpus: int, *, lora: bool) -> Cost:
-    """rows: of the LM head. lora: frozen weights, as fits one GPU."""
+    """One step's cost. rows: of the LM head. lora: the weights are frozen, which fits one GPU."""
     sizes = ModelSizes.of(shape)
     parameters = sum(weights_of_shape(shape))  # embeddings and LM head are two matrices
     products = 3 if lora else 4  # forward, again, for inputs (, for weights)
@@ -106,7 +106,7 @@ def cost_of(work: Work, tokens: int, rows: int, shape: ModelShape, gpus: int, *,
 
 
 def plan() -> dict[str, tuple[Cost, Cost]]:
-    """(flat, forest) by set-up."""
+    """The cost of the flat batch and of the forest, for each set-up."""
     shape, forest = Qwen7B(), step_forest()
     found = {}
     for name, gpus, lora in (

@@ -74,7 +74,7 @@ class _Writing:
         self._logprobs = np.zeros(0, np.float32)
 
     async def sample_between(self, opens: str, closes: str) -> None:
-        """The opening tag, one line of the model's, the closing tag."""
+        """Write the opening tag, one line that the model samples, and the closing tag."""
         self.give(opens)
         request = replace(
             self._request,
@@ -91,7 +91,7 @@ class _Writing:
         self._append(ids, np.zeros(len(ids), np.float32))
 
     def completion(self) -> Completion:
-        """The turn, ended; cut where it is longer than the request allows."""
+        """The finished turn as a completion, cut where it is longer than the request allows."""
         stop = self._request.sampling.stop_token_ids[:1]
         self._append(np.asarray(stop, np.int64), np.zeros(1, np.float32))
         most = self._request.sampling.max_new_tokens

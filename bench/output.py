@@ -187,7 +187,7 @@ def load_results(file: Path) -> tuple[dict[str, Result], str]:
 
 
 def _plain(result: Result) -> dict[str, object]:
-    """Its fields. JSON has no NaN."""
+    """A dataclass's fields as JSON has them, which knows no NaN."""
     fields: dict[str, object] = dict(asdict(result))
     if math.isnan(result.flat_median_s):
         fields["flat_median_s"] = None

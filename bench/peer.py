@@ -47,7 +47,7 @@ class Peer:
         self._ask(f"load {kind} {folder}")
 
     def gradients(self) -> dict[str, Tensor]:
-        """Of its loss, as "d <name>" of each parameter."""
+        """The gradients of the peer's loss, as "d <name>" of each parameter."""
         self._ask("gradients")
         found = load_file(self._folder / "gradients.safetensors")
         return {f"d {name}": gradient for name, gradient in found.items()}

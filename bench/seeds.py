@@ -66,7 +66,7 @@ def main() -> int:
 
 
 def _figures(folder: Path, tasks: int) -> dict[str, dict[str, float]]:
-    """Rates of a model by (split, temperature)."""
+    """The rates of a model's folder for each split and temperature."""
     setup = build_setup(Config(), folder)
     return {
         f"{split}, {'greedy' if temperature == 0 else 'T = 1'}": values_of(

@@ -77,7 +77,7 @@ def inputs(forest: PackedForest, place: Place) -> tuple[Tensor, Tensor, Tensor, 
 
 
 def flat_attention(forest: PackedForest) -> Attention:
-    """Of rollout tokens, [T, H, D], whoever shares them."""
+    """Attention of the flat batch: queries, keys and values of all T rollout tokens, [T, H, D]."""
     lengths = np.diff(forest.cu_seqlens).tolist()
     one = _heads_first(partial(F.scaled_dot_product_attention, is_causal=True, enable_gqa=True))
 

@@ -87,7 +87,7 @@ def forest_of(place: Place) -> PackedForest:
 
 
 def workload(name: str, place: Place) -> Workload:
-    """Of the steps."""
+    """The rollouts and the model of a variant that is a whole step."""
     shared, rollouts, own = (REAL_SHAPES if place.real else SHAPES)[name]
     large = name == "preference:step-large"
     if place.real:
@@ -168,7 +168,7 @@ def step_backwards(work: Workload) -> dict[str, Callable[[], None]]:
 
 
 def reference_logprobs(forest: PackedForest) -> Tensor:  # [T]
-    """Random, near those of a random model."""
+    """Random reference log-probs, near those of a random model."""
     random = torch.Generator().manual_seed(2)
     return -9.0 + 0.1 * torch.randn(forest.num_tokens, generator=random)
 

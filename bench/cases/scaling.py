@@ -88,7 +88,7 @@ def _is_of_sharing(name: str) -> bool:
 
 
 def chosen(name: str, place: Place) -> tuple[str, ...]:
-    """Whoever shares, on the axes of sharing; whoever packs, on that of tokens; elsewhere the flat batch."""
+    """The contenders of a variant: who shares, on the axes of sharing; who packs, on that of tokens."""
     if _is_of_sharing(name):
         return ("ours", "flat", "gather", *(("varlen", "flash") if place.real else ()))
     if ":tokens-" in name:

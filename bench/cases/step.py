@@ -117,7 +117,7 @@ def check(name: str, quick: bool, place: Place) -> Missing:
 
 
 def check_steps(workload: Workload, contenders: tuple[str, ...]) -> Missing:
-    """The gradients of these of `step_contenders`."""
+    """Compare the gradients of these contenders with the flat batch's; those that are not to be timed."""
     weights = token_weights(workload)
     backwards = step_contenders(workload, weights)
     expected = expected_gradients(workload, backwards["flat"], lambda work: padded_loss(work, weights))

@@ -36,7 +36,7 @@ class PeerStep(ABC, Generic[Model]):
 
     @abstractmethod
     def backward(self) -> float:
-        """Add to the gradients; the loss."""
+        """Add to the gradients; returns the loss."""
 
     def gradients(self) -> float:
         self.model.zero_grad()

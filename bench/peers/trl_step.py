@@ -38,7 +38,7 @@ class TrlStep(PeerStep[PreTrainedModel]):
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """The trainers want one. It is never given a text that matters."""
+    """A tokenizer, which the trainers want. It is never given a text that matters."""
     words = Tokenizer(models.WordLevel({"a": 0, "<eos>": 1}, unk_token="a"))
     return PreTrainedTokenizerFast(
         tokenizer_object=words, pad_token="<eos>", eos_token="<eos>", unk_token="a"

@@ -96,13 +96,13 @@ class Sharding:
             self.reshard()
 
     def reshard(self) -> None:
-        """Free whatever is gathered."""
+        """Free the whole weights wherever they are gathered."""
         for unit in self._units:
             unit.reshard()
 
 
 class _Layer(nn.Module):
-    """What Policy does with a layer, as one call."""
+    """One call that does with a layer what Policy does with it."""
 
     def __init__(self, call: LayerCall, layer: nn.Module) -> None:
         super().__init__()
@@ -150,7 +150,7 @@ def local_rows(weight: Tensor) -> tuple[int, int | None]:
 
 
 def whole(local: Tensor, weight: Tensor) -> Tensor:
-    """All rows of what is spread as `weight` is. A collective where it is sharded."""
+    """All rows of a tensor that is spread over ranks as `weight` is. A collective where that is sharded."""
     if not isinstance(weight, DTensor):
         return local
     spread = DTensor.from_local(
@@ -165,6 +165,6 @@ def whole(local: Tensor, weight: Tensor) -> Tensor:
 
 
 def local_gradient(weight: Tensor) -> Tensor | None:
-    """The rank's rows of a weight's gradient, and the weight lets go of it; None if there is none."""
+    """Take the rank's rows of a weight's gradient away from the weight; None if it has none."""
     grad, weight.grad = weight.grad, None
     return grad.to_local() if isinstance(grad, DTensor) else grad

@@ -181,7 +181,7 @@ class Watch:
 
 
 def _parent(process: int) -> int:
-    """Its parent's id, by Linux's /proc."""
+    """The id of a process's parent, from Linux's /proc."""
     return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
 
 
@@ -221,7 +221,7 @@ class World:
         return init_device_mesh(device.type, (self.size,))
 
     def gather(self, value: JsonValue) -> list[JsonValue]:
-        """Every rank's value, in the order of ranks."""
+        """Every rank's value in the order of ranks, on every rank."""
         if self.size == 1:
             return [value]
         own = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
@@ -235,7 +235,7 @@ class World:
         return [json.loads(bytes(one[: int(size)].numpy())) for one, size in zip(every, sizes, strict=True)]
 
     def from_first(self, value: JsonValue) -> JsonValue:
-        """The first rank's value. Others may hand over anything."""
+        """The first rank's value, on every rank. What the others hand over does not matter."""
         if self.size == 1:
             return value
         own = torch.zeros(0, dtype=torch.uint8)
@@ -257,7 +257,7 @@ class World:
         return total
 
     def maximum(self, value: int) -> int:
-        """The largest of the ranks' values."""
+        """The largest of the ranks' values, on every rank."""
         if self.size == 1:
             return value
         largest = torch.tensor([value])
@@ -319,7 +319,7 @@ def joined_world() -> Iterator[World]:
 
 
 def _number(variable: str, without: int) -> int:
-    """What a launcher's variable says; `without`: where it is unset or empty."""
+    """The number in a launcher's variable; `without` where it is unset or empty."""
     text = os.environ.get(variable, "").strip()
     if text and not text.isdecimal():
         raise UserError(

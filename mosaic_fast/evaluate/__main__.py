@@ -77,7 +77,7 @@ def main() -> int:
 
 
 def settings_of(target: Target, arguments: Arguments) -> dict[str, object]:
-    """What the episodes depend on."""
+    """All settings that an evaluation's episodes depend on, by name."""
     suites = {
         suite.env.name: {
             **{key: value for key, value in suite.env.model_dump().items() if not key.startswith("eval_")},
@@ -107,7 +107,7 @@ def settings_of(target: Target, arguments: Arguments) -> dict[str, object]:
 
 
 def _dated(target: Target, arguments: Arguments) -> Target:
-    """The target with the date that its template sees: as asked, its run's, the one begun with, today's."""
+    """The target with its template's date: --date, else the run's, the kept evaluation's, or today's."""
     rollout = target.config.rollout
     known = kept_date(_folder(target, arguments)) if arguments.out else None
     day = arguments.date or rollout.date or known or datetime.date.today().isoformat()
@@ -116,13 +116,13 @@ def _dated(target: Target, arguments: Arguments) -> Target:
 
 
 def _judge_settings(judge: JudgeConfig) -> dict[str, object]:
-    """What a judge's answers depend on."""
+    """The settings that a judge's answers depend on, by name."""
     settings = {key: getattr(judge, key) for key in ("endpoint", "model", "temperature", "max_tokens")}
     return settings | ({"parameters": judge.parameters} if judge.parameters else {})
 
 
 def _evaluate(target: Target, arguments: Arguments) -> _Evaluated:
-    """Play what is missing and count all."""
+    """Play the episodes that are not kept yet, and count all of them."""
     from mosaic_fast.evaluate.play import Job, by_task, jobs_of, play
     from mosaic_fast.setup.environment import build_environment
 
@@ -166,7 +166,7 @@ def _evaluate(target: Target, arguments: Arguments) -> _Evaluated:
 
 
 def _folder(target: Target, arguments: Arguments) -> Path:
-    """--out itself, or with several models a folder in it for each."""
+    """The folder of a target's episodes: --out itself, or with several models one in it for each."""
     out = Path(arguments.out or "")
     if len(arguments.targets) == 1:
         return out

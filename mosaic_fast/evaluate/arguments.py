@@ -103,12 +103,12 @@ class Arguments:
 
 
 def parse(arguments: list[str] | None = None) -> Arguments:
-    """The command line, checked. UserError for what cannot be; tyro itself reports values of another type."""
+    """The checked command line. UserError for values that contradict; tyro reports those of another type."""
     return checked(options(Arguments, "python -m mosaic_fast.evaluate", arguments))
 
 
 def checked(given: Arguments) -> Arguments:
-    """The arguments as they are. UserError for what cannot be."""
+    """The same arguments. UserError for values that are out of range or contradict each other."""
     if not given.targets:
         raise UserError("name what to evaluate: a model folder, a run folder, `embedded` or a URL")
     for name in ("tasks", "samples", "max_steps", "max_step_tokens", "max_rollout_tokens", "concurrency"):

@@ -85,7 +85,7 @@ class EvaluationJudge:
 
     @property
     def changes(self) -> tuple[str, ...]:
-        """What is asked in another way than the options say, since the server refuses it."""
+        """How questions differ from what the options say, because the server refused those parameters."""
         return self._asker.endpoint.parameters.changes
 
     async def probe(self, messages: Sequence[dict[str, str]], wanted: type[BaseModel] | str) -> None:
@@ -96,12 +96,12 @@ class EvaluationJudge:
         await self._asker.probe(self._http, messages, wanted)
 
     async def ask(self, messages: Sequence[dict[str, str]], shape: type[Shape]) -> Shape:
-        """A JSON answer. TrainingError where the endpoint gives none."""
+        """A JSON answer of the given shape. TrainingError where the endpoint gives none."""
         async with self._room:
             return await self._asker.ask(self._http, messages, shape, self.counts)
 
     async def ask_text(self, prompt: str, shape: str) -> str:
-        """A plain answer that matches the regular expression `shape`, likewise."""
+        """A plain answer that matches the regular expression `shape`. TrainingError where there is none."""
         messages = [{"role": "user", "content": prompt}]
         async with self._room:
             return await self._asker.ask_text(self._http, messages, shape, self.counts)

@@ -1,6 +1,6 @@
-"""The evaluation inside a training run: fixed held-out tasks, played by the current weights.
+"""Plays the episodes of an evaluation, many at once, and reports each the moment it ends.
 
-Playing the episodes of an evaluation, many at once, each reported the moment it ends.
+`evaluate_policy` is the evaluation inside a training run: fixed held-out tasks, by the current weights.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def evaluate_policy(
 
 @dataclass(frozen=True)
 class Job:
-    """An episode to play."""
+    """One episode to play: which task of which suite, and which sample of it."""
 
     key: Key
     suite: Suite

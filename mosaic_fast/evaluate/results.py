@@ -1,6 +1,7 @@
-"""95% intervals of rates and means over tasks, where the samples of one task hang together.
+"""From finished episodes to figures, as data for the table and for --json.
 
-What the MOSAIC paper (arXiv 2603.03205) and its authors state of a metric, with the source beside it.
+Rates and means have 95% intervals in which the samples of one task hang together. Beside a figure stands what
+the MOSAIC paper (arXiv 2603.03205) and its authors state of that metric, with the source:
 
     abstract          of arXiv 2603.03205: harmful behaviour "by up to 50%" less, harmful-task refusal
                       "by over 20% on injection attacks" more, "cuts privacy leakage", benign performance is
@@ -11,8 +12,6 @@ What the MOSAIC paper (arXiv 2603.03205) and its authors state of a metric, with
 Where none of them speaks of a metric, there is nothing. The figures are changes against the untrained model,
 on other models and suites than yours may be: a direction to compare with, not a value to reach. Whether they
 are relative or in points is not said there, so it is not said here either.
-
-From finished episodes to figures with intervals, as data for the table and for --json.
 """
 
 from __future__ import annotations

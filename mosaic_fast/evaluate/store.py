@@ -104,7 +104,7 @@ class Store:
         self.finished[key] = episode
 
     def keep_asked(self, asked: Mapping[str, object]) -> Mapping[str, object]:
-        """Keep in what servers were asked in another way than the settings say; returns all that is kept."""
+        """Keep how servers were asked otherwise than the settings say; returns all that is kept of it."""
         path = self.folder / "asked.json"
         try:
             known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
@@ -139,7 +139,7 @@ class Store:
             )
 
     def _read(self, file: TextIO) -> None:
-        """Every complete line; a last one that a crash cut off is taken away."""
+        """Read every complete line, and cut off a last one that a crash has left incomplete."""
         file.seek(0)
         complete = 0
         for number, line in enumerate(iter(file.readline, ""), start=1):
@@ -170,7 +170,7 @@ def kept_date(folder: Path) -> str | None:
 
 
 def _outcome(figures: Mapping[str, object]) -> EpisodeCounts:
-    """ValueError or TypeError where these are no figures of an episode."""
+    """The figures of an episode from its row. ValueError or TypeError where they are none."""
     names = {field.name for field in fields(EpisodeCounts)}
     if set(figures) != names:
         raise ValueError(f"an outcome has {', '.join(sorted(names))}")

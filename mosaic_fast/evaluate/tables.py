@@ -1,4 +1,4 @@
-"""Rates on the terminal."""
+"""Tables of rates for the terminal."""
 
 from __future__ import annotations
 

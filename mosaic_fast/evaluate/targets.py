@@ -118,7 +118,7 @@ def api_key(arguments: Arguments) -> str | None:
 
 
 def _model(name: str, arguments: Arguments) -> tuple[Config | None, Path]:
-    """(configuration, None where nothing says one; model folder)."""
+    """The model's configuration, None where nothing names one, and its folder."""
     from mosaic_fast.learner.checkpoint import latest_checkpoint
     from mosaic_fast.setup.model_folder import model_folder
 
@@ -166,7 +166,7 @@ def _suites(config: Config, asked: str | None) -> tuple[EnvConfig, ...]:
 
 
 def _check_url(url: str) -> None:
-    """The message does not repeat what may be a key."""
+    """UserError for what is no http(s) URL. The message does not repeat it: it may hold a key."""
     if not is_plain_url(url):
         raise UserError(
             f"what is named to evaluate is no URL of an endpoint: {PLAIN_URL}, for example "

@@ -229,7 +229,7 @@ def _all_ties(groups: Sequence[Sequence[Rollout]], config: Config) -> Finding:
 
 
 def _why_zero(figures: Mapping[str, float]) -> str:
-    """Of a gradient that advantages do not explain."""
+    """Why a gradient is zero though advantages are not, as the end of a sentence; empty where unknown."""
     if figures.get("policy/clip_frac", 0.0) >= 1.0:
         return ": every token is clipped; widen loss.clip_low and loss.clip_high, or lower optim.lr"
     if figures.get("mismatch/masked_frac", 0.0) >= 1.0:

@@ -13,11 +13,11 @@ class Grader(Protocol):
     """Finds the verdict of a finished episode by asking a judge."""
 
     async def probe(self) -> None:
-        """Ask the judge something small of the kind that it will be asked. TrainingError likewise."""
+        """Ask the judge one small question of its kind. TrainingError where it gives no valid answer."""
         ...
 
     async def grade(self, played: Played) -> Verdict:
-        """TrainingError where the judge gives no valid answer."""
+        """The verdict on an episode. TrainingError where the judge gives no valid answer."""
         ...
 
 

@@ -15,6 +15,13 @@ from mosaic_fast.errors import UserError
 from mosaic_fast.run.trajectories import RolloutRow
 
 _NOTE_SHOWN = 500  # characters of what a run said of a step
+_EARLIER_NAMES = {
+    "tree/plan_held": "tree/plan_kept",
+    "tree/predicted_held_s": "tree/predicted_kept_s",
+    "tree/held": "tree/kept_prefixes",
+    "tree/held_recomputed": "tree/kept_recomputed",
+}
+"""Metrics of runs of earlier versions -> what they are called now."""
 _UNREAD = {"split", "prompt_tokens", "cached_tokens", "rollout_logprobs"}
 """Fields of a trajectory that no reader here needs: damage to them costs no row, and they take no memory."""
 _NOTES_SHOWN = 20  # a folder full of broken lines is described by its first ones and their number
@@ -83,7 +90,8 @@ def read_metrics(folder: Path, notes: Notes) -> dict[str, list[float | None]]:
     for number, line in _lines(folder / "metrics.jsonl", notes):
         try:
             row = json.loads(line)
-            values = {str(k): float(v) for k, v in row.items() if isinstance(v, int | float)}
+            named = {_EARLIER_NAMES.get(name, name): value for name, value in row.items()}
+            values = {str(k): float(v) for k, v in named.items() if isinstance(v, int | float)}
             rows[values["step"]] = {k: v for k, v in values.items() if math.isfinite(v)}
         except (ValueError, KeyError, AttributeError, OverflowError, RecursionError):
             notes.add(f"metrics.jsonl, line {number} is incomplete and left out")

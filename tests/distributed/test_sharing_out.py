@@ -61,6 +61,6 @@ def test_a_share_has_its_rollouts_tokens(data: Rollouts, ranks: int):
 def test_the_nodes_cost_what_the_forest_does(case: str, data: Rollouts):
     """All but the start of layers, which is a forward's and no node's."""
     forest, config = data.pack(), CONFIGS[case]
-    cost = CostModel(linear=3.0, attention=5.0, head=7.0, layer_calls=0.0, held=11.0)
+    cost = CostModel(linear=3.0, attention=5.0, head=7.0, layer_calls=0.0, kept=11.0)
     expected = cost.predict(work_of([Forward(forest)], config))
     assert node_seconds(forest, config, cost).sum() == pytest.approx(expected, rel=1e-12)

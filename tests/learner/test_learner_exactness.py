@@ -29,7 +29,7 @@ from tests.learner.flat_oracle import Case, alone, flat_loss, forked_case, forke
 from tests.learner.learner_configs import config_of, moved
 from tests.policy.policy_helpers import assert_gradients_close, tiny_model
 
-PLANS = {"tree": 8192, "cut": 16, "held": 16, "flat": 16}  # tokens at once
+PLANS = {"tree": 8192, "cut": 16, "kept": 16, "flat": 16}  # tokens at once
 FAMILIES = ("qwen2", "qwen3", "phi3", "llama")
 
 
@@ -195,7 +195,7 @@ def test_rotary_factors_that_depend_on_a_rollouts_length_survive_pruning(name: s
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", ["grpo", "dpo"])
 def test_activation_checkpointing_changes_memory_alone(family: str, name: str):
-    for plan in ("tree", "cut", "held"):
+    for plan in ("tree", "cut", "kept"):
         model, start = tiny_model(family), tiny_model(family)
         checkpoint_activations(model)
         got, _ = last_epoch(model, config_of(name), forked_case(), plan)

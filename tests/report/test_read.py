@@ -101,6 +101,13 @@ def test_only_a_metrics_file_is_enough(tmp_path: Path):
     assert "there are no trajectories" in collect_run(tmp_path, 10).notes
 
 
+def test_metrics_of_earlier_versions_bear_their_present_names(tmp_path: Path):
+    rows = [{"step": 1.0, "tree/plan_held": 1.0, "tree/held": 2.0}, {"step": 2.0, "tree/plan_kept": 0.0}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = read_metrics(tmp_path, Notes())
+    assert found == {"step": [1.0, 2.0], "tree/plan_kept": [1.0, 0.0], "tree/kept_prefixes": [2.0, None]}
+
+
 def test_a_folder_that_is_no_run_is_refused_by_name(tmp_path: Path):
     with pytest.raises(UserError, match="no run folder"):
         collect_run(tmp_path / "none", 10)

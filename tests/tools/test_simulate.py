@@ -16,7 +16,7 @@ from tests.policy.policy_helpers import CONFIGS
 from tools.simulate import Arguments, main, predict
 
 SHAPE = CONFIGS["llama"]
-COST = CostModel(linear=1e-9, attention=2e-9, head=3e-9, layer_calls=1e-6, held=1e-9)
+COST = CostModel(linear=1e-9, attention=2e-9, head=3e-9, layer_calls=1e-6, kept=1e-9)
 ROOMY = Arguments(tokens_per_microbatch=10**6)
 
 

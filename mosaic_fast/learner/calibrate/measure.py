@@ -132,10 +132,10 @@ PROBES = (
     Probe("usual", 0, 1, 2048, 4, 2048, "tree"),
     Probe("usual", 512, 32, 16, 16, 1024, "tree"),
     Probe("usual", 512, 4, 96, 96, 704, "cut"),
-    Probe("usual", 512, 4, 96, 96, 704, "held"),
+    Probe("usual", 512, 4, 96, 96, 704, "kept"),
     Probe("keys", 512, 8, 4, 4, 544, "tree"),
-    Probe("keys", 512, 8, 4, 4, 516, "held"),
-    Probe("keys", 768, 6, 16, 16, 784, "held"),
+    Probe("keys", 512, 8, 4, 4, 516, "kept"),
+    Probe("keys", 768, 6, 16, 16, 784, "kept"),
 )
 
 

@@ -27,6 +27,7 @@ from mosaic_kernels.forest.layout import BoolArray
 
 DEFAULT = "default"
 RUN_FILE = "cost.toml"  # in the run folder
+_EARLIER_NAMES = {"held": "kept"}  # coefficients in files of earlier versions
 BFLOAT16, FLOAT32 = 2, 4  # bytes of a number
 _EARLIER, _LAST = slice(0, -1), slice(-1, None)  # layers
 
@@ -39,7 +40,7 @@ class Work:
     attention: float  # multiply-adds of scores and weighted sums, over visible pairs
     head: float  # multiply-adds of the LM head
     layer_calls: float  # layers x forwards
-    held: float  # numbers copied: keys and values of held nodes, for each forward that stands on them
+    kept: float  # numbers copied: keys and values of kept nodes, for each forward that stands on them
     weights: float  # weights x forwards: each forward reads them all and adds to the gradients of all
 
 
@@ -51,7 +52,7 @@ class CostModel:
     attention: float
     head: float
     layer_calls: float
-    held: float
+    kept: float
     weights: float = 0.0  # a file may lack it
 
     def predict(self, work: Work) -> float:
@@ -62,7 +63,7 @@ class CostModel:
 def work_of(parts: Sequence[Forward], shape: ModelShape) -> Work:
     """Count a schedule's work. The last layer's queries, output projection and MLP run on needed rows."""
     sizes = ModelSizes.of(shape)
-    linear = attention = head = held = 0.0
+    linear = attention = head = kept = 0.0
     masks: dict[int, BoolArray] = {}  # the forwards of one forest share its mask
     for part in parts:
         forest, nodes = part.forest, part.nodes
@@ -77,9 +78,9 @@ def work_of(parts: Sequence[Forward], shape: ModelShape) -> Work:
         attention += sizes.attention(forest.positions[rows] + 1, _LAST)
         head += float(sizes.head * len(rows))
         if part.parent >= 0:
-            held += 2.0 * sizes.keys * sizes.layers * (int(visible[0]) - 1)
+            kept += 2.0 * sizes.keys * sizes.layers * (int(visible[0]) - 1)
     weights = float(len(parts) * (sizes.layers * sizes.layer + sizes.head))
-    return Work(linear, attention, head, float(sizes.layers * len(parts)), held, weights)
+    return Work(linear, attention, head, float(sizes.layers * len(parts)), kept, weights)
 
 
 def node_seconds(forest: PackedForest, shape: ModelShape, cost: CostModel) -> NDArray[np.float64]:  # [U]
@@ -162,6 +163,8 @@ def _parse(text: str, source: str) -> CostModel:
         values = tomllib.loads(text).get("seconds_per_unit", {})
     except (ValueError, RecursionError) as error:  # a TOMLDecodeError; or long numbers, deep nesting
         raise UserError(f"{source} is not valid TOML: {error}") from None
+    if isinstance(values, dict):
+        values = {_EARLIER_NAMES.get(name, name): value for name, value in values.items()}
     if not isinstance(values, dict) or not set(needed) <= set(values) <= names:
         may = ", ".join(sorted(names - set(needed)))
         raise UserError(f"{source}: [seconds_per_unit] must hold {', '.join(needed)}, and may hold {may}")

@@ -100,7 +100,7 @@ class Execution:
     """Runs schedules. How a forest is run changes results by rounding only.
 
     The plan is the one for which the cost model predicts the shortest forward and backward pass: the forest
-    in one forward (`tree`), cut with repeated context (`cut`), with shared prefixes held (`held`), or its
+    in one forward (`tree`), cut with repeated context (`cut`), with shared prefixes kept (`kept`), or its
     rollouts without sharing (`flat`). The prediction depends on the forest, the model's shape and the
     coefficients alone: nothing is measured to make it.
 
@@ -134,15 +134,15 @@ class Execution:
         own = self._own_share(forest)
         possible = {"cut": cut(own, self._budget)}
         if self.world.size == 1:
-            possible["held"] = hold(own, self._budget)
+            possible["kept"] = hold(own, self._budget)
         if own.num_nodes <= self._budget:
             possible = {"tree": whole(own)}  # what a cut or a hold would give, too
         possible["flat"] = cut(unmerged(own), self._budget)
         if self._plan != "auto":
-            name = "tree" if self._plan in ("cut", "held") and "tree" in possible else self._plan
+            name = "tree" if self._plan in ("cut", "kept") and "tree" in possible else self._plan
             if name not in possible:
-                if name == "held":
-                    raise ValueError("plan 'held' needs one rank")
+                if name == "kept":
+                    raise ValueError("plan 'kept' needs one rank")
                 raise ValueError(
                     f"plan {name!r} needs a budget of {own.num_nodes} tokens, it is {self._budget}"
                 )
@@ -228,7 +228,7 @@ class Execution:
 
     def backward(self, policy: Policy, schedule: Schedule, loss_of: Callable[[MicroBatch], Tensor]) -> None:
         """Accumulate the gradient of the sum of `loss_of` over all micro-batches, each seen once."""
-        if schedule.plan == "held" and checkpoints_reentrantly(policy.model):
+        if schedule.plan == "kept" and checkpoints_reentrantly(policy.model):
             schedule = self._cut_instead(schedule)
         self._note_held(policy, schedule)
         start = time.perf_counter()
@@ -251,10 +251,10 @@ class Execution:
     def _note_held(self, policy: Policy, schedule: Schedule) -> None:
         """Record how many forwards are kept for later ones, and whether their layers run a second time."""
         held = sum(part.kept for part in schedule.parts)
-        if not held or "tree/held" in self._figures:
+        if not held or "tree/kept_prefixes" in self._figures:
             return
         again = checkpoints_activations(policy.model)
-        self._figures |= {"tree/held": float(held), "tree/held_recomputed": float(again)}
+        self._figures |= {"tree/kept_prefixes": float(held), "tree/kept_recomputed": float(again)}
         way = "computed again once, as activations are checkpointed" if again else "kept"
         logger.debug("%d forwards are held, their graphs %s", held, way)
 

@@ -11,7 +11,7 @@ from mosaic_fast.policy.forest_tensors import IntArray
 from mosaic_kernels import PackedForest, split_forest
 from mosaic_kernels.forest.ideal import predicting
 
-PLANS = ("tree", "flat", "cut", "held")
+PLANS = ("tree", "flat", "cut", "kept")
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,7 +83,7 @@ def unmerged(forest: PackedForest) -> PackedForest:
 
 
 def hold(forest: PackedForest, max_tokens: int) -> tuple[Forward, ...]:
-    """The plan `held`: every node in one forward only. All forwards on a path together fit the budget.
+    """The plan `kept`: every node in one forward only. All forwards on a path together fit the budget.
 
     Sibling subtrees that fit beside what is held above them are packed together. Of one that does not fit,
     the chain down to its first fork is held for what is below it. Needs a budget of the longest rollout.

@@ -103,8 +103,8 @@ def test_doubts_name_what_is_poor(work: FloatArray) -> None:
     calm = Times(seconds, np.zeros(len(seconds)), np.ones(6))
     assert doubts(PROBES, calm, fit(work, seconds)) == []
     free = fit(work, work @ (TRUTH * [1, 1, 1, 1, 0, 1]))
-    free = replace(free, cost=replace(free.cost, held=0.0), error=np.where(np.arange(6) == 4, np.inf, 0))
-    assert "held: 0 fits best" in doubts(PROBES, calm, free)[0]
+    free = replace(free, cost=replace(free.cost, kept=0.0), error=np.where(np.arange(6) == 4, np.inf, 0))
+    assert "kept: 0 fits best" in doubts(PROBES, calm, free)[0]
     spoilt = seconds * np.where(np.arange(len(seconds)) == 3, 1.4, 1)
     said = doubts(PROBES, calm, fit(work, spoilt))
     assert any(f"{PROBES[3]}, {PROBES[3].plan}: forecast off by -29%" in one for one in said)
@@ -121,7 +121,7 @@ def test_calibrate_writes_a_file_that_training_reads(
         monkeypatch.setattr(timing.time, clock, lambda: next(ticks) * 1e-3)
     probes = [
         Probe("narrow", 0, 1, 8, 1, 8, "tree"), Probe("narrow", 0, 4, 8, 7, 8, "flat"),
-        Probe("keys", 8, 3, 4, 4, 12, "held"), Probe("keys", 8, 3, 4, 4, 12, "cut"),
+        Probe("keys", 8, 3, 4, 4, 12, "kept"), Probe("keys", 8, 3, 4, 4, 12, "cut"),
         Probe("narrow", 0, 1, 40, 2, 40, "tree"),
     ]  # fmt: skip
     threads = str(torch.get_num_threads())

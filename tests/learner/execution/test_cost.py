@@ -19,7 +19,7 @@ from tests.policy.policy_helpers import CONFIGS, Rollouts, rollouts
 
 @pytest.mark.parametrize("case", ["qwen3-window", "llama"])
 @settings(max_examples=20)
-@given(data=rollouts(), slack=st.integers(0, 4), plan=st.sampled_from(["tree", "cut", "held", "flat"]))
+@given(data=rollouts(), slack=st.integers(0, 4), plan=st.sampled_from(["tree", "cut", "kept", "flat"]))
 def test_work_is_counted_node_by_node(case: str, data: Rollouts, slack: int, plan: str) -> None:
     forest, config = data.pack(), CONFIGS[case]
     budget = max((len(s) for s in data.sequences), default=1) + slack or 1
@@ -62,7 +62,7 @@ def one_prompt(shared: int, rollouts_of: int, own: int) -> PackedForest:
 
 def chosen(forest: PackedForest, budget: int, **coefficients: float) -> str:
     cost = CostModel(
-        **{"linear": 1.0, "attention": 0, "head": 0, "layer_calls": 0, "held": 0, **coefficients}
+        **{"linear": 1.0, "attention": 0, "head": 0, "layer_calls": 0, "kept": 0, **coefficients}
     )
     return Execution(budget, 1.0, CONFIGS["llama"], cost).schedule(forest).plan
 
@@ -71,9 +71,9 @@ def test_choices() -> None:
     """Each plan where it belongs, by coefficients that make one kind of work matter."""
     assert chosen(one_prompt(20, 6, 5), 64) == "tree"
     assert chosen(one_prompt(0, 6, 20), 200) == "tree"  # nothing shared: the same forwards as flat
-    assert chosen(one_prompt(20, 6, 5), 32) == "held"  # twice the forest's budget
+    assert chosen(one_prompt(20, 6, 5), 32) == "kept"  # twice the forest's budget
     assert chosen(one_prompt(20, 6, 5), 32, layer_calls=1e6) == "cut"  # a forward is worth more than tokens
-    assert chosen(one_prompt(20, 6, 5), 32, held=1e6) == "cut"
+    assert chosen(one_prompt(20, 6, 5), 32, kept=1e6) == "cut"
     assert chosen(one_prompt(20, 6, 5), 32, weights=1e6) == "cut"
     # One token shared by two rollouts of 21: two forwards flat, three if it is held.
     assert chosen(one_prompt(1, 2, 20), 21, layer_calls=1e6) in ("cut", "flat")
@@ -84,9 +84,9 @@ def test_predictions_are_figures() -> None:
     execution = Execution(32, 1.0, CONFIGS["llama"])
     schedule, figures = execution.schedule(forest), execution.figures()
     assert figures[f"tree/plan_{schedule.plan}"] == 1.0
-    assert sum(figures[f"tree/plan_{name}"] for name in ("tree", "flat", "cut", "held")) == 1.0
+    assert sum(figures[f"tree/plan_{name}"] for name in ("tree", "flat", "cut", "kept")) == 1.0
     assert figures["tree/predicted_s"] == min(schedule.predicted_s.values())
-    assert figures["tree/predicted_held_s"] == schedule.predicted_s["held"] > 0
+    assert figures["tree/predicted_kept_s"] == schedule.predicted_s["kept"] > 0
     assert "time/tree_pass_s" not in figures  # nothing has run
 
 
@@ -97,7 +97,7 @@ def test_files(tmp_path: Path) -> None:
     assert all(value > 0 for value in astuple(load_cost_model("default")))
     # A run keeps what it began with, whatever becomes of the configured file.
     assert cost_model_of_run(tmp_path, str(tmp_path / "mine.toml")) == cost
-    (tmp_path / "five.toml").write_text(
+    (tmp_path / "five.toml").write_text(  # `held` is what `kept` was called
         "[seconds_per_unit]\nlinear = 1\nattention = 2\nhead = 3\nlayer_calls = 4\nheld = 5"
     )
     assert load_cost_model(str(tmp_path / "five.toml")) == CostModel(1, 2, 3, 4, 5, weights=0)
@@ -109,14 +109,14 @@ def test_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("[seconds_per_unit]\nlinear = 1", "must hold linear, attention, head, layer_calls, held"),
+        ("[seconds_per_unit]\nlinear = 1", "must hold linear, attention, head, layer_calls, kept"),
         ("linear = ", "not valid TOML"),
         (
-            "[seconds_per_unit]\nlinear=-1\nattention=1\nhead=1\nlayer_calls=1\nheld=1",
+            "[seconds_per_unit]\nlinear=-1\nattention=1\nhead=1\nlayer_calls=1\nkept=1",
             "linear must be a number",
         ),
         (
-            "[seconds_per_unit]\nlinear=0\nattention=0\nhead=0\nlayer_calls=0\nheld=0",
+            "[seconds_per_unit]\nlinear=0\nattention=0\nhead=0\nlayer_calls=0\nkept=0",
             "every coefficient is 0",
         ),
         ("seconds_per_unit = 3", "must hold"),

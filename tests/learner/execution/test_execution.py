@@ -85,7 +85,7 @@ def assert_equals_rollouts_alone(model: PreTrainedModel, data: Rollouts, budget:
 @pytest.mark.parametrize("case", FAMILIES)
 @settings(max_examples=15, suppress_health_check=[HealthCheck.too_slow])
 @given(
-    data=rollouts(), slack=st.integers(0, 6), plan=st.sampled_from(["held", "held", "cut", "flat", "auto"])
+    data=rollouts(), slack=st.integers(0, 6), plan=st.sampled_from(["kept", "kept", "cut", "flat", "auto"])
 )
 def test_every_plan_equals_rollouts_alone(case: str, data: Rollouts, slack: int, plan: str) -> None:
     assert_equals_rollouts_alone(fp64_model(case), data, longest(data) + slack, plan)
@@ -104,13 +104,13 @@ def nested() -> Rollouts:
 @pytest.mark.parametrize("case", ["qwen3-window", "phi3-window", "llama"])
 def test_held_paths_nest(case: str) -> None:
     data, model = nested(), fp64_model(case)
-    schedule = Execution(20, 1.0, model.config, plan="held").schedule(data.pack())
+    schedule = Execution(20, 1.0, model.config, plan="kept").schedule(data.pack())
     depth = [0] * len(schedule.parts)
     for index, part in enumerate(schedule.parts):
         depth[index] = depth[part.parent] + 1 if part.parent >= 0 else 0
     assert max(depth) >= 2
     assert schedule.packed_tokens == data.pack().num_nodes  # nothing twice
-    assert_equals_rollouts_alone(model, data, 20, "held")
+    assert_equals_rollouts_alone(model, data, 20, "kept")
 
 
 @pytest.mark.parametrize("alter", [lora_everywhere, hooked_model], ids=lambda alter: alter.__name__)
@@ -118,7 +118,7 @@ def test_alterations_are_honoured(alter: types.FunctionType) -> None:
     """Layers of LoRA, and a model whose parts may not be called one by one."""
     model = tiny_model("qwen3-window")
     alter(model)
-    assert_equals_rollouts_alone(model, nested(), 20, "held")
+    assert_equals_rollouts_alone(model, nested(), 20, "kept")
 
 
 def test_checkpointed_layers_run_twice_and_only_twice() -> None:
@@ -131,8 +131,8 @@ def test_checkpointed_layers_run_twice_and_only_twice() -> None:
     a, b = loss_weights(len(logprobs))
     expected = gradients(model, (a * logprobs + b * entropy).sum())
     runs.clear()
-    _, _, found, execution = run(model, data, 20, "held")
-    assert execution.figures()["tree/held_recomputed"] == 1
+    _, _, found, execution = run(model, data, 20, "kept")
+    assert execution.figures()["tree/kept_recomputed"] == 1
     assert_gradients_close(found, expected, 1e-10)
     assert sum(runs) == 3 * data.pack().num_nodes  # forward, recomputation, and the pass without gradient
 
@@ -141,22 +141,22 @@ def test_what_is_held_is_told(caplog: pytest.LogCaptureFixture) -> None:
     """A graph kept, or under checkpointing computed again; nothing where nothing is held."""
     model, data = tiny_model("llama"), nested()
     with caplog.at_level("DEBUG", "mosaic_fast"):
-        figures = run(model, data, 20, "held")[3].figures()
-    assert figures["tree/held_recomputed"] == 0
-    schedule = Execution(20, 1.0, model.config, plan="held").schedule(data.pack())
-    assert figures["tree/held"] == len({part.parent for part in schedule.parts} - {-1}) > 1
-    assert f"{figures['tree/held']:.0f} forwards are held, their graphs kept" in caplog.text
-    assert "tree/held" not in run(model, data, 20, "cut")[3].figures()
+        figures = run(model, data, 20, "kept")[3].figures()
+    assert figures["tree/kept_recomputed"] == 0
+    schedule = Execution(20, 1.0, model.config, plan="kept").schedule(data.pack())
+    assert figures["tree/kept_prefixes"] == len({part.parent for part in schedule.parts} - {-1}) > 1
+    assert f"{figures['tree/kept_prefixes']:.0f} forwards are held, their graphs kept" in caplog.text
+    assert "tree/kept_prefixes" not in run(model, data, 20, "cut")[3].figures()
     checkpoint_activations(model)
     with caplog.at_level("DEBUG", "mosaic_fast"):
-        run(model, data, 20, "held")
+        run(model, data, 20, "kept")
     assert "their graphs computed again once" in caplog.text
 
 
 def test_reentrant_checkpointing_is_cut_instead(caplog: pytest.LogCaptureFixture) -> None:
     model, data = tiny_model("llama"), nested()
     checkpoint_activations(model, reentrant=True)
-    assert_equals_rollouts_alone(model, data, 20, "held")
+    assert_equals_rollouts_alone(model, data, 20, "kept")
     assert "the forest is cut" in caplog.text
 
 
@@ -170,7 +170,7 @@ def test_frozen_parameters() -> None:
     last = [name for name, _ in model.named_parameters() if "layers.1." in name]
     for name in last:
         model.get_parameter(name).requires_grad_(True)
-    _, _, found, _ = run(model, data, 20, "held")
+    _, _, found, _ = run(model, data, 20, "kept")
     assert_gradients_close({n: found[n] for n in last}, {n: expected[n] for n in last}, 1e-10)
 
 
@@ -191,7 +191,7 @@ def test_rotary_embeddings_that_depend_on_length() -> None:
     prompt = rng.integers(0, 23, LONGROPE_SWITCH)
     sequences = [np.append(prompt, rng.integers(0, 23, 3)) for _ in range(4)]
     data = Rollouts(sequences, [np.arange(len(s)) > 2 for s in sequences])
-    assert_equals_rollouts_alone(tiny_model("longrope"), data, LONGROPE_SWITCH + 4, "held")
+    assert_equals_rollouts_alone(tiny_model("longrope"), data, LONGROPE_SWITCH + 4, "kept")
 
 
 def test_nothing_trained_runs_nothing() -> None:

@@ -38,6 +38,6 @@ def peak_of_a_backward(branches: int, plan: str, checkpointed: bool) -> int:
 
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_memory_of_held_prefixes_is_that_of_a_path(checkpointed: bool) -> None:
-    few, many = (peak_of_a_backward(n, "held", checkpointed) for n in (4, 24))
+    few, many = (peak_of_a_backward(n, "kept", checkpointed) for n in (4, 24))
     assert many < 1.25 * few  # six times the branches; a few small tensors are freed late
     assert peak_of_a_backward(24, "tree", checkpointed) > 2 * many  # which does grow

@@ -120,7 +120,7 @@ def test_held_prefixes_are_within_the_estimate(checkpointed: bool, tmp_path: Pat
     config = variant.config(tmp_path)
     estimate = estimate_memory(config)
     learner = learner_of(variant, config)
-    learner._execution = Execution(LENGTH + 40, 1.0, learner.policy.model.config, plan="held")
+    learner._execution = Execution(LENGTH + 40, 1.0, learner.policy.model.config, plan="kept")
     always = sum(part.bytes for part in estimate.components if part.phases == PHASES)
     limit = estimate.total("update") - always
     taken = peak_bytes(lambda: learner.update(step(shared=120), 1))

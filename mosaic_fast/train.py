@@ -18,43 +18,22 @@ from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 
-import torch
 from transformers.utils.logging import disable_progress_bar
 
 from mosaic_fast import make_callable
 from mosaic_fast.cli import run_cli
 from mosaic_fast.config import EVALUATION_ONLY, Config
 from mosaic_fast.config.config import derived_seed
-from mosaic_fast.config.kinds import RECORD, defaults_in_words, record_of
+from mosaic_fast.config.kinds import RECORD, record_of
 from mosaic_fast.config.read import parse_train_command
 from mosaic_fast.distributed import ALONE, World
 from mosaic_fast.distributed.exchange import Share, all_groups
 from mosaic_fast.distributed.world import INTERRUPTED, run_as_rank
 from mosaic_fast.errors import EngineStoppedError, UserError
 from mosaic_fast.evaluate import evaluate_policy, evaluation_tasks, rates_table
-from mosaic_fast.learner.checkpoint import (
-    Progress,
-    checkpoint_path,
-    checkpoint_to_load,
-    latest_checkpoint,
-    load_training_state,
-    other_versions,
-    save_checkpoint,
-    step_of,
-)
-from mosaic_fast.learner.execution.cost import cost_model_of_run, keep_cost_model
-from mosaic_fast.learner.learner import Learner
+from mosaic_fast.learner.checkpoint import Progress, checkpoint_path, latest_checkpoint, save_checkpoint
 from mosaic_fast.learner.step_batch import step_batch
-from mosaic_fast.losses import check_loss
-from mosaic_fast.preferences import (
-    Judge,
-    build_judge,
-    judge_record,
-    judgement_figures,
-    keep_judge_record,
-    probe_judge,
-)
-from mosaic_fast.preferences.reward import build_reward
+from mosaic_fast.preferences import judge_record, judgement_figures
 from mosaic_fast.run.findings import Findings, no_signal, rollout_findings, update_findings
 from mosaic_fast.run.folder import RunFolder
 from mosaic_fast.run.interrupt import Clock, Interrupt, Stopped
@@ -69,13 +48,13 @@ from mosaic_fast.run.metrics import (
 )
 from mosaic_fast.run.progress import ProgressView
 from mosaic_fast.run.summary import closing_lines, write_summary
-from mosaic_fast.run.trackers import Trackers, require_trackers
+from mosaic_fast.run.trackers import Trackers
 from mosaic_fast.setup.async_rollouts import AsyncRollouts
-from mosaic_fast.setup.build import GroupPlan, Setup, build_reference, build_setup
-from mosaic_fast.setup.engine import why_shorter
+from mosaic_fast.setup.build import GroupPlan
 from mosaic_fast.setup.given import NOTHING, Given
 from mosaic_fast.setup.memory import dry_run
-from mosaic_fast.setup.model_folder import check_tokenizer, model_folder
+from mosaic_fast.setup.model_folder import check_tokenizer
+from mosaic_fast.setup.ready import ReadyRun, ready_run
 from mosaic_rollout.types import Task
 
 
@@ -115,50 +94,8 @@ def train_in(
             f"python -m mosaic_fast.evaluate MODEL --suite {config.env.name}={config.env.tasks}"
         )
     with interrupt.abandonable() if world.size == 1 else nullcontext():
-        trainer, notes = _set_up(folder, folder.dated(config), world, interrupt, given)
-    return _train(trainer, notes, interrupt)
-
-
-def _set_up(
-    folder: RunFolder, config: Config, world: World, interrupt: Interrupt, given: Given
-) -> tuple[_Trainer, list[str]]:
-    """The parts of the run, and what to tell of it. The folder is written to last."""
-    checkpoint = checkpoint_to_load(folder.checkpoints, world)
-    if world.is_first:
-        given.refuse_another(folder.path)
-    judge = given.judge or (build_judge(config.judge, folder.path) if world.is_first else None)
-    check_loss(config)  # the user's own code is looked at before a model is loaded
-    build_reward(config.reward)
-    require_trackers(config)
-    initial = model_folder(config.model.path)
-    if checkpoint is None or step_of(checkpoint) < config.steps:
-        probe_judge(judge)
-    weights, scratch = checkpoint or initial, folder.path / "sglang"
-    setup = build_setup(
-        config, weights, scratch,
-        base=initial, world=world, interrupt=interrupt, environment=given.environment,
-    )  # fmt: skip
-    cost = cost_model_of_run(folder.path, config.forest.cost_model)
-    reference = build_reference(config, initial, setup)
-    learner = Learner(setup.policy, reference, config, cost, world, setup.sharding)
-    torch.manual_seed(config.seed)  # nothing draws from it today; a checkpoint holds its state all the same
-    progress = load_training_state(checkpoint, learner.optimizer) if checkpoint else Progress()
-    notes = [defaults_in_words(config), why_shorter(config, setup.policy)]
-    if checkpoint is not None:
-        notes.append(other_versions(checkpoint))
-    if world.is_first:
-        rows = progress.step - 1 if progress.unevaluated else progress.step
-        notes += [change.said() for change in folder.open(config, progress.step, rows)]
-        if not folder.is_locked:
-            notes.append(f"{folder.path} is on storage without locks: nothing keeps a second run out of it")
-        with folder.writing("given.json"):
-            given.keep(folder.path)
-        with folder.writing("cost.toml"):
-            keep_cost_model(cost, folder.path)
-        with folder.writing("judge.json"):
-            keep_judge_record(judge, folder.path)
-    trainer = _Trainer(config, folder, setup, learner, judge, progress, interrupt)
-    return trainer, [note for note in notes if note]
+        run = ready_run(folder, folder.dated(config), world, interrupt, given)
+    return _train(_Trainer(run, interrupt), run.notes, interrupt)
 
 
 def _train(trainer: _Trainer, notes: Sequence[str], interrupt: Interrupt) -> int:
@@ -203,19 +140,11 @@ def _train(trainer: _Trainer, notes: Sequence[str], interrupt: Interrupt) -> int
 class _Trainer:
     """The parts of a run that its steps share."""
 
-    def __init__(
-        self,
-        config: Config,
-        folder: RunFolder,
-        setup: Setup,
-        learner: Learner,
-        judge: Judge | None,
-        progress: Progress,
-        interrupt: Interrupt,
-    ) -> None:
-        self.config, self.folder, self.setup = config, folder, setup
-        self.learner, self.judge, self.world = learner, judge, setup.world
-        self.progress, self._interrupt = progress, interrupt
+    def __init__(self, run: ReadyRun, interrupt: Interrupt) -> None:
+        config, setup = run.config, run.setup
+        self.config, self.folder, self.setup = config, run.folder, setup
+        self.learner, self.judge, self.world = run.learner, run.judge, setup.world
+        self.progress, self._interrupt = run.progress, interrupt
         self._opened_one = False  # a checkpoint of this process was opened again
         self._checkpoint_s = 0.0  # seconds the last checkpoint took
         self._findings = Findings()

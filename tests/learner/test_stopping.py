@@ -16,6 +16,7 @@ from mosaic_fast.learner.learner import Learner
 from mosaic_fast.run import judge_groups as judged
 from mosaic_fast.run import summary
 from mosaic_fast.run.interrupt import Interrupt, Stopped
+from mosaic_fast.setup import ready
 from mosaic_rollout.engine import LocalEngine
 from tests.run.test_run import assert_same_run, run
 
@@ -129,7 +130,7 @@ def test_a_signal_while_a_run_is_set_up_leaves_no_folder(
     short: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train, "build_judge", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(ready, "build_judge", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     config, _, name = train.parse_train_command(short).config, False, "world"
     with pytest.raises(KeyboardInterrupt):
         train.train(config, name)

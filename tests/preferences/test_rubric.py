@@ -103,7 +103,7 @@ def test_a_judge_that_does_not_answer_is_known_before_anything_is_loaded(
     def loaded(*_: object, **__: object) -> None:
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr("mosaic_fast.train.build_setup", loaded)
+    monkeypatch.setattr("mosaic_fast.setup.ready.build_setup", loaded)
     with endpoint(lambda request: Raw(404, "no model m")) as served:
         options = ["--judge.name", "llm", "--judge.endpoint", served.url, "--judge.model", "m"]
         assert run_cli(lambda: run(tmp_path / "run", *options)) == 2

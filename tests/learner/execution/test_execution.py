@@ -206,7 +206,7 @@ def test_refusals() -> None:
     model, forest = fp64_model("llama"), example_rollouts().pack()
     with pytest.raises(ValueError, match=r"the budget must be at least 12"):
         Execution(11, 1.0, model.config).schedule(forest)
-    with pytest.raises(ValueError, match="plan must be 'auto' or one of tree, flat, cut, held"):
+    with pytest.raises(ValueError, match="plan must be 'auto' or one of tree, flat, cut, kept"):
         Execution(11, 1.0, model.config, plan="fast")
     with pytest.raises(
         ValueError, match=f"plan 'tree' needs a budget of {forest.num_nodes} tokens, it is 12"

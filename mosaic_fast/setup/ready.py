@@ -1,0 +1,88 @@
+"""A run made ready: from its folder and configuration to all that its steps need, as it was left."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from mosaic_fast.config import Config
+from mosaic_fast.config.kinds import defaults_in_words
+from mosaic_fast.distributed import World
+from mosaic_fast.learner.checkpoint import (
+    Progress,
+    checkpoint_to_load,
+    load_training_state,
+    other_versions,
+    step_of,
+)
+from mosaic_fast.learner.execution.cost import cost_model_of_run, keep_cost_model
+from mosaic_fast.learner.learner import Learner
+from mosaic_fast.losses import check_loss
+from mosaic_fast.preferences import Judge, build_judge, keep_judge_record, probe_judge
+from mosaic_fast.preferences.reward import build_reward
+from mosaic_fast.run.folder import RunFolder
+from mosaic_fast.run.interrupt import Interrupt
+from mosaic_fast.run.trackers import require_trackers
+from mosaic_fast.setup.build import Setup, build_reference, build_setup
+from mosaic_fast.setup.engine import why_shorter
+from mosaic_fast.setup.given import Given
+from mosaic_fast.setup.model_folder import model_folder
+
+
+@dataclass(frozen=True)
+class ReadyRun:
+    """The parts of a run, and how far it has come."""
+
+    config: Config
+    folder: RunFolder
+    setup: Setup
+    learner: Learner
+    judge: Judge | None  # of the first rank
+    progress: Progress
+    notes: list[str]  # to tell the user before the first step
+
+
+def ready_run(
+    folder: RunFolder, config: Config, world: World, interrupt: Interrupt, given: Given
+) -> ReadyRun:
+    """Build the parts of a run, from its last checkpoint where it has one. The folder is written to last.
+
+    UserError for what a user can mend; nothing of the run on disk has changed then.
+    """
+    checkpoint = checkpoint_to_load(folder.checkpoints, world)
+    if world.is_first:
+        given.refuse_another(folder.path)
+    judge = given.judge or (build_judge(config.judge, folder.path) if world.is_first else None)
+    check_loss(config)  # the user's own code is looked at before a model is loaded
+    build_reward(config.reward)
+    require_trackers(config)
+    initial = model_folder(config.model.path)
+    if checkpoint is None or step_of(checkpoint) < config.steps:
+        probe_judge(judge)
+    weights, scratch = checkpoint or initial, folder.path / "sglang"
+    setup = build_setup(
+        config, weights, scratch,
+        base=initial, world=world, interrupt=interrupt, environment=given.environment,
+    )  # fmt: skip
+    cost = cost_model_of_run(folder.path, config.forest.cost_model)
+    reference = build_reference(config, initial, setup)
+    learner = Learner(setup.policy, reference, config, cost, world, setup.sharding)
+    torch.manual_seed(config.seed)  # nothing draws from it today; a checkpoint holds its state all the same
+    progress = load_training_state(checkpoint, learner.optimizer) if checkpoint else Progress()
+    notes = [defaults_in_words(config), why_shorter(config, setup.policy)]
+    if checkpoint is not None:
+        notes.append(other_versions(checkpoint))
+    if world.is_first:
+        rows = progress.step - 1 if progress.unevaluated else progress.step
+        notes += [change.said() for change in folder.open(config, progress.step, rows)]
+        if not folder.is_locked:
+            notes.append(f"{folder.path} is on storage without locks: nothing keeps a second run out of it")
+        with folder.writing("given.json"):
+            given.keep(folder.path)
+        with folder.writing("cost.toml"):
+            keep_cost_model(cost, folder.path)
+        with folder.writing("judge.json"):
+            keep_judge_record(judge, folder.path)
+    told = [note for note in notes if note]
+    return ReadyRun(config, folder, setup, learner, judge, progress, told)

@@ -87,7 +87,7 @@ class Run:
 def load_run(folder: str | Path) -> Run:
     """The run in a folder that training wrote. UserError where it is none.
 
-    >>> load_run("runs/20260701-120000-bank").metrics[-1]["reward/mean"]    # doctest: +SKIP
+    >>> load_run("runs/20260701-120000-bank").metrics[-1]["reward/total"]    # doctest: +SKIP
     0.81
     """
     require_run_folder(Path(folder))

@@ -25,9 +25,8 @@ from mosaic_fast.policy.layout import (
     is_plain_linear,
     mlp_weights,
 )
+from mosaic_fast.policy.support import DECODED_BY_LAYER
 from mosaic_rollout.engine.adapter import Attend
-
-_FAMILIES = ("llama", "qwen2", "qwen3")
 
 
 @dataclass(frozen=True)
@@ -143,7 +142,7 @@ class StockDecoder:
 
 def is_stock(model: PreTrainedModel) -> bool:
     """Whether the model is, module for module, what `StockDecoder` computes."""
-    if model.config.model_type not in _FAMILIES or not has_known_layout(model):
+    if model.config.model_type not in DECODED_BY_LAYER or not has_known_layout(model):
         return False
     decoder = decoder_of(model)
     if any(has_hooks(module) for module in (model, *model.modules())) or not all(

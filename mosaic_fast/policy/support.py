@@ -12,6 +12,8 @@ from mosaic_fast.errors import UserError
 
 SUPPORTED_FAMILIES = {"qwen2": "Qwen2", "qwen3": "Qwen3", "phi3": "Phi3", "llama": "Llama"}
 """config.model_type -> prefix of the class names in transformers. Phi-4 has the Phi-3 architecture."""
+DECODED_BY_LAYER = ("llama", "qwen2", "qwen3")
+"""Those whose layers the local engine may run itself, a token at a time."""
 
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 _STATIC_ROPE = {"default", "linear", "yarn", "llama3", "proportional"}

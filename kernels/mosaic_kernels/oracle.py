@@ -139,13 +139,5 @@ def surrogate_of_tokens(
     return torch.cat(losses)
 
 
-def relative_error(value: torch.Tensor, expected: torch.Tensor, floor: float = 1e-3) -> float:
-    """|value - expected| / max(|expected|, floor) in the 2-norm; inf where value is not finite."""
-    value, expected = value.detach().double(), expected.detach().double()
-    if value.shape != expected.shape or not bool(torch.isfinite(value).all()):
-        return float("inf")
-    return float((value - expected).norm()) / max(float(expected.norm()), floor)
-
-
 def _nodes(forest: PackedForest, rollout: int) -> torch.Tensor:
     return torch.from_numpy(forest.node_index[forest.cu_seqlens[rollout] : forest.cu_seqlens[rollout + 1]])

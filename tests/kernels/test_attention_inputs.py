@@ -7,8 +7,8 @@ import torch
 from mosaic_kernels import pack_forest, tree_attention
 from mosaic_kernels.attention.plan import build_plan
 from mosaic_kernels.attention.segments import segments_tree_attention
-from mosaic_kernels.oracle import relative_error
 from tests.kernels.attention_for_tests import BIG, big_forest, check
+from tests.kernels.criterion import relative_error
 from tests.kernels.strategies import Heads
 
 

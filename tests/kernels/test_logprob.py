@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from mosaic_kernels import linear_logprob, pack_forest
 from mosaic_kernels.logprob.chunked import chunked_linear_logprob
 from mosaic_kernels.magnitudes import logprob_magnitudes
-from mosaic_kernels.oracle import logprobs_of_edges, relative_error
+from mosaic_kernels.oracle import logprobs_of_edges
 from mosaic_kernels.rounding import weighting, worst_of
-from tests.kernels.criterion import assert_right
+from tests.kernels.criterion import assert_right, relative_error
 from tests.kernels.strategies import seeds
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mosaic_kernels import PackedForest, pack_forest, tree_attention
@@ -46,6 +46,14 @@ def check(
     window=windows,
     dtype=dtypes,
     scale=st.sampled_from([None, 0.5]),
+)
+@example(  # a tree ends within a block of queries: the blocks of its keys are seen by the first of them alone
+    forest=pack_forest([np.arange(40), np.arange(100, 160)]),
+    shape=Heads(4, 2, 32),
+    seed=0,
+    window=None,
+    dtype=torch.float32,
+    scale=None,
 )
 @pytest.mark.usefixtures("poisoned_memory")
 def test_equals_each_rollout_alone(

@@ -54,7 +54,7 @@ test: $(STAMP) lint types  ### lint, types and tests, under 10 minutes
 	echo "the Triton kernels' emulated tests, some two minutes, into $(VENV)/interpreter.log and $(VENV)/ttsem.log"; \
 	failed=0; for pid in $$pids; do wait $$pid || failed=1; done; \
 	tail -n 3 $(VENV)/interpreter.log $(VENV)/ttsem.log; \
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS) || failed=$$?; \
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS) || failed=$$?; \
 	if [ $$failed != 0 ]; then cat $(VENV)/interpreter.log $(VENV)/ttsem.log; fi; exit $$failed
 
 test-interpreter: $(STAMP)  ## the Triton kernels' tests under Triton's interpreter, but for test-work

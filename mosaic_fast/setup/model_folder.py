@@ -127,8 +127,14 @@ def _try_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
         )
     try:
         tokenizer.decode(tokenizer.encode("a é 漢 😀", add_special_tokens=False))
+        read = set(tokenizer.encode("the file", add_special_tokens=False)) - {tokenizer.unk_token_id}
     except Exception as error:  # noqa: BLE001  what it is made of can break any line of it
         raise UserError(f"model.path: {folder} has no usable tokenizer ({in_one_line(error)})") from None
+    if not read:  # without a file of its vocabulary, transformers makes one of the special tokens alone
+        raise UserError(
+            f"model.path: the tokenizer of {folder} knows no ordinary text: its vocabulary is missing; put "
+            "the tokenizer.json there that belongs to the model"
+        )
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, policy: Policy, folder: Path) -> None:

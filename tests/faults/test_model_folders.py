@@ -177,6 +177,11 @@ ODD: dict[str, tuple[str, Callable[[Path], object], str]] = {
         lambda f: (f / "tokenizer.json").write_text(POINTER),
         r"tokenizer\.json is a Git LFS pointer",
     ),
+    "no vocabulary": (
+        "one",
+        lambda f: (f / "tokenizer.json").unlink(),
+        r"knows no ordinary text: .*put the tokenizer\.json there|no usable tokenizer",
+    ),
     "git-lfs shard": ("shards", a_shard(lambda p: p.write_text(POINTER)), r"model-00002.*Git LFS pointer"),
     "a shard missing": ("shards", a_shard(Path.unlink), r"lacks 1 of \d+ weight files, .*model-00002"),
     "a shard cut short": ("shards", a_shard(cut), r"model-00002.* damaged or cut short"),

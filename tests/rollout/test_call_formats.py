@@ -307,6 +307,11 @@ def test_an_answer_that_happens_to_be_json_is_an_answer(answer: str):
         (PYTHONIC, f"[f(a={'9' * 5000})]"),
         (PYTHONIC, '[f(a="\\U00110000")]'),
         (PYTHONIC, "[f(a=1)] done"),
+        (PYTHONIC, '[f("x")]'),
+        (PYTHONIC, "[ f( 'x', a=1)]"),
+        (PYTHONIC, '[f({"a": 1})]'),
+        (PYTHONIC, '[f(**{"a": 1})]'),
+        (PYTHONIC, "[f(zip=02139)]"),
         (QWEN3_CODER, "<tool_call>\n<function=f>\n<parameter=x>\n1\n</parameter>\n</function>"),
         (QWEN3_CODER, "<function=f>\n<parameter=x>\n1\n</parameter>\n</function>\n</tool_call>"),
         (QWEN3_CODER, "<tool_call>\n<function=f>\n<parameter=x>\n1\n</function>\n</tool_call>"),
@@ -372,6 +377,12 @@ def test_python_literals(text: str, arguments: dict[str, JsonValue] | None):
         ("{'a': True}", {"type": "object"}, {"a": True}),
         ("7", {"anyOf": [{"type": "integer"}, {"type": "null"}]}, 7),
         ("7", {"enum": ["7", "8"]}, "7"),
+        ("7", {"const": "7"}, "7"),
+        ("7", {"$ref": "#/$defs/Floor"}, "7"),
+        ("7", {"allOf": [{"$ref": "#/$defs/Floor"}], "default": "1"}, "7"),
+        ("null", {"anyOf": [{"$ref": "#/$defs/Floor"}, {"type": "null"}]}, None),
+        ("7", {"$ref": "#/$defs/Ring"}, 7),
+        ("7", {"$ref": "#/$defs/Nowhere"}, 7),
         ("7", {"description": "d"}, 7),
         ("7", None, 7),
         ("07", None, "07"),
@@ -384,7 +395,9 @@ def test_python_literals(text: str, arguments: dict[str, JsonValue] | None):
 )
 def test_xml_values_are_of_the_types_that_the_schema_says(text: str, schema: JsonValue, value: JsonValue):
     properties: dict[str, JsonValue] = {} if schema is None else {"x": schema}
-    tool: ToolSchema = {"function": {"name": "f", "parameters": {"properties": properties}}}
+    defined: JsonValue = {"Floor": {"type": "string", "enum": ["7"]}, "Ring": {"$ref": "#/$defs/Ring"}}
+    parameters: JsonValue = {"properties": properties, "$defs": defined}
+    tool: ToolSchema = {"function": {"name": "f", "parameters": parameters}}
     written = f"<tool_call>\n<function=f>\n<parameter=x>\n{text}\n</parameter>\n</function>\n</tool_call>"
     turn = parse_turn(f"<think>a</think>{written}", QWEN3_CODER, tools=[tool])
     assert same(turn.call, ToolCall("f", {"x": value}))

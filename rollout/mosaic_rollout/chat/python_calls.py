@@ -17,7 +17,7 @@ _DEEPEST = 64  # values within values
 _WORDS = {"True": True, "False": False, "None": None, "true": True, "false": False, "null": None}
 _NAME = r"""[^\[\](){}=,:"'\n]++"""  # tools' names may hold spaces, as ToolACE's do
 _KEY = r"""[^\s\[\](){}=,:"']++"""
-_OPENS = re.compile(rf"\s*+\[\s*+({_NAME})\(\s*+(?=\)|{_KEY}\s*+=)")
+_OPENS = re.compile(rf"""\s*+\[\s*+({_NAME})\(\s*+(?=\)|{_KEY}\s*+=|["'{{]|\*\*)""")
 _ARGUMENT = re.compile(rf"\s*+({_KEY})\s*+=(?!=)")
 _CLOSES = re.compile(r"\s*+\)\s*+\]\s*+\Z")
 _MARK = re.compile(r"\s*+([\[\](){},:])")
@@ -26,7 +26,9 @@ _STRING = re.compile(
     r"""|"((?:[^"\\]|\\.)*+)"|'((?:[^'\\]|\\.)*+)')""",
     re.DOTALL,
 )
-_NUMBER = re.compile(r"\s*+([+-]?(?:[0-9]++(?:\.[0-9]*+)?|\.[0-9]++)(?:[eE][+-]?[0-9]++)?)(?![\w.])")
+_NUMBER = re.compile(
+    r"\s*+([+-]?(?!0[0-9])(?:[0-9]++(?:\.[0-9]*+)?|\.[0-9]++)(?:[eE][+-]?[0-9]++)?)(?![\w.])"
+)
 _WORD = re.compile(r"\s*+([A-Za-z]++)(?!\w)")
 _ESCAPE = re.compile(
     r"\\(?:x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|([0-7]{1,3})|(.))", re.DOTALL
@@ -36,7 +38,10 @@ _ESCAPED = {"a": "\a", "b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t", "v
 
 @dataclass(frozen=True)
 class PythonCalls(CallFormat):
-    """The whole action is a Python list with one call, all of its arguments named and literal."""
+    """The whole action is a Python list with one call, all of its arguments named and literal.
+
+    A call whose arguments have no names (`[read("a.txt")]`, `[read(**{...})]`) is none that can be run.
+    """
 
     def at(self, text: str, start: int) -> WrittenCall | None:
         found = self.find(text[start:])

@@ -13,6 +13,7 @@ from mosaic_rollout.plain_json import read_json
 from mosaic_rollout.types import JsonValue, ToolCall, ToolSchema
 
 _FUNCTION = "<function="
+_DEEPEST = 8  # schemas within schemas; references may go round in a ring
 _OPENS = re.compile(r"<tool_call>\s*+(?=<function=)")
 _NAME = re.compile(r"\s*+<function=([^<>\n]+)>")
 _PARAMETER = re.compile(r"\s*+<parameter=([^<>\n]+)>")
@@ -55,7 +56,9 @@ class XmlCalls(CallFormat):
         if named is None or _function_end(body, 0) != len(body.rstrip()):
             return None
         name, position = named[1].strip(), named.end()
-        properties = _properties(name, tools)
+        parameters = _parameters(name, tools)
+        properties = parameters.get("properties")
+        schemas = properties if isinstance(properties, Mapping) else {}
         arguments: dict[str, JsonValue] = {}
         while (opened := _PARAMETER.match(body, position)) is not None:
             ended = _VALUE_ENDS.search(body, opened.end())
@@ -64,7 +67,7 @@ class XmlCalls(CallFormat):
                 return None
             value = body[opened.end() : ended.start()]
             value = value.removeprefix("\n").removesuffix("\n")
-            arguments[key] = typed(value, properties.get(key))
+            arguments[key] = typed(value, schemas.get(key), parameters)
             position = ended.end()
         return ToolCall(name, arguments)
 
@@ -75,15 +78,16 @@ class XmlCalls(CallFormat):
         return f"<tool_call>\n<function={call.name}>\n{parameters}</function>\n</tool_call>"
 
 
-def typed(text: str, schema: JsonValue) -> JsonValue:
+def typed(text: str, schema: JsonValue, within: JsonValue = None) -> JsonValue:
     """The value that a parameter's text is by its JSON schema; the text itself where it is not of that type.
 
     Without a schema, or by one that says no type, a text that is JSON just as JSON is written is that value.
+    within: the schema of all parameters, whose definitions a `$ref` names.
 
     >>> typed("1", {"type": "string"}), typed("1", {"type": "integer"}), typed("1", None), typed("01", None)
     ('1', 1, 1, '01')
     """
-    kinds = _kinds(schema)
+    kinds = _kinds(schema, within)
     if "null" in kinds and text in ("null", "None"):
         return None
     if "string" in kinds:
@@ -116,9 +120,9 @@ def _read(text: str) -> JsonValue:
     return text
 
 
-def _kinds(schema: JsonValue) -> set[str]:
+def _kinds(schema: JsonValue, within: JsonValue, depth: int = 0) -> set[str]:
     """The types that a schema allows; none where it does not say."""
-    if not isinstance(schema, Mapping):
+    if not isinstance(schema, Mapping) or depth > _DEEPEST:
         return set()
     named = schema.get("type")
     kinds = {named} if isinstance(named, str) else set()
@@ -126,24 +130,35 @@ def _kinds(schema: JsonValue) -> set[str]:
         kinds |= {one for one in named if isinstance(one, str)}
     if schema.get("nullable") is True and kinds:
         kinds.add("null")
-    for key in ("anyOf", "oneOf"):
+    for key in ("anyOf", "oneOf", "allOf"):
         options = schema.get(key)
         for option in options if isinstance(options, list) else ():
-            kinds |= _kinds(option)
-    options = schema.get("enum")
-    if not kinds and isinstance(options, list) and any(isinstance(one, str) for one in options):
+            kinds |= _kinds(option, within, depth + 1)
+    if isinstance(named := schema.get("$ref"), str):
+        kinds |= _kinds(_defined(named, within), within, depth + 1)
+    values = schema.get("enum", [schema["const"]] if "const" in schema else None)
+    if not kinds and isinstance(values, list) and any(isinstance(one, str) for one in values):
         kinds.add("string")
     return kinds
 
 
-def _properties(name: str, tools: Sequence[ToolSchema]) -> Mapping[str, JsonValue]:
-    """The arguments of a tool by its schema; none where no tool has the name."""
+def _defined(reference: str, within: JsonValue) -> JsonValue:
+    """The part of a schema that a reference like `#/$defs/Colour` names; None where there is none."""
+    root, *path = reference.split("/")
+    found = within if root == "#" else None
+    for part in path:
+        part = part.replace("~1", "/").replace("~0", "~")
+        found = found.get(part) if isinstance(found, Mapping) else None
+    return found
+
+
+def _parameters(name: str, tools: Sequence[ToolSchema]) -> Mapping[str, JsonValue]:
+    """The schema of a tool's arguments; empty where no tool has the name."""
     for tool in tools:
         function = tool.get("function")
         if isinstance(function, Mapping) and function.get("name") == name:
             parameters = function.get("parameters")
-            properties = parameters.get("properties") if isinstance(parameters, Mapping) else None
-            return properties if isinstance(properties, Mapping) else {}
+            return parameters if isinstance(parameters, Mapping) else {}
     return {}
 
 

@@ -15,6 +15,7 @@ an environment of the library `verifiers` (`load_environment`) as one of these.
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import random
 import sys
@@ -129,7 +130,7 @@ def _refuse_unnamed(method: Callable[..., object], what: str) -> None:
 
 def _is_method(value: object) -> bool:
     """A function of a class, also behind a decorator of functools that keeps its signature."""
-    if inspect.isfunction(value) or isinstance(value, (staticmethod, classmethod)):
+    if inspect.isfunction(value) or isinstance(value, (staticmethod, classmethod, functools.partialmethod)):
         return True
     return callable(value) and not isinstance(value, type) and hasattr(value, "__wrapped__")
 

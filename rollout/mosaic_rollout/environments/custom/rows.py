@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast, get_args
 
+from mosaic_rollout.chat.messages import ROLES
 from mosaic_rollout.errors import UserError
 from mosaic_rollout.foreign.checks import shown
 from mosaic_rollout.plain_json import read_json, read_lines
@@ -88,6 +89,8 @@ def _message(where: str, found: JsonValue) -> Message:
     """A message with its content as text: OpenAI also has a list of parts, and none beside calls."""
     if not isinstance(found, Mapping) or not isinstance(found.get("role"), str):
         raise UserError(f'{where}: a message is an object with "role" and "content", not {shown(found)}')
+    if found["role"] not in (*ROLES, "function"):
+        raise UserError(f'{where}: "role" is {shown(found["role"])}; a conversation has {", ".join(ROLES)}')
     calls, content = found.get("tool_calls"), found.get("content")
     if not _calls_fit(calls):
         raise UserError(

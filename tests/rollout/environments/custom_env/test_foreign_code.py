@@ -6,7 +6,7 @@ import argparse
 import asyncio
 import re
 from collections.abc import Awaitable, Callable, Generator
-from functools import partial
+from functools import partial, partialmethod
 from pathlib import Path
 
 import pytest
@@ -307,6 +307,7 @@ def _refuses(self: object) -> str:
         ("read", _any, r"any number of arguments \(\*args\)"),
         ("read", _any_named, r"any number of arguments \(\*\*more\)"),
         ("read", _by_position, r"by its position only \(n\)"),
+        ("read", partialmethod(_refuses), "Office.read is public and so a tool, but"),
         ("refusal_tool", _refuses, "the tool with which the policy refuses"),
         ("reset", _yields, "Office.reset is a generator"),
         ("get_verdict", _yields_later, "Office.get_verdict is a generator"),

@@ -103,6 +103,10 @@ def test_the_forms_of_a_message(tmp_path: Path, message: dict[str, object], cont
         ('{"prompt": "a", "x": {"y": 1, "y": 2}}', "line 2: not JSON (the key 'y' occurs twice)"),
         ('{"prompt": "a", "x": ' + "[" * 100_000, "line 2: not JSON"),
         ('{"prompt": ["a"]}', "line 2, message 1: a message is an object"),
+        (
+            '{"prompt": [{"role": "bot", "content": "a"}]}',
+            "line 2, message 1: \"role\" is 'bot'; a conversation has",
+        ),
         ('{"prompt": {"role": "user"}}', 'line 2: "prompt" must be a text'),
         ('{"prompt": "a", "kind": ["benign"]}', "line 2: \"kind\" is ['benign']"),
     ],

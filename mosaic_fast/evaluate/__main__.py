@@ -10,13 +10,11 @@ if __name__ == "__main__":  # --help and a mistake are answered before transform
 
 import datetime
 import json
-import platform
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -205,6 +203,8 @@ def _show(evaluated: Sequence[_Evaluated], arguments: Arguments) -> None:
 
 
 def _json_row(one: _Evaluated) -> dict[str, object]:
+    from mosaic_fast.learner.checkpoint import versions
+
     return {
         "model": {
             "name": one.target.name,
@@ -213,20 +213,10 @@ def _json_row(one: _Evaluated) -> dict[str, object]:
         },
         "settings": one.settings,
         **({"asked_differently": one.asked_differently} if one.asked_differently else {}),
-        "versions": {"python": platform.python_version()} | _versions(),
+        "versions": versions(_VERSIONS),
         "suites": {name: as_json(result) for name, result in one.suites.items()},
         **as_json(one.pooled),
     }
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in _VERSIONS:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def _how_to_go_on(arguments: Arguments) -> str:

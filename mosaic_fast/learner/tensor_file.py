@@ -85,7 +85,6 @@ def reading(path: Path) -> Iterator[Reader]:
 
 
 class _Slice(Protocol):
-    def get_shape(self) -> list[int]: ...
     def __getitem__(self, index: slice) -> Tensor: ...
 
 

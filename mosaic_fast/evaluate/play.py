@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import asyncio
-import datetime
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager, closing
@@ -30,11 +29,8 @@ from mosaic_rollout.loop.agent_loop import Limits
 from mosaic_rollout.types import Completion, Engine, Environment, Request, Rollout, Task
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from mosaic_fast.policy import Policy
     from mosaic_fast.setup.build import Setup
-    from mosaic_rollout.chat.chat import Chat
 
 
 def evaluate_policy(
@@ -145,7 +141,7 @@ async def _probe(judge: EvaluationJudge, suites: set[str]) -> None:
 def _play_local(
     target: Target, arguments: Arguments, all_by: _AllBy, environment: Environment, policy: Policy | None
 ) -> None:
-    from mosaic_fast.setup.build import build_setup
+    from mosaic_fast.setup.build import build_chat, build_setup
     from mosaic_fast.setup.engine import why_shorter
 
     if target.folder is None:
@@ -154,7 +150,11 @@ def _play_local(
     if shorter := why_shorter(target.config, setup.policy):
         print(shorter, file=sys.stderr)
     loop = setup.loop_at(arguments.temperature)
-    chats = _chats(setup.tokenizer, target.folder, target.config.rollout.today)
+    folder, rollouts = target.folder, target.config.rollout
+    chats = {  # with the loop taught in the system message, and without
+        taught: build_chat(setup.tokenizer, folder, rollouts.model_copy(update={"teach_loop": taught}))
+        for taught in (False, True)
+    }
 
     async def one(job: Job, grader: Grader | None) -> Finished:
         group = job.key.index
@@ -176,20 +176,6 @@ def _play_local(
 
     with closing(setup.engine):
         setup.run(all_by(one, target.config.engine.max_batch), version=0)
-
-
-def _chats(
-    tokenizer: PreTrainedTokenizerBase, folder: Path, today: datetime.date | None = None
-) -> dict[bool, Chat]:
-    """The chat of a model's folder, with the loop taught in the system message and without."""
-    from mosaic_fast.setup.model_folder import end_tokens
-    from mosaic_rollout.chat.chat import Chat
-
-    ends = end_tokens(folder)
-    return {
-        taught: Chat(tokenizer, teach_loop=taught, end_token_ids=ends, today=today)
-        for taught in (False, True)
-    }
 
 
 async def _play_endpoint(

@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from mosaic_fast.config import Config
+from mosaic_fast.config import Config, RolloutConfig
 from mosaic_fast.distributed import ALONE, World
 from mosaic_fast.distributed.exchange import Share, stopped_together
 from mosaic_fast.distributed.sharding import Sharding
@@ -185,6 +185,17 @@ class GroupPlan:
     gate_contrast: bool = False
 
 
+def build_chat(tokenizer: PreTrainedTokenizerBase, folder: Path, rollout: RolloutConfig) -> Chat:
+    """The chat of a model's folder, as `rollout` has it. UserError where its template cannot be used."""
+    return Chat(
+        tokenizer,
+        teach_loop=rollout.teach_loop,
+        end_token_ids=end_tokens(folder),
+        today=rollout.today,
+        call_format=load_call_format(rollout.call_format),
+    )
+
+
 async def _nothing() -> None:
     pass
 
@@ -221,13 +232,7 @@ def build_setup(
     except UserError as error:
         raise UserError(f"model.path: {error}") from None
     tokenizer = load_tokenizer(weights)
-    chat = Chat(
-        tokenizer,
-        teach_loop=config.rollout.teach_loop,
-        end_token_ids=end_tokens(weights),
-        today=config.rollout.today,
-        call_format=load_call_format(config.rollout.call_format),
-    )
+    chat = build_chat(tokenizer, weights, config.rollout)
     lora = None
     if policy is not None:
         pass  # it is loaded already

@@ -14,6 +14,7 @@ import pytest
 from mosaic_fast.config import Config
 from mosaic_fast.errors import UserError
 from mosaic_fast.evaluate import evaluate_policy
+from mosaic_fast.setup import build
 from mosaic_fast.setup.build import build_setup
 from mosaic_fast.setup.model_folder import model_folder
 from tests.evaluate.serving import Allowance, Row, evaluate, served_model
@@ -73,6 +74,19 @@ def test_killed_and_interrupted_is_uninterrupted(
     assert figures(tmp_path / "resumed.json") == one_go
     assert figures(tmp_path / "again.json") == one_go
     assert one_go["suites"]["world"]["rollouts"] == 24
+
+
+def test_tool_calls_have_the_form_that_the_configuration_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """In every chat of an evaluation, as in training."""
+    config = tmp_path / "run.toml"
+    config.write_text('rollout.call_format = "hermes"')
+    named: list[str] = []
+    usual = build.load_call_format
+    monkeypatch.setattr(build, "load_call_format", lambda name: named.append(name) or usual(name))
+    assert evaluate(monkeypatch, "embedded", "--tasks", 1, "--config", config) == 0
+    assert named == ["hermes"] * 3  # of the run, and with the loop taught and without
 
 
 def test_a_sampled_evaluation_goes_on_with_the_same_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

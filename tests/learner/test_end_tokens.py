@@ -9,9 +9,8 @@ from transformers import AutoModelForCausalLM
 
 from mosaic_fast.config.read import parse_train_arguments
 from mosaic_fast.errors import UserError
-from mosaic_fast.evaluate.play import _chats
 from mosaic_fast.policy.checkpoint import save_model
-from mosaic_fast.setup.build import build_setup
+from mosaic_fast.setup.build import build_chat, build_setup
 from mosaic_fast.setup.model_folder import end_tokens, load_tokenizer
 
 
@@ -64,7 +63,9 @@ def test_training_and_evaluation_stop_at_them_and_a_checkpoint_keeps_them(
     config = parse_train_arguments([*options, "--run-dir", str(tmp_path / "run")])[0]
     setup = build_setup(config, folder)
     assert set(setup.loop.chat.stop_token_ids) == {2, 7, 11}
-    for chat in _chats(load_tokenizer(folder), folder).values():
+    for taught in (True, False):
+        rollout = config.rollout.model_copy(update={"teach_loop": taught})
+        chat = build_chat(load_tokenizer(folder), folder, rollout)
         assert set(chat.stop_token_ids) == {2, 7, 11}
         assert chat.turn_text([20, 7]) == chat.turn_text([20, 2]) == chat.decode([20])
     save_model(AutoModelForCausalLM.from_pretrained(folder), tmp_path / "saved")

@@ -36,7 +36,8 @@ _OF_NAMES = (
 """Keywords of JSON Schema whose values have names of the tool's own as keys."""
 _OF_VALUES = ("default", "const", "enum", "examples", "example")
 """Keywords whose values are data throughout."""
-_STRUCTURAL = ("role", "type")  # keys whose values are not data
+_STRUCTURAL = ("role", "type")  # keys whose values are not data, where they are words of OpenAI's
+_PLAIN_WORD = re.compile(r"\$?[A-Za-z_][\w-]*", re.ASCII)
 
 
 def plain_message(message: Message) -> Message:
@@ -66,7 +67,7 @@ def changed_texts(message: Message, change: Callable[[str], str], own: Callable[
     found: Message = {}
     for name, value in message.items():
         if name in _STRUCTURAL:
-            found[name] = value
+            found[name] = _changed_word(value, change)
         elif name in spoken and message["role"] == "assistant":
             found[name] = mapped(value, own)
         elif name == "tool_calls" and isinstance(value, Sequence):
@@ -85,20 +86,23 @@ def for_server(message: Message) -> Message:
 
 
 def changed_tool(tool: ToolSchema, change: Callable[[str], str]) -> ToolSchema:
-    """A tool's schema with every text of it changed, names of arguments as well, but JSON Schema's words."""
-    return {name: _changed_schema(value, change, name) for name, value in tool.items()}
+    """A tool's schema with every text of it changed, names of arguments as well, but JSON Schema's words.
+
+    A keyword or a type that is no plain word is not one of JSON Schema's.
+    """
+    return {_keyword(name, change): _changed_schema(value, change, name) for name, value in tool.items()}
 
 
 def _changed_schema(value: JsonValue, change: Callable[[str], str], keyword: str) -> JsonValue:
     """What a schema has under one of its keywords."""
     if keyword == "type":
-        return value
+        return _changed_word(value, change)
     if isinstance(value, Mapping):
         if keyword in _OF_VALUES:
             return mapped(value, change)
         names_follow = keyword in _OF_NAMES
         return {
-            (change(name) if names_follow else name): _changed_schema(
+            (change(name) if names_follow else _keyword(name, change)): _changed_schema(
                 inner, change, "" if names_follow else name
             )
             for name, inner in value.items()
@@ -108,6 +112,15 @@ def _changed_schema(value: JsonValue, change: Callable[[str], str], keyword: str
             return mapped(value, change)
         return [_changed_schema(inner, change, "") for inner in value]
     return mapped(value, change)
+
+
+def _keyword(name: str, change: Callable[[str], str]) -> str:
+    return name if _PLAIN_WORD.fullmatch(name) else change(name)
+
+
+def _changed_word(value: JsonValue, change: Callable[[str], str]) -> JsonValue:
+    """A word of a format, or a list of them, as it is; anything else that stands in its place is data."""
+    return mapped(value, lambda text: _keyword(text, change))
 
 
 def written_tools(tools: Sequence[ToolSchema]) -> str:
@@ -244,7 +257,7 @@ def _changed_call(call: JsonValue, change: Callable[[str], str]) -> JsonValue:
     if not isinstance(call, Mapping):
         return call
     return {
-        name: value
+        name: _changed_word(value, change)
         if name in _STRUCTURAL
         else {key: mapped(inner, change) for key, inner in value.items()}
         if name == "function" and isinstance(value, Mapping)

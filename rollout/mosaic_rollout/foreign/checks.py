@@ -181,9 +181,13 @@ def _first_error(
 
 
 def _nullable(schema: object) -> object:
-    """A copy of a schema with OpenAPI's `nullable` in JSON schema's words."""
+    """A copy of a schema with OpenAPI 3.0's `nullable` and exclusive limits in JSON schema's words."""
     if isinstance(schema, Mapping):
         plain = {str(key): _nullable(value) for key, value in schema.items()}
+        for limit, exclusive in (("minimum", "exclusiveMinimum"), ("maximum", "exclusiveMaximum")):
+            said = isinstance(plain.get(exclusive), bool)  # whether the limit itself is left out
+            if said and plain.pop(exclusive) and limit in plain:
+                plain[exclusive] = plain.pop(limit)
         if plain.get("nullable") is True:  # an argument of that name is a schema, not True
             del plain["nullable"]
             return {"anyOf": [plain, {"type": "null"}]}

@@ -90,6 +90,23 @@ def test_a_missing_argument_is_named(tmp_path: Path):
     assert unknown.is_error
 
 
+@pytest.mark.parametrize(
+    ("schema", "fits", "does_not"),
+    [
+        ({"minimum": 0, "exclusiveMinimum": True}, 0.5, 0),
+        ({"minimum": 0, "exclusiveMinimum": False}, 0, -1),
+        ({"maximum": 9, "exclusiveMaximum": True, "minimum": 1}, 8, 9),
+        ({"exclusiveMinimum": 0}, 0.5, 0),
+        ({"type": "integer", "nullable": True}, None, "x"),
+    ],
+)
+def test_limits_and_null_as_openapi_writes_them(schema: JsonValue, fits: JsonValue, does_not: JsonValue):
+    parameters: JsonValue = {"type": "object", "properties": {"a": schema}}
+    tool: ToolSchema = {"type": "function", "function": {"name": "t", "parameters": parameters}}
+    assert wrong_arguments(tool, {"a": fits}) is None
+    assert wrong_arguments(tool, {"a": does_not}) is not None
+
+
 ODD_SCHEMAS = st.recursive(
     st.sampled_from(
         [None, True, 3, "integer", {"$ref": "#"}, {"$ref": "http://localhost:1/x"}, {"pattern": "("}, {}]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from difflib import get_close_matches
+from difflib import SequenceMatcher, get_close_matches
 
 
 def nearest(name: str, there: Iterable[str]) -> str | None:
@@ -20,15 +20,20 @@ def nearest(name: str, there: Iterable[str]) -> str | None:
 def nearest_key(key: str, keys: Iterable[str]) -> str | None:
     """Likewise of `section.name` keys: one of the whole, else one whose name alone is meant.
 
+    Where several sections have that name, it is the section most like the one that was written.
+
     >>> nearest_key("group_size", ["seed", "rollout.group_size"])
     'rollout.group_size'
+    >>> nearest_key("enviroment.name", ["env.name", "judge.name", "loss.name"])
+    'env.name'
     """
     there = list(keys)
     section, _, name = key.rpartition(".")
     own = {one.rpartition(".")[2]: one for one in there if one.rpartition(".")[0] == section}
     if (close := nearest(name, own)) is not None:
         return own[close]
-    by_name = {one.rpartition(".")[2]: one for one in there}
+    there.sort(key=lambda one: SequenceMatcher(None, one.rpartition(".")[0], _plain(section)).ratio())
+    by_name = {one.rpartition(".")[2]: one for one in there}  # the last one, so the most alike
     close = nearest(key, there) or by_name.get(name.replace("-", "_"))
     if close is None and (close := nearest(name, by_name)) is not None:
         close = by_name[close]

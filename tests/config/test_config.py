@@ -76,6 +76,7 @@ def test_options_override_the_file_which_is_validated_first(tmp_path: Path):
         ("--loss.nam grpo", "loss.nam: no such key; did you mean loss.name (--loss.name)?"),
         ("--rollout.grup-size=8", "did you mean rollout.group_size (--rollout.group-size)?"),
         ("--group-size 8", "did you mean rollout.group_size (--rollout.group-size)?"),
+        ("--enviroment.name world", "did you mean env.name (--env.name)?"),
         ("--rolout.group-size 8", "did you mean rollout.group_size (--rollout.group-size)?"),
         ("--judge.a.b 8", "judge.a: no such key; "),
         ("--resum", "did you mean resume (--resume)?"),

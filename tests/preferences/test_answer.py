@@ -214,6 +214,11 @@ def test_a_plain_answer_is_what_stands_after_the_thought():
         ({"content": []}, None, None),
         ({"content": "a", "reasoning_content": {"steps": 3}}, "a", None),
         ({"content": "a", "reasoning": "t"}, "a", "t"),
+        ({"content": None, "refusal": "I cannot."}, "I cannot.", None),
+        ({"content": "a", "refusal": "b"}, "a", None),
+        ({"content": "a", "refusal": None}, "a", None),
+        ({"content": [{"type": "refusal", "refusal": "I cannot."}]}, "I cannot.", None),
+        ({"content": None, "tool_calls": [{"id": 7, "function": {"name": "f"}}]}, None, None),
     ],
 )  # fmt: skip
 def test_a_message_may_be_a_list_of_parts(message: dict[str, object], content: object, thought: object):

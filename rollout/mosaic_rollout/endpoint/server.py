@@ -52,14 +52,19 @@ class CompletionFunction(BaseModel):
     arguments: object = None  # JSON text of an object, or the object; anything else is malformed
 
 
+def _id(found: object) -> object:
+    """The id of a call, which some servers number."""
+    return str(found) if isinstance(found, int) else found
+
+
 class CompletionCall(BaseModel):
     """A tool call that the server parsed out of the text."""
 
-    id: str | None = None
+    id: Annotated[str | None, BeforeValidator(_id)] = None
     function: CompletionFunction
 
 
-_TEXTS = (None, "text", "output_text")
+_TEXTS = (None, "text", "output_text", "refusal")  # which OpenAI's server tells apart from other text
 _THOUGHTS = ("thinking", "reasoning")
 
 
@@ -80,7 +85,7 @@ def _joined(parts: list[object], kinds: Sequence[str | None]) -> str | None:
         if isinstance(part, str) and None in kinds:
             texts.append(part)
         elif isinstance(part, Mapping) and part.get("type") in kinds:
-            told = (part.get(key) for key in ("text", *_THOUGHTS))
+            told = (part.get(key) for key in ("text", "refusal", *_THOUGHTS))
             texts += [text for text in map(_thought, told) if isinstance(text, str)]
     return "".join(texts) if texts else None
 
@@ -96,8 +101,10 @@ class CompletionMessage(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _thought_of_parts(cls, value: object) -> object:
-        """A thought that is a part of the content is told apart from it."""
+    def _in_its_place(cls, value: object) -> object:
+        """A thought that is a part of the content is told apart from it; a refusal is what is said."""
+        if isinstance(value, Mapping) and isinstance(value.get("refusal"), str) and not value.get("content"):
+            value = {**value, "content": value["refusal"]}
         parts = value.get("content") if isinstance(value, Mapping) else None
         if isinstance(value, Mapping) and isinstance(parts, list) and not value.get("reasoning_content"):
             return {**value, "reasoning_content": _joined(parts, _THOUGHTS)}

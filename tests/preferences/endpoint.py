@@ -34,6 +34,7 @@ class Served:
     url: str = ""
     requests: list[Json] = field(default_factory=list)
     keys: list[str | None] = field(default_factory=list)
+    paths: list[str] = field(default_factory=list)
     under_way: int = 0
     most_under_way: int = 0
 
@@ -66,6 +67,7 @@ def endpoint(answer: Callable[[Json], Raw | Json]) -> Iterator[Served]:
             with lock:
                 served.requests.append(request)
                 served.keys.append(self.headers.get("authorization"))
+                served.paths.append(self.path)
                 served.under_way += 1
                 served.most_under_way = max(served.most_under_way, served.under_way)
             given = answer(request)

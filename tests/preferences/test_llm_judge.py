@@ -107,6 +107,14 @@ def test_the_request_is_what_openai_servers_expect(cache: Path):
     assert served.keys[0] == f"Bearer {KEY}"
 
 
+@pytest.mark.parametrize("end", ["", "/", "/chat/completions", "/chat/completions/"])
+def test_an_address_may_have_the_whole_path_already(cache: Path, end: str):
+    with endpoint(by_plan(larger)) as served:
+        served.url += end
+        make_judge(served, cache).judge([[saying("a"), saying("b", 1)]])
+    assert set(served.paths) == {"/v1/chat/completions"}
+
+
 def test_a_judge_that_goes_by_position_decides_nothing(cache: Path):
     group = [saying(plan, i) for i, plan in enumerate("abc")]
     with endpoint(always("1")) as served:

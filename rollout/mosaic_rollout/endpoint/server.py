@@ -64,6 +64,7 @@ class CompletionCall(BaseModel):
     function: CompletionFunction
 
 
+_PATH = "/chat/completions"  # behind the address, in which some people have it already
 _TEXTS = (None, "text", "output_text", "refusal")  # which OpenAI's server tells apart from other text
 _THOUGHTS = ("thinking", "reasoning")
 
@@ -225,7 +226,7 @@ class ChatServer:
         NoAnswer after the last one.
         """
         whole = {"model": self.model, "temperature": self.temperature, **asked}
-        address = self.url.rstrip("/") + "/chat/completions"
+        address = self.url.rstrip("/").removesuffix(_PATH).rstrip("/") + _PATH
         reason, tries, attempt = "", 0, 0
         while attempt <= self.retries:
             before_try()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch.distributed import TCPStore
 
-PATIENCE_S = 240
+PATIENCE_S = 600
 _ENVIRONMENT = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
 _PRELOADED = ("tests.distributed.gradient_job", "mosaic_fast.train")
 

@@ -87,20 +87,20 @@ def end(group: int) -> None:
 
 
 def test_a_silent_rank_ends_the_others_though_their_main_thread_waits(ranks: Ranks):
-    out, err = ranks["silent"].communicate(timeout=240)
+    out, err = ranks["silent"].communicate(timeout=600)
     assert ranks["silent"].returncode == 1
     assert "error: rank 1 (process 7 on node) has said nothing for 1 s; the job ends" in err
     assert not out
 
 
 def test_a_rank_that_has_ended_by_itself_may_be_silent(ranks: Ranks):
-    out, err = ranks["ended"].communicate(timeout=240)
+    out, err = ranks["ended"].communicate(timeout=600)
     assert (ranks["ended"].returncode, out) == (0, "undisturbed\n"), err
 
 
 def test_a_host_of_the_store_that_hangs_ends_the_job(ranks: Ranks):
     """No call to the store comes back then, nor has one a deadline."""
-    out, err = ranks["host stopped"].communicate(timeout=240)
+    out, err = ranks["host stopped"].communicate(timeout=600)
     assert ranks["host stopped"].returncode == 1
     assert "error: the process that hosts the job's store has said nothing for 1 s; the job ends" in err
     assert not out
@@ -108,7 +108,7 @@ def test_a_host_of_the_store_that_hangs_ends_the_job(ranks: Ranks):
 
 def test_a_job_that_was_stopped_and_goes_on_is_not_taken_for_silent(ranks: Ranks):
     """Stopped for longer than the limit, with all its ranks: nobody spoke, and nobody listened."""
-    out, err = ranks["all stopped"].communicate(timeout=240)
+    out, err = ranks["all stopped"].communicate(timeout=600)
     assert (ranks["all stopped"].returncode, out) == (0, "undisturbed\n"), err
 
 
@@ -125,8 +125,8 @@ store.set("process/1", f"{{os.getppid()}} {stuck.pid} {{socket.gethostname()}}")
 Watch(store, 0, 2, "rank 0")._kill(1)
 """
         try:
-            subprocess.run([sys.executable, "-c", noticing], check=True, timeout=240)
-            assert stuck.wait(timeout=240) == -signal.SIGKILL
+            subprocess.run([sys.executable, "-c", noticing], check=True, timeout=600)
+            assert stuck.wait(timeout=600) == -signal.SIGKILL
         finally:
             stuck.kill()
 

@@ -21,7 +21,7 @@ from tests.evaluate.serving import Allowance, Row, evaluate, served_model
 
 
 def wait_for_lines(path: Path, count: int, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while not path.exists() or path.read_text().count("\n") < count:
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
@@ -57,7 +57,7 @@ def test_killed_and_interrupted_is_uninterrupted(
         stopped = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         wait_for_lines(lines, kept + 2, stopped)
         stopped.send_signal(signal.SIGINT)
-        _, said = stopped.communicate(timeout=60)
+        _, said = stopped.communicate(timeout=600)
         assert stopped.returncode == 130
         assert f"go on with: python -m mosaic_fast.evaluate {served.url}" in said
         assert "Traceback" not in said

@@ -47,7 +47,7 @@ def test_a_slow_tool_becomes_an_observation_and_the_next_call_waits_its_turn():
 
 def test_tools_of_several_rollouts_run_side_by_side():
     """Each tool returns only once all eight are running."""
-    together = threading.Barrier(8, timeout=30)
+    together = threading.Barrier(8, timeout=600)
 
     class Meeting(CountingEpisode):
         def step(self, call: ToolCall) -> Observation:

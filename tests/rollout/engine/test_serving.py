@@ -148,7 +148,7 @@ def test_a_failure_reaches_every_caller_and_the_engine_recovers(
 
     async def agents() -> list[list[Completion] | BaseException]:
         asked = [engine.generate([request(PROMPT, 8, key=key)] * 2) for key in range(4)]
-        return await asyncio.wait_for(asyncio.gather(*asked, return_exceptions=True), timeout=30)
+        return await asyncio.wait_for(asyncio.gather(*asked, return_exceptions=True), timeout=600)
 
     outcomes = asyncio.run(agents())
     handle.remove()
@@ -241,7 +241,7 @@ def test_the_drivers_cancellation_reaches_its_callers() -> None:
         assert engine._driver is not None
         engine._driver.cancel()
         with pytest.raises(EngineError, match="CancelledError"):
-            await asyncio.wait_for(running, timeout=30)
+            await asyncio.wait_for(running, timeout=600)
 
     asyncio.run(cancel_driver())
     assert len(generate(engine, [request(PROMPT, 5)])) == 1

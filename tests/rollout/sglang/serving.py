@@ -25,7 +25,7 @@ EMBEDDED = model_folder("embedded")
 PYTHON = Path(__file__).parents[3] / ".venv-sglang" / "bin" / "python"
 VOCAB = 418
 CONTEXT = 1016
-PATIENCE_S = 240.0
+PATIENCE_S = 600.0
 
 
 class PolicyWeights:

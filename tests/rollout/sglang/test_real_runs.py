@@ -108,7 +108,7 @@ def test_a_server_ends_with_a_trainer_that_is_killed(tmp_path: Path):
     finally:
         trainer.kill()
         trainer.wait()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + PATIENCE_S
     while group(server):
         assert time.monotonic() < deadline, f"left behind: {[command_line(pid) for pid in group(server)]}"
         time.sleep(0.1)

@@ -51,7 +51,7 @@ def gradients(config: Config, case: Case, plan: str) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", ["TokenWise", "Coupled"])
-@pytest.mark.parametrize("plan", ["cut", "held", "flat"])
+@pytest.mark.parametrize("plan", ["cut", "kept", "flat"])
 def test_a_forest_gives_the_gradient_of_each_rollout_run_alone(name: str, plan: str):
     """With the KL and entropy terms that any loss may have."""
     config = config_of("grpo")

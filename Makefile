@@ -45,17 +45,17 @@ QUICK := tests/kernels/test_forest.py tests/kernels/test_split.py tests/policy/t
 quick: $(STAMP) lint types  ### lint, types and the tests of what matters, within a minute
 	$(BIN)/python -m pytest $(QUICK) $(ARGS)
 
-# The kernels' emulated tests first, the interpreter's and ttsem's at once; what fails there fails the whole at its end.
-test: $(STAMP) lint types  ### lint, types and tests, under 10 minutes
+# The kernels' emulated tests run beside the others, which wait for processes of theirs now and then; what fails there fails the whole.
+test: $(STAMP) lint types  ### lint, types and tests, some 10 minutes
 	@pids=; for one in interpreter ttsem; do \
 		$(MAKE) --no-print-directory ARGS= test-$$one >$(VENV)/$$one.log 2>&1 & pids="$$pids $$!"; \
 	done; \
 	trap 'kill $$pids 2>/dev/null' INT TERM; \
-	echo "the Triton kernels' emulated tests, some two minutes, into $(VENV)/interpreter.log and $(VENV)/ttsem.log"; \
-	failed=0; for pid in $$pids; do wait $$pid || failed=1; done; \
-	tail -n 3 $(VENV)/interpreter.log $(VENV)/ttsem.log; \
+	echo "the Triton kernels' emulated tests run beside these, into $(VENV)/interpreter.log and $(VENV)/ttsem.log"; failed=0; \
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS) || failed=$$?; \
-	if [ $$failed != 0 ]; then cat $(VENV)/interpreter.log $(VENV)/ttsem.log; fi; exit $$failed
+	for pid in $$pids; do wait $$pid || failed=1; done; \
+	if [ $$failed = 0 ]; then tail -n 3 $(VENV)/interpreter.log; tail -n 3 $(VENV)/ttsem.log; \
+	else cat $(VENV)/interpreter.log $(VENV)/ttsem.log; fi; exit $$failed
 
 test-interpreter: $(STAMP)  ## the Triton kernels' tests under Triton's interpreter, but for test-work
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels/triton --ignore-glob='*test_work*' $(ARGS)

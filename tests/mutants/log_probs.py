@@ -25,7 +25,7 @@ LOG_PROBS = (
     ),
     Mutant(
         "targets are looked for one vocabulary tile too late",
-        "logprob/edges.py",
+        "logprob/reference.py",
         (("targets // block_vocab", "(targets + block_vocab) // block_vocab"),),
         INTERPRETER,
         ODD,

@@ -5,7 +5,7 @@ from tests.mutants.mutant import INTERPRETER, TTSEM, Mutant
 PREFERENCE = "preference/kernels.py"
 PAIRS = "test_preference_losses.py::test_pairwise_of_an_awkward_group_equals_one_pair_at_a_time"
 FOREST = "test_preference_losses.py::test_forest_of_an_awkward_group_equals_one_rollout_at_a_time"
-SURROGATE = "surrogate/kernels.py"
+SURROGATE = "surrogate/triton.py"
 TOKENS = "test_clipped_surrogate.py::test_equals_one_token_at_a_time"
 
 LOSSES = (
@@ -65,7 +65,7 @@ LOSSES = (
     ),
     Mutant(
         "edges that cancel in one pair are dropped from all",
-        "preference/tree.py",
+        "preference/reference.py",
         (("count < size[of]", "count < size[of] - 1"),),
         INTERPRETER,
         "test_preference_losses.py::test_the_shared_trunk_never_reaches_the_lm_head",

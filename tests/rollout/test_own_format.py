@@ -11,7 +11,7 @@ from mosaic_rollout.chat.own_format import load_call_format
 from mosaic_rollout.errors import UserError
 from mosaic_rollout.types import JsonValue, Message, ToolCall
 from tests.rollout.own_formats import Arrow
-from tests.rollout.test_call_formats import CALLS, TOOL, template
+from tests.rollout.test_call_detection import CALLS, TOOL, template
 from tests.rollout.tokenizers_for_tests import byte_tokenizer
 
 OWN = "tests.rollout.own_formats:"

@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import json
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -60,7 +61,7 @@ def bounded(text: str, limit_chars: int) -> str:
     return f"{text[:limit_chars]}\n[{len(text) - limit_chars} more characters are not shown]"
 
 
-class GuardedEpisode:
+class GuardedEpisode(ABC):
     """What the adapters' episodes have in common. They give `_carry_out` and `_judge`.
 
     checks_arguments: against the tool's schema, here; False where the package does it itself, in its own
@@ -97,12 +98,13 @@ class GuardedEpisode:
         with self._alone("the verdict"):
             return checked_verdict(f"a verdict of {self._code.name}", self._judge(final_answer))
 
+    @abstractmethod
     def _carry_out(self, call: ToolCall) -> Observation:
         """Run a call whose arguments fit and are the tool's to keep. It may raise anything."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _judge(self, final_answer: str | None) -> Verdict:
-        raise NotImplementedError
+        """The verdict of the episode as it stands, with the policy's final answer if there is one."""
 
     def _report(self, raised: BaseException) -> str:
         """What a tool raised, in words."""

@@ -6,8 +6,9 @@ import functools
 import importlib.util
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ logger = logging.getLogger("mosaic_kernels")
 IndexLike = torch.Tensor | NDArray[np.generic]
 
 Backends = Mapping[str, tuple[str, ...] | None]  # name -> device types it runs on, None for all
+Defaults = Mapping[str, tuple[str, ...]]  # device type -> what `auto` takes there, the best one first
 
 
 def emulated() -> bool:
@@ -26,43 +28,79 @@ def emulated() -> bool:
 
 
 def device_guard(device: torch.device) -> AbstractContextManager[object]:
-    """Triton launches on the current device: make it the tensors' own."""
+    """Make a device the thread's current one, which in a new thread is the first."""
     return nullcontext() if emulated() or device.type != "cuda" else torch.cuda.device(device)
 
 
-def choose_backend(
-    op: str, requested: str, device: torch.device, backends: Backends, defaults: Mapping[str, str]
-) -> str:
-    """The backend to run. `auto` takes the default of the device type, else `reference`.
+def launch(kernel: Any, programs: int, *arguments: object, **constants: object) -> None:
+    """Run a Triton kernel on the device of its first tensor. Every launch of ours goes through here.
 
-    ValueError names the backends that exist. The choice is logged once for each op and device type.
+    Triton launches on the current device of the thread, whatever device the tensors are on.
     """
+    device = next(x.device for x in arguments if isinstance(x, torch.Tensor))
+    with device_guard(device):
+        kernel[(programs,)](*arguments, **constants)
+
+
+def choose_backend(
+    op: str,
+    requested: str,
+    device: torch.device,
+    backends: Backends,
+    defaults: Defaults,
+    obstacle: Callable[[str], str] = lambda name: "",
+) -> str:
+    """The backend to run. `auto` takes the first default of the device type that has no obstacle.
+
+    obstacle: what keeps a backend from computing this call, "" for nothing; the last default has none.
+    ValueError names the backends that exist. The choice is logged once for each op, device type and obstacle:
+    as a warning where `auto` does not get the best one.
+    """
+    if requested == "auto":
+        obstacles = []
+        for name in defaults.get(device.type, ("reference",)):
+            missing = "" if name != "triton" or installed("triton") else "the package triton is not installed"
+            if not (why := missing or obstacle(name)):
+                break
+            obstacles.append(f"{name}: {why}")
+        _log_choice(op, name, requested, device.type, "; ".join(obstacles))
+        return name
     usable = [
         name
         for name, devices in backends.items()
         if devices is None or device.type in devices or (name == "triton" and emulated())
     ]
-    chosen = defaults.get(device.type, "reference") if requested == "auto" else requested
-    if chosen not in usable:
-        if chosen in backends:
-            problem = f"backend={chosen!r} does not run on {device.type}"
+    if requested not in usable:
+        if requested in backends:
+            problem = f"backend={requested!r} does not run on {device.type}"
         else:
-            problem = f"unknown backend {chosen!r}"
+            problem = f"unknown backend {requested!r}"
         raise ValueError(
             f"{op}: {problem}; available on {device.type} are 'auto', {', '.join(map(repr, usable))}"
         )
-    if chosen == "triton" and importlib.util.find_spec("triton") is None:
+    if requested == "triton" and not installed("triton"):
         raise ValueError(
             f"{op}: backend='triton' needs the package triton (pip install triton), which is not installed; "
             "backend='reference' does without"
         )
-    _log_choice(op, chosen, requested, device.type)
-    return chosen
+    _log_choice(op, requested, requested, device.type, "")
+    return requested
+
+
+@functools.cache
+def installed(package: str) -> bool:
+    """Whether a package can be imported; looked for once."""
+    return importlib.util.find_spec(package) is not None
 
 
 @functools.lru_cache(maxsize=256)
-def _log_choice(op: str, chosen: str, requested: str, device_type: str) -> None:
-    logger.info("%s: backend %s on %s (requested %s)", op, chosen, device_type, requested)
+def _log_choice(op: str, chosen: str, requested: str, device_type: str, obstacles: str) -> None:
+    if obstacles:
+        logger.warning(
+            "%s: backend %s on %s, which is slower, because of %s", op, chosen, device_type, obstacles
+        )
+    else:
+        logger.info("%s: backend %s on %s (requested %s)", op, chosen, device_type, requested)
 
 
 def as_index(name: str, value: IndexLike, device: torch.device, *, below: int | None = None) -> torch.Tensor:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mosaic_kernels.dispatch import emulated
+from mosaic_kernels.dispatch import device_guard, emulated
 
 logger = logging.getLogger("mosaic_kernels")
 
@@ -88,16 +88,23 @@ def check_once(op: str, device: torch.device, variant: Variant, check: Check) ->
 @functools.lru_cache(maxsize=256)  # a check that raises is not remembered, so it raises again
 def run_check(op: str, device: torch.device, variant: Variant, check: Check) -> None:
     """`check_once` on whatever device is given."""
+
     # In a thread of its own: what may surround an op's first call is local to a thread, and not the check's
     # business (saved-tensor hooks of activation checkpointing, autocast, inference mode, a side stream).
+    # The current device is local to a thread, too.
+    def on_its_device() -> Mapping[str, Deviation]:
+        with device_guard(device):
+            return check(device, variant)
+
     with ThreadPoolExecutor(max_workers=1) as thread:
-        deviations = thread.submit(check, device, variant).result()
+        deviations = thread.submit(on_its_device).result()
     listed = ", ".join(f"{name} {d.error:.1e} (limit {d.limit:.1e})" for name, d in deviations.items())
     off = [name for name, d in deviations.items() if not d.error <= d.limit]  # `not <=` also catches a NaN
     if off:
         raise KernelMismatch(
             f"{op}: the Triton kernel for {variant} fails its self-check on {device}: "
             f"{', '.join(off)} off; errors: {listed}. "
-            "Choose another backend by name, for example backend='reference', and report this line."
+            "Choose another backend by name, for example backend='reference' (in a run model.attention, "
+            "model.lm_head or loss.backend), and report this line."
         )
     logger.info("%s: self-check of the Triton kernel for %s on %s passed: %s", op, variant, device, listed)

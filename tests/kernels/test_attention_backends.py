@@ -29,9 +29,11 @@ def varlen_in_plain_pytorch(
     softmax_scale: float,
     causal: bool,
     window_size: tuple[int, int],
+    deterministic: bool,
 ) -> torch.Tensor:
     """What flash-attn's documentation says of flash_attn_varlen_func: causal, aligned at the bottom right."""
     assert causal
+    assert deterministic
     assert longest_queries == int(cu_queries.diff().max())
     assert longest_keys == int(cu_keys.diff().max())
     group, outs = q.shape[1] // k.shape[1], []

@@ -7,7 +7,8 @@ import torch
 from mosaic_kernels.attention.plan import plan_for
 from mosaic_kernels.attention.reference import reference_tree_attention
 from mosaic_kernels.attention.segments import segments_tree_attention
-from mosaic_kernels.dispatch import Backends, IndexLike, as_index, choose_backend
+from mosaic_kernels.attention.tiles import architecture_of, missing_tile
+from mosaic_kernels.dispatch import Backends, Defaults, IndexLike, as_index, choose_backend
 
 BACKENDS: Backends = {
     "reference": None,
@@ -16,7 +17,7 @@ BACKENDS: Backends = {
     "flash": ("cuda",),
     "flex": ("cuda",),
 }
-DEFAULTS = {"cpu": "segments", "cuda": "triton"}
+DEFAULTS: Defaults = {"cpu": ("segments",), "cuda": ("triton", "flex", "reference")}
 
 __all__ = ["BACKENDS", "tree_attention"]
 
@@ -40,8 +41,8 @@ def tree_attention(
     scale multiplies the scores; None means D ** -0.5. Differentiable in q, k and v.
     Backends: reference (dense mask, any device), segments (CPU: PyTorch's fused kernel over a few large
     pieces of the forest; fp32 and fp64, other dtypes are computed in fp32), triton (CUDA: bf16, fp16, fp32),
-    flash (flash-attn's varlen functions on gathered K and V), flex (FlexAttention). auto: segments on CPU,
-    triton on CUDA, where fp64 goes to the reference.
+    flash (flash-attn's varlen functions on gathered K and V), flex (FlexAttention). auto: segments on CPU;
+    on CUDA triton, and flex, else the reference, where triton has no tile; fp64 goes to the reference there.
 
     Example: with subtree_end = [4, 4, 3, 4] (rollouts [5, 6, 7] and [5, 6, 8]) node 3 sees 0, 1 and 3.
     """
@@ -65,11 +66,24 @@ def tree_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if backend == "auto" and q.dtype == torch.float64 and q.device.type != "cpu":
         backend = "reference"
-    chosen = choose_backend("tree_attention", backend, q.device, BACKENDS, DEFAULTS)
+    chosen = choose_backend(
+        "tree_attention", backend, q.device, BACKENDS, DEFAULTS, lambda name: _obstacle(name, q)
+    )
     if chosen == "segments":
         return segments_tree_attention(q, k, v, plan_for(end, depth, window, rows), scale=scale)
     attention = _backend(chosen)
     return attention(q, k, v, end, positions=depth, window=window, scale=scale, queries=rows)
+
+
+def _obstacle(name: str, q: torch.Tensor) -> str:
+    """What keeps a backend from computing these queries, "" for nothing."""
+    if name not in ("triton", "flex"):
+        return ""
+    arch, head_dim = architecture_of(q.device), q.shape[-1]
+    if name == "triton":
+        return missing_tile(arch, head_dim, q.dtype)
+    below = arch in ("sm_70", "sm_75") or head_dim < 16
+    return f"no kernel for head size {head_dim} on {arch} (it has from 16, from sm_80)" if below else ""
 
 
 def _backend(name: str) -> Callable[..., torch.Tensor]:

@@ -2,7 +2,7 @@
 
 Each run of consecutive queries in one segment is one sequence: its keys are the path from the root to the
 run's last query, and causal masking aligned at the end is the tree's mask. The price is a copy of K and V for
-each run, which is logged; the gradients of gathered rows are added up in an order that CUDA does not fix.
+each run, which is logged.
 """
 
 import importlib
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from mosaic_kernels.attention.blocks import Tree, tree_for
+from mosaic_kernels.fixed_order import pick
 from mosaic_kernels.forest.layout import IntArray
 
 logger = logging.getLogger("mosaic_kernels")
@@ -50,9 +51,10 @@ def flash_tree_attention(
         return q * 1
     gather = gather_for(tree_for(subtree_end, queries, None, None))
     return flash_attn.flash_attn_varlen_func(
-        q, k.index_select(0, gather.keys), v.index_select(0, gather.keys),
+        q, pick(k, gather.keys), pick(v, gather.keys),
         gather.cu_queries, gather.cu_keys, gather.longest_queries, gather.longest_keys,
         softmax_scale=scale, causal=True, window_size=(-1, -1) if window is None else (window - 1, 0),
+        deterministic=True,
     )  # fmt: skip
 
 

@@ -134,15 +134,23 @@ def architecture_of(device: torch.device) -> str:
 
 def tiles_for(arch: str, head_dim: int, dtype: torch.dtype) -> Tiles:
     """The table's entry; ValueError, naming the backends that can, where there is none."""
-    if arch == "emulated":
-        return EMULATED
-    single = TF32 if tf32_allowed() else SINGLE
-    table = {torch.bfloat16: HALF, torch.float16: HALF, torch.float32: single}.get(dtype, {})
-    if (arch, head_dim) not in table:
-        known = sorted(head for one, head in table if one == arch)
-        has = f"head sizes {', '.join(map(str, known))}" if known else "no tiles"
+    if missing := missing_tile(arch, head_dim, dtype):
         raise ValueError(
-            f"tree_attention: backend='triton' has no tile for head size {head_dim} in {dtype} on {arch} "
-            f"(it has {has} for this dtype there); use backend='flash', 'flex' or 'reference'"
+            f"tree_attention: backend='triton' has {missing}; use backend='flash', 'flex' or 'reference'"
         )
-    return table[arch, head_dim]
+    return EMULATED if arch == "emulated" else _table(dtype)[arch, head_dim]
+
+
+def missing_tile(arch: str, head_dim: int, dtype: torch.dtype) -> str:
+    """What the table lacks for this, in words; "" where it has an entry."""
+    table = _table(dtype)
+    if arch == "emulated" or (arch, head_dim) in table:
+        return ""
+    known = sorted(head for one, head in table if one == arch)
+    has = f"head sizes {', '.join(map(str, known))}" if known else "no tiles"
+    return f"no tile for head size {head_dim} in {dtype} on {arch} (it has {has} for this dtype there)"
+
+
+def _table(dtype: torch.dtype) -> dict[tuple[str, int], Tiles]:
+    single = TF32 if tf32_allowed() else SINGLE
+    return {torch.bfloat16: HALF, torch.float16: HALF, torch.float32: single}.get(dtype, {})

@@ -13,7 +13,7 @@ from mosaic_kernels.attention import kernels
 from mosaic_kernels.attention.blocks import Tree, tree_for
 from mosaic_kernels.attention.reference import reference_tree_attention
 from mosaic_kernels.attention.tiles import Tile, Tiles, architecture_of, tf32_allowed, tiles_for
-from mosaic_kernels.dispatch import device_guard
+from mosaic_kernels.dispatch import launch
 from mosaic_kernels.forest.layout import pack_forest
 from mosaic_kernels.selfcheck import Deviation, check_once, deviations_of
 
@@ -73,7 +73,7 @@ class _TreeAttention(torch.autograd.Function):
         if out.numel():
             tile = tiles.forward
             lists = tree.lists(tile.block_q, tile.block_k, by_key=False)
-            _launch(
+            launch(
                 kernels.forward_kernel, len(lists.work) * q.shape[1],
                 q, k, v, out, lse, *_indices(tree), lists.work, lists.blocks,
                 *_sizes(q, k, q.shape[1], tree, scale), *_strides(q, k, v),
@@ -100,7 +100,7 @@ class _TreeAttention(torch.autograd.Function):
 
         num_queries, num_heads, head_dim = q.shape
         delta = torch.empty_like(lse)
-        _launch(
+        launch(
             kernels.delta_kernel, triton.cdiv(num_queries, DELTA_BLOCK) * num_heads,
             out, grad, delta, num_queries, num_heads, *_strides(grad),
             D=head_dim, BLOCK_Q=DELTA_BLOCK, BLOCK_D=triton.next_power_of_2(head_dim), num_warps=4,
@@ -108,7 +108,7 @@ class _TreeAttention(torch.autograd.Function):
         inputs = (q, k, v, grad, lse, delta)
         if dq is not None:
             lists = tree.lists(tiles.dq.block_q, tiles.dq.block_k, by_key=False)
-            _launch(
+            launch(
                 kernels.dq_kernel, len(lists.work) * num_heads,
                 *inputs, dq, *_indices(tree), lists.work, lists.blocks,
                 *_sizes(q, k, num_heads, tree, scale), *_strides(q, k, v, grad),
@@ -116,19 +116,13 @@ class _TreeAttention(torch.autograd.Function):
             )  # fmt: skip
         if dk is not None and dv is not None:
             lists = tree.lists(tiles.dkv.block_q, tiles.dkv.block_k, by_key=True)
-            _launch(
+            launch(
                 kernels.dkv_kernel, len(lists.work) * k.shape[1],
                 *inputs, dk, dv, *_indices(tree), lists.work, lists.blocks,
                 *_sizes(q, k, k.shape[1], tree, scale), *_strides(q, k, v, grad),
                 **_constants(q, k, tree, tiles.dkv),
             )  # fmt: skip
         return dq, dk if needs_k else None, dv if needs_v else None, None, None, None
-
-
-def _launch(kernel: Any, programs: int, *arguments: object, **constants: object) -> None:
-    assert isinstance(arguments[0], torch.Tensor)
-    with device_guard(arguments[0].device):
-        kernel[(programs,)](*arguments, **constants)
 
 
 def _aligned(x: torch.Tensor) -> torch.Tensor:

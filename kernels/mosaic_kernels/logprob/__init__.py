@@ -4,12 +4,14 @@ from typing import Literal, overload
 
 import torch
 
-from mosaic_kernels.dispatch import Backends, IndexLike, as_index, choose_backend
+from mosaic_kernels.attention.tiles import architecture_of
+from mosaic_kernels.dispatch import Backends, Defaults, IndexLike, as_index, choose_backend
 from mosaic_kernels.logprob.chunked import chunked_linear_logprob
 from mosaic_kernels.logprob.reference import reference_linear_logprob
+from mosaic_kernels.logprob.tiles import missing_tile
 
 BACKENDS: Backends = {"reference": None, "chunked": None, "triton": ("cuda",)}
-DEFAULTS = {"cpu": "chunked", "cuda": "triton"}
+DEFAULTS: Defaults = {"cpu": ("chunked",), "cuda": ("triton", "chunked")}
 
 __all__ = ["BACKENDS", "linear_logprob"]
 
@@ -58,7 +60,7 @@ def linear_logprob(
     2408.00118, section 2). Both results are differentiable in hidden, weight and bias. A row with several
     targets (a fork of the forest) has its logsumexp computed once. Backends: reference (logits in memory),
     chunked (a chunk of rows at a time, logits computed again in the backward pass), triton (CUDA: bf16, fp16
-    and fp32). auto: chunked on CPU and for fp64, triton on CUDA.
+    and fp32). auto: chunked on CPU and for fp64; on CUDA triton, and chunked where triton has no tile.
 
     Example: a fork after two tokens predicts nodes 2 and 3 from row 1: rows = [0, 1, 1],
     targets = tokens[1:4].
@@ -92,7 +94,10 @@ def linear_logprob(
             raise ValueError(f"rows has shape {tuple(row_index.shape)}, targets {tuple(target_index.shape)}")
     if backend == "auto" and torch.float64 in (hidden.dtype, weight.dtype):
         backend = "chunked"
-    chosen = choose_backend("linear_logprob", backend, hidden.device, BACKENDS, DEFAULTS)
+    chosen = choose_backend(
+        "linear_logprob", backend, hidden.device, BACKENDS, DEFAULTS,
+        lambda name: _obstacle(name, hidden, weight),
+    )  # fmt: skip
     if chosen == "chunked":
         logprobs, entropy = chunked_linear_logprob(
             hidden, weight, target_index, row_index, bias, temperature, return_entropy, softcap
@@ -108,3 +113,10 @@ def linear_logprob(
             hidden, weight, target_index, row_index, bias, temperature, softcap
         )
     return (logprobs, entropy) if return_entropy and entropy is not None else logprobs
+
+
+def _obstacle(name: str, hidden: torch.Tensor, weight: torch.Tensor) -> str:
+    """What keeps a backend from computing this, "" for nothing."""
+    if name != "triton":
+        return ""
+    return missing_tile(architecture_of(hidden.device), torch.promote_types(hidden.dtype, weight.dtype))

@@ -19,6 +19,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from mosaic_kernels.dispatch import result_dtype
+from mosaic_kernels.fixed_order import add_up
 
 CHUNK_LOGITS = 2**22  # logits a chunk, 16 MiB in fp32
 CHUNK_ROWS = 128  # but never fewer rows than this: below, reading the weight outweighs the arithmetic
@@ -217,9 +218,10 @@ def _grad_logits(
     chunk: _Chunk,
     out: torch.Tensor,  # [C, V], where the result may go
 ) -> torch.Tensor:  # [C, V]
-    of_row = probabilities.new_zeros(len(probabilities))  # the sum of each row's target gradients
-    if grad_targets is not None:
-        of_row.index_add_(0, chunk.row_in_chunk, grad_targets)
+    if grad_targets is None:
+        of_row = probabilities.new_zeros(len(probabilities))
+    else:  # the sum of each row's target gradients
+        of_row = add_up(grad_targets, chunk.row_in_chunk, len(probabilities))
     if entropy is None or grad_entropy is None:
         grad = torch.mul(probabilities, -of_row[:, None], out=out)
     else:

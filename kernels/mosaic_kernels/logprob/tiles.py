@@ -79,17 +79,23 @@ def tiles_for(arch: str, dtype: torch.dtype, num_rows: int) -> Tiles:
             "linear_logprob: backend='triton' computes in fp32 and takes bf16, fp16 or fp32; "
             "for fp64 use backend='chunked' or 'reference'"
         )
-    if arch == "emulated":
-        return EMULATED
-    table = SINGLE if dtype == torch.float32 else HALF
-    entry = (arch, num_rows <= FEW_ROWS)
-    if entry not in table:
-        known = ", ".join(sorted({one for one, _ in table}))
+    if missing := missing_tile(arch, dtype):
         raise ValueError(
-            f"linear_logprob: backend='triton' has no tile for {dtype} on {arch} (it has {known}); "
-            "use backend='chunked' or 'reference'"
+            f"linear_logprob: backend='triton' has {missing}; use backend='chunked' or 'reference'"
         )
-    return table[entry]
+    return EMULATED if arch == "emulated" else _table(dtype)[arch, num_rows <= FEW_ROWS]
+
+
+def missing_tile(arch: str, dtype: torch.dtype) -> str:
+    """What the table lacks for this, in words; "" where it has entries, for few rows and for many."""
+    known = {one for one, _ in _table(dtype)}
+    if arch == "emulated" or arch in known:
+        return ""
+    return f"no tile for {dtype} on {arch} (it has {', '.join(sorted(known))})"
+
+
+def _table(dtype: torch.dtype) -> dict[tuple[str, bool], Tiles]:
+    return SINGLE if dtype == torch.float32 else HALF
 
 
 def vocabulary_shares(num_rows: int, tile: Tile, multiprocessors: int) -> int:

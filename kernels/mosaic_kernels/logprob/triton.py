@@ -8,7 +8,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from mosaic_kernels.attention.tiles import architecture_of, tf32_allowed
-from mosaic_kernels.dispatch import device_guard, emulated
+from mosaic_kernels.dispatch import emulated, launch
 from mosaic_kernels.gather_sum import gather_sum_kernel
 from mosaic_kernels.logprob import kernels
 from mosaic_kernels.logprob.reference import edges_by_row, edges_by_tile, reference_linear_logprob
@@ -80,11 +80,10 @@ def tiled_linear_logprob(
     chunk_logits: int = CHUNK_LOGITS,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The kernels with given tiles, the vocabulary cut into `splits` shares in the forward pass."""
-    with device_guard(hidden.device):
-        return _TritonLogprob.apply(
-            hidden.contiguous(), weight.contiguous(), None if bias is None else bias.float().contiguous(),
-            targets, rows, 1.0 / temperature, return_entropy, softcap, tiles, splits, chunk_logits,
-        )  # fmt: skip
+    return _TritonLogprob.apply(
+        hidden.contiguous(), weight.contiguous(), None if bias is None else bias.float().contiguous(),
+        targets, rows, 1.0 / temperature, return_entropy, softcap, tiles, splits, chunk_logits,
+    )  # fmt: skip
 
 
 class _TritonLogprob(torch.autograd.Function):
@@ -119,15 +118,17 @@ class _TritonLogprob(torch.autograd.Function):
             highest, total = empty(num_splits, num_rows), empty(num_splits, num_rows)
             weighted = empty(num_splits, num_rows) if return_entropy else highest  # not written without
             listed = edges_by_tile(rows, targets, num_rows, vocab, tile.rows, tile.vocab)
-            kernels.forward_kernel[(_cdiv(num_rows, tile.rows) * num_splits,)](
+            launch(
+                kernels.forward_kernel, _cdiv(num_rows, tile.rows) * num_splits,
                 hidden, weight, weight if bias is None else bias, rows.int(), targets.int(),
                 listed.members, listed.starts, highest, total, weighted, edge_logits,
                 num_rows, vocab, tiles_per_split, inverse_temperature, softcap or 1.0,
                 **_constants(hidden, tile, bias, softcap, ENTROPY=return_entropy),
             )  # fmt: skip
-            kernels.merge_kernel[(_cdiv(num_rows, BLOCK),)](
+            launch(
+                kernels.merge_kernel, _cdiv(num_rows, BLOCK),
                 highest, total, weighted, row_max, row_log_sum, row_max if entropy is None else entropy,
-                num_rows, num_splits, **_flags(BLOCK=BLOCK, ENTROPY=return_entropy),
+                num_rows, num_splits, BLOCK=BLOCK, ENTROPY=return_entropy,
             )  # fmt: skip
         ctx.save_for_backward(hidden, weight, bias, rows, targets, row_max, row_log_sum, entropy, edge_logits)
         ctx.inverse_temperature, ctx.softcap = inverse_temperature, softcap
@@ -156,16 +157,18 @@ class _TritonLogprob(torch.autograd.Function):
         grad_rows = torch.empty_like(row_max)
         if grad_edges is not None:
             by_row = edges_by_row(rows, num_rows)
-            gather_sum_kernel[(_cdiv(num_rows, BLOCK),)](
-                grad_edges, by_row.members, by_row.starts, grad_rows, num_rows, **_flags(BLOCK=BLOCK)
-            )
+            launch(
+                gather_sum_kernel, _cdiv(num_rows, BLOCK),
+                grad_edges, by_row.members, by_row.starts, grad_rows, num_rows, BLOCK=BLOCK,
+            )  # fmt: skip
         by_tile = edges_by_tile(rows, targets, num_rows, vocab, tile.rows, tile.vocab)
         chunk_tiles = max(1, ctx.chunk_logits // (tile.vocab * num_rows))
         width = min(chunk_tiles, _cdiv(vocab, tile.vocab)) * tile.vocab
         grad_logits = hidden.new_empty(num_rows, width)
         for first in range(0, vocab, width):
             columns = min(width, vocab - first)
-            kernels.backward_kernel[(_cdiv(num_rows, tile.rows) * _cdiv(columns, tile.vocab),)](
+            launch(
+                kernels.backward_kernel, _cdiv(num_rows, tile.rows) * _cdiv(columns, tile.vocab),
                 hidden, weight, weight if bias is None else bias, rows.int(), targets.int(),
                 by_tile.members, by_tile.starts, row_max, row_log_sum,
                 row_max if entropy is None else entropy, edge_logits,
@@ -206,10 +209,6 @@ def _constants(
 
 def _precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype == torch.float32 and tf32_allowed() else "ieee"
-
-
-def _flags(**constants: int) -> dict[str, Any]:
-    return constants
 
 
 def _splits(num_rows: int, tile: Tile, device: torch.device) -> int:

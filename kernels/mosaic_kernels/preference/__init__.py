@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from mosaic_kernels.dispatch import Backends, IndexLike, as_index, choose_backend
+from mosaic_kernels.dispatch import Backends, Defaults, IndexLike, as_index, choose_backend
 from mosaic_kernels.forest.layout import PackedForest
 from mosaic_kernels.preference.reference import (
     reference_forest_preference_loss,
@@ -11,7 +11,7 @@ from mosaic_kernels.preference.reference import (
 )
 
 BACKENDS: Backends = {"reference": None, "triton": ("cuda",)}
-DEFAULTS = {"cuda": "triton"}
+DEFAULTS: Defaults = {"cuda": ("triton", "reference")}
 
 __all__ = ["BACKENDS", "forest_preference_loss", "pairwise_preference_loss"]
 

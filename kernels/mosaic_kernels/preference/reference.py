@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from mosaic_kernels.dispatch import result_dtype
+from mosaic_kernels.fixed_order import add_up
 from mosaic_kernels.forest.layout import BoolArray, IntArray, PackedForest
 from mosaic_kernels.logprob import linear_logprob
 
@@ -111,7 +112,7 @@ def reference_forest_preference_loss(
     tokens = torch.from_numpy(needed.edge_of_token[counted]).to(device)
     rollout_of = np.repeat(np.arange(forest.num_rollouts), np.diff(forest.cu_seqlens))
     owners = torch.from_numpy(rollout_of[counted]).to(device)
-    margins = edge_logprobs.new_zeros(forest.num_rollouts).index_add(0, owners, edge_logprobs[tokens])
+    margins = add_up(edge_logprobs[tokens], owners, forest.num_rollouts)
     if reference_logprobs is not None:
         mask = torch.from_numpy(forest.trained).to(device)
         cu_seqlens = torch.from_numpy(forest.cu_seqlens).to(device)
@@ -127,7 +128,7 @@ def _rollout_sums(
     num_rollouts = len(cu_seqlens) - 1
     owners = torch.repeat_interleave(torch.arange(num_rollouts, device=values.device), cu_seqlens.diff())
     kept = torch.where(mask, values, values.new_zeros(()))
-    return values.new_zeros(num_rollouts).index_add(0, owners, kept)
+    return add_up(kept, owners, num_rollouts)
 
 
 def _preference_loss(

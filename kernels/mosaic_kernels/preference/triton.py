@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch.autograd.function import once_differentiable
 
-from mosaic_kernels.dispatch import device_guard
+from mosaic_kernels.dispatch import launch
 from mosaic_kernels.forest.layout import PackedForest, pack_forest
 from mosaic_kernels.gather_sum import gather_sum_kernel
 from mosaic_kernels.logprob import linear_logprob
@@ -44,8 +44,7 @@ def triton_pairwise_preference_loss(
     variant = (policy_logprobs.dtype, None if reference_logprobs is None else reference_logprobs.dtype)
     check_once("pairwise_preference_loss", policy_logprobs.device, variant, deviations)
     tokens = _Tokens(mask.contiguous().view(torch.uint8), cu_seqlens.contiguous())
-    with device_guard(policy_logprobs.device):
-        return _PreferenceLoss.apply(policy_logprobs, reference_logprobs, tokens, pairs, preference, beta)
+    return _PreferenceLoss.apply(policy_logprobs, reference_logprobs, tokens, pairs, preference, beta)
 
 
 def triton_forest_preference_loss(
@@ -68,8 +67,7 @@ def triton_forest_preference_loss(
         rows=needed.row_of_edge, backend="triton",
     )  # fmt: skip
     tokens = _tree_tokens(forest, needed.edge_of_token, len(needed.targets), device)
-    with device_guard(device):
-        return _PreferenceLoss.apply(edge_logprobs, reference_logprobs, tokens, pairs, preference, beta)
+    return _PreferenceLoss.apply(edge_logprobs, reference_logprobs, tokens, pairs, preference, beta)
 
 
 def _tree_tokens(
@@ -103,17 +101,17 @@ class _PreferenceLoss(torch.autograd.Function):
         loss, slope = (torch.empty(num_pairs, dtype=torch.float32, device=device) for _ in range(2))
         logprobs, reference = logprobs.contiguous(), reference_logprobs
         if num_pairs:
-            kernels.margin_kernel[(num_rollouts,)](
+            launch(
+                kernels.margin_kernel, num_rollouts,
                 logprobs, tokens.mask if tokens.edge_of_token is None else tokens.edge_of_token,
                 logprobs if reference is None else reference.detach().contiguous(),
                 tokens.mask, tokens.cu_seqlens, margin,
-                **_flags(
-                    BLOCK=TOKEN_BLOCK, EDGES=tokens.edge_of_token is not None, REFERENCE=reference is not None
-                ),
+                BLOCK=TOKEN_BLOCK, EDGES=tokens.edge_of_token is not None, REFERENCE=reference is not None,
             )  # fmt: skip
-            kernels.pair_kernel[(-(-num_pairs // LANES),)](
+            launch(
+                kernels.pair_kernel, -(-num_pairs // LANES),
                 margin, pairs.int().contiguous(), preference.float().contiguous(), loss, slope,
-                num_pairs, float(beta), **_flags(BLOCK=LANES),
+                num_pairs, float(beta), BLOCK=LANES,
             )  # fmt: skip
         ctx.save_for_backward(slope, pairs)
         ctx.tokens, ctx.shape, ctx.dtype = tokens, logprobs.shape, logprobs.dtype
@@ -131,19 +129,17 @@ class _PreferenceLoss(torch.autograd.Function):
             sides = grouped(pairs.flatten(), num_rollouts)
             by_edge: Groups | None = tokens.rollouts_of_edges
             out = grad if by_edge is None else torch.empty(num_rollouts, dtype=torch.float32, device=device)
-            kernels.margin_gradient_kernel[(num_rollouts,)](
+            launch(
+                kernels.margin_gradient_kernel, num_rollouts,
                 grad_outputs[0].float().contiguous(), slope, sides.members, sides.starts,
-                tokens.mask, tokens.cu_seqlens, out, **_flags(BLOCK=LANES, TOKENS=by_edge is None),
+                tokens.mask, tokens.cu_seqlens, out, BLOCK=LANES, TOKENS=by_edge is None,
             )  # fmt: skip
             if by_edge is not None and len(grad):
-                gather_sum_kernel[(-(-len(grad) // LANES),)](
-                    out, by_edge.members, by_edge.starts, grad, len(grad), **_flags(BLOCK=LANES)
-                )
+                launch(
+                    gather_sum_kernel, -(-len(grad) // LANES),
+                    out, by_edge.members, by_edge.starts, grad, len(grad), BLOCK=LANES,
+                )  # fmt: skip
         return grad.to(ctx.dtype), *[None] * 5
-
-
-def _flags(**constants: int) -> dict[str, Any]:
-    return constants
 
 
 def _refuse_fp64(op: str, *tensors: torch.Tensor) -> None:

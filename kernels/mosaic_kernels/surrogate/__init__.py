@@ -2,11 +2,11 @@
 
 import torch
 
-from mosaic_kernels.dispatch import Backends, choose_backend
+from mosaic_kernels.dispatch import Backends, Defaults, choose_backend
 from mosaic_kernels.surrogate.reference import reference_clipped_surrogate
 
 BACKENDS: Backends = {"reference": None, "triton": ("cuda",)}
-DEFAULTS = {"cuda": "triton"}
+DEFAULTS: Defaults = {"cuda": ("triton", "reference")}
 
 __all__ = ["BACKENDS", "clipped_surrogate"]
 

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
-from mosaic_kernels.dispatch import device_guard
+from mosaic_kernels.dispatch import launch
 from mosaic_kernels.selfcheck import Deviation, check_once, deviations_of
 from mosaic_kernels.surrogate.reference import reference_clipped_surrogate
 
@@ -78,11 +78,10 @@ def triton_clipped_surrogate(
         )
     variant = (policy_logprobs.dtype, reference_logprobs is not None)
     check_once("clipped_surrogate", policy_logprobs.device, variant, deviations)
-    with device_guard(policy_logprobs.device):
-        return _Surrogate.apply(
-            policy_logprobs, old_logprobs, advantages, weights, reference_logprobs,
-            1 - clip_low, 1 + clip_high, kl_weight,
-        )  # fmt: skip
+    return _Surrogate.apply(
+        policy_logprobs, old_logprobs, advantages, weights, reference_logprobs,
+        1 - clip_low, 1 + clip_high, kl_weight,
+    )  # fmt: skip
 
 
 class _Surrogate(torch.autograd.Function):
@@ -102,11 +101,12 @@ class _Surrogate(torch.autograd.Function):
         loss = torch.empty(len(policy), dtype=torch.float32, device=policy.device)
         slope = torch.empty_like(loss)
         if len(policy):
-            constants: dict[str, Any] = {"BLOCK": BLOCK, "KL": reference is not None}
-            surrogate_kernel[(-(-len(policy) // BLOCK),)](
+            launch(
+                surrogate_kernel, -(-len(policy) // BLOCK),
                 policy, start, advantages, weights, policy if reference is None else reference.contiguous(),
                 loss, slope,
-                len(policy), float(lowest), float(highest), float(kl_weight), **constants,
+                len(policy), float(lowest), float(highest), float(kl_weight),
+                BLOCK=BLOCK, KL=reference is not None,
             )  # fmt: skip
         ctx.save_for_backward(slope)
         ctx.dtype = policy.dtype

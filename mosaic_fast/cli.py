@@ -96,6 +96,13 @@ def run_cli(command: Callable[[], int]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except RuntimeError as error:
+        from mosaic_kernels.selfcheck import KernelMismatch  # torch, which is there where a kernel was
+
+        if not isinstance(error, KernelMismatch):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     except BrokenPipeError:  # whoever read the output has had enough, as in `--help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141

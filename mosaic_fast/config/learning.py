@@ -26,6 +26,10 @@ class ModelConfig(Section):
     """CPU threads of PyTorch; 0: PyTorch's own choice. More than there are idle cores slow a run badly."""
     activation_checkpointing: bool = False
     """Keep each layer's input only and run the layer again in the backward pass: less memory, more time."""
+    attention: Literal["auto", "triton", "flex", "flash", "reference"] = "auto"
+    """What computes attention; auto on a GPU: triton, and flex or reference where it has no kernel."""
+    lm_head: Literal["auto", "triton", "chunked", "reference"] = "auto"
+    """What computes log-probs from the last hidden states; auto on a GPU: triton, and chunked where not."""
     lora_rank: CountOrZero = 0
     """Train low-rank adapters of this rank (needs peft: the extra `lora`); 0: train every weight."""
     lora_alpha: Count | None = None
@@ -76,6 +80,8 @@ class LossConfig(Section):
     """Weight of the policy's mean entropy, as a bonus."""
     beta: Positive | None = None
     """Pairwise losses: how closely the reference is kept; default 0.1, dpo_norm 5."""
+    backend: Literal["auto", "triton", "reference"] = "auto"
+    """What computes the loss of log-probs; auto: triton on a GPU. Your own loss does not read it."""
     options: dict[str, Option] = Field(default_factory=dict)
     """module:Class: settings of its own, given to the class as keyword arguments."""
 
@@ -106,7 +112,7 @@ class LossConfig(Section):
     @property
     def own_settings(self) -> dict[str, Option]:
         """What a loss of ours is made with: what is configured, and its own where nothing is."""
-        found = _READ[self.name] | {"entropy_weight": self.entropy_weight}
+        found = _READ[self.name] | {"entropy_weight": self.entropy_weight, "backend": self.backend}
         return found | {key: value for key in found if (value := getattr(self, key)) is not None}
 
     @property

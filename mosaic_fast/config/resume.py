@@ -9,6 +9,7 @@ from mosaic_fast.config import Config
 from mosaic_fast.errors import UserError
 
 _SERVERS = "where and how servers run"
+_KERNELS = "rounding: another kernel adds up the same sums in another order"
 _PATIENCE = "how long something is waited for"
 _JUDGE_ADDRESS = "where the judge lives; its model, prompt and settings stay"
 _JUDGE_COST = "what asking the judge may cost; the answers stay"
@@ -19,6 +20,9 @@ ACCEPTED: Mapping[str, str] = {
     "run_dir": "where the run lies",
     "steps": "more of them: the learning rate keeps its schedule (optim.schedule_steps)",
     "model.threads": "rounding: another number of threads may add up sums in another order",
+    "model.attention": _KERNELS,
+    "model.lm_head": _KERNELS,
+    "loss.backend": _KERNELS,
     "engine.python": _SERVERS,
     "engine.urls": _SERVERS,
     "engine.servers": _SERVERS,

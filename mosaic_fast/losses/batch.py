@@ -85,8 +85,9 @@ class LossBatch:
     def rollout_sums(self, values: Tensor) -> Tensor:
         """Sum of values [N] over the counted tokens of each rollout [R]; other values may be anything."""
         assert self.cu_seqlens is not None, "a coupled loss is given the whole step"
-        kept = values.where(self.counted, 0.0)
-        return kept.new_zeros(len(self.cu_seqlens) - 1).index_add(0, self.rollout_of, kept)
+        from mosaic_kernels.fixed_order import add_up
+
+        return add_up(values.where(self.counted, 0.0), self.rollout_of, len(self.cu_seqlens) - 1)
 
     def kl_term(self, policy_logprobs: Tensor, kl_weight: float) -> Tensor:
         """kl_weight times the weighted sum of k3 = exp(d) - d - 1, d = reference - policy.

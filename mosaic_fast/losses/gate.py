@@ -229,6 +229,7 @@ class GatedLoss(Loss):
             clip_low=self.inner.clip_low,
             clip_high=self.inner.clip_high,
             kl_weight=self.inner.kl_weight,
+            backend=self.inner.backend,
         ).sum()
 
 

@@ -31,6 +31,7 @@ class PairwiseLoss(Loss):
     kind: Kind = "dpo"
     beta: float = 0.1
     entropy_weight: float = 0.0
+    backend: str = "auto"
 
     @property
     def needs_reference(self) -> bool:
@@ -75,8 +76,9 @@ class PairwiseLoss(Loss):
             losses = preference * (h - target) ** 2 + (1.0 - preference) * (h + target) ** 2
         else:
             losses = pairwise_preference_loss(
-                policy, reference, batch.counted, cu_seqlens, pairs, preference, beta=self.beta
-            )
+                policy, reference, batch.counted, cu_seqlens, pairs, preference,
+                beta=self.beta, backend=self.backend,
+            )  # fmt: skip
         count = float(len(preference))
         loss = losses.sum() / max(1.0, count) + batch.entropy_term(entropy, self.entropy_weight)
         h, decided = h.detach(), preference != 0.5

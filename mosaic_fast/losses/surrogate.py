@@ -34,6 +34,7 @@ class SurrogateLoss(Loss):
     kl_weight: float = 0.0
     entropy_weight: float = 0.0
     normalisation: Normalisation = "token"
+    backend: str = "auto"
 
     @property
     def coupled(self) -> bool:
@@ -86,6 +87,7 @@ class SurrogateLoss(Loss):
                 clip_low=self.clip_low,
                 clip_high=self.clip_high,
                 kl_weight=self.kl_weight,
+                backend=self.backend,
             ).sum()
         loss = main + batch.entropy_term(entropy, self.entropy_weight)
         clipped = self._clipped(policy_logprobs.detach(), batch)

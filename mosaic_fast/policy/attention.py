@@ -29,6 +29,8 @@ class TreeForward:
     forest: ForestTensors
     held: Sequence[KeysAndValues] = ()  # of the path above the forwarded nodes, from the root down
     kept: KeysAndValues | None = None  # filled with the forward's own, with their graph, where asked for
+    attention: str = "auto"  # backend of tree_attention
+    lm_head: str = "auto"  # backend of linear_logprob
     attention_calls: int = 0  # counted, so that a model that bypasses the attention interface is noticed
 
     def with_held(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:  # [C + U, Hkv, D]
@@ -79,6 +81,7 @@ def forest_attention(
         positions=forest.key_positions if windowed else None,
         window=sliding_window if windowed else None,
         scale=scaling,
+        backend=tree.attention,
     )
     return out[None], None
 

@@ -55,6 +55,7 @@ def run_in_parts(
         vocab_size=model.config.vocab_size,
         temperature=temperature,
         return_entropy=return_entropy,
+        backend=tree.lm_head,
     )
 
 
@@ -145,10 +146,12 @@ def head_logprobs(
     vocab_size: int,
     temperature: float,
     return_entropy: bool,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:  # [E], [N]
     """From the LM head's matrix where that is all it is; else through the module, a chunk of rows at a time.
 
     A chunk's logits are computed again in the backward pass, so hooks on the head run twice in training.
+    backend: of `linear_logprob`, which a head that has to be called does without.
     """
     if is_plain_linear(head):
         matrix, targets, rows = head.weight, forest.targets, forest.edge_rows
@@ -161,9 +164,10 @@ def head_logprobs(
                 bias=head.bias,
                 temperature=temperature,
                 return_entropy=True,
+                backend=backend,
             )
         return linear_logprob(
-            hidden, matrix, targets, rows=rows, bias=head.bias, temperature=temperature
+            hidden, matrix, targets, rows=rows, bias=head.bias, temperature=temperature, backend=backend
         ), None
 
     def run(rows: Tensor, targets: Tensor, edge_rows: Tensor) -> tuple[Tensor, Tensor]:

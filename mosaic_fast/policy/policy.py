@@ -28,6 +28,7 @@ from mosaic_fast.policy.forward import (
 from mosaic_fast.policy.layout import has_known_layout
 from mosaic_fast.policy.support import check_model, check_modules, check_rope_lengths
 from mosaic_kernels import PackedForest
+from mosaic_kernels.fixed_order import pick
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,10 +57,13 @@ class Policy:
     model: PreTrainedModel
     forward_in_parts: ForwardInParts | None  # of sharded weights; None: the model's parts called as they are
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        """UserError names what the model has that a forest forward would get wrong."""
+    def __init__(self, model: PreTrainedModel, *, attention: str = "auto", lm_head: str = "auto") -> None:
+        """UserError names what the model has that a forest forward would get wrong.
+
+        attention, lm_head: backends of `tree_attention` and `linear_logprob`.
+        """
         check_model(model)
-        self.model = model
+        self.model, self._attention, self._lm_head = model, attention, lm_head
         self.forward_in_parts: ForwardInParts | None = None
         self._prepared: WeakKeyDictionary[PackedForest, ForestTensors] = WeakKeyDictionary()
 
@@ -71,14 +75,17 @@ class Policy:
         dtype: torch.dtype | str = torch.float32,
         device: torch.device | str = "cpu",
         trainable: bool = True,
+        attention: str = "auto",
+        lm_head: str = "auto",
     ) -> Policy:
         """Load a local folder with safetensors weights; see `load_model` for the errors.
 
         trainable: False freezes every parameter and puts the model in eval mode (a reference policy).
+        attention, lm_head: as of a Policy.
         """
         model = load_model(Path(path), dtype, device)
         model.requires_grad_(trainable)
-        return cls(model.train(trainable))
+        return cls(model.train(trainable), attention=attention, lm_head=lm_head)
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write config.json and model.safetensors, which transformers' own from_pretrained loads."""
@@ -155,7 +162,7 @@ class Policy:
             raise UserError(f"temperature must be above 0, got {temperature}")
         model = self.model
         check_modules(model)
-        tree = TreeForward(forest, held, {} if keep else None)
+        tree = TreeForward(forest, held, {} if keep else None, self._attention, self._lm_head)
         row_entropy = None
         with tree_attention_selected(model):
             if has_known_layout(model):
@@ -200,13 +207,8 @@ class Policy:
 
 
 def _spread(values: Tensor, index: Tensor, tensors: ForestTensors) -> Tensor:
-    """values[index] at the trained tokens of [T], zero elsewhere.
-
-    Each branch adds up the gradients of tokens that share a value in a fixed order: index_select on a CPU
-    serially, indexing on a GPU by sorting.
-    """
-    picked = values[index] if values.is_cuda else values.index_select(0, index)
-    return values.new_zeros(tensors.num_tokens).index_copy(0, tensors.trained_tokens, picked)
+    """values[index] at the trained tokens of [T], zero elsewhere."""
+    return values.new_zeros(tensors.num_tokens).index_copy(0, tensors.trained_tokens, pick(values, index))
 
 
 def _nothing_trained(

@@ -33,6 +33,7 @@ from mosaic_fast.policy.forest_tensors import ForestTensors, IntArray, forest_te
 from mosaic_fast.policy.layout import checkpoints_activations, checkpoints_reentrantly
 from mosaic_fast.policy.policy import ForwardResult
 from mosaic_kernels import PackedForest, pack_forest
+from mosaic_kernels.fixed_order import pick
 from mosaic_kernels.forest.ideal import ModelShape
 from mosaic_rollout.types import JsonValue
 
@@ -127,7 +128,7 @@ class Execution:
         self._cuts: WeakKeyDictionary[Schedule, Schedule] = WeakKeyDictionary()
         self._one_token: ForestTensors | None = None
         self._figures: dict[str, float] = {}
-        self._passes: list[float] = []  # seconds of each backward pass of the last schedule
+        self._passes: list[Callable[[], float]] = []  # read the seconds of each pass of the last schedule
 
     def schedule(self, forest: PackedForest) -> Schedule:
         """Choose a plan. ValueError if a rollout alone exceeds the budget; it says the budget needed."""
@@ -175,7 +176,8 @@ class Execution:
         """
         if not self._passes:
             return dict(self._figures)
-        return {**self._figures, "time/tree_pass_s": sum(self._passes) / len(self._passes)}
+        seconds = [read() for read in self._passes]
+        return {**self._figures, "time/tree_pass_s": sum(seconds) / len(seconds)}
 
     def _own_share(self, forest: PackedForest) -> PackedForest:
         """The forest of this rank's rollouts.
@@ -231,7 +233,7 @@ class Execution:
         if schedule.plan == "kept" and checkpoints_reentrantly(policy.model):
             schedule = self._cut_instead(schedule)
         self._note_held(policy, schedule)
-        start = time.perf_counter()
+        stop = stopwatch(policy.model.device)
         stack: list[KeptPrefix] = []
         for index, part in enumerate(schedule.parts):
             _finish(stack, part.parent)
@@ -246,7 +248,7 @@ class Execution:
         _finish(stack, -1)
         for _ in range(schedule.idle):
             (self._idle(policy) * 0.0).backward()
-        self._passes.append(time.perf_counter() - start)
+        self._passes.append(stop())
 
     def _note_held(self, policy: Policy, schedule: Schedule) -> None:
         """Record how many forwards are kept for later ones, and whether their layers run a second time."""
@@ -284,8 +286,8 @@ class Execution:
             source = torch.from_numpy(part.forest.source).to(source.device)[source]
         return result, MicroBatch(
             source,
-            result.edge_logprobs.index_select(0, tensors.token_edges),
-            result.row_entropy.index_select(0, tensors.token_rows),
+            pick(result.edge_logprobs, tensors.token_edges),
+            pick(result.row_entropy, tensors.token_rows),
         )
 
     def _prepared(self, schedule: Schedule, part: Forward, device: torch.device) -> ForestTensors:
@@ -309,6 +311,39 @@ class Execution:
             parts = cut(schedule.forest, self._budget)
             self._cuts[schedule] = replace(schedule, parts=parts, plan="cut")
         return self._cuts[schedule]
+
+
+def stopwatch(device: torch.device) -> Callable[[], Callable[[], float]]:
+    """Start a watch. Calling it stops it, and gives what reads its seconds.
+
+    A call only queues work for a GPU: there its own clock counts, and reading waits until it has got so far.
+    """
+    if device.type != "cuda":
+        start = time.perf_counter()
+
+        def stop() -> Callable[[], float]:
+            seconds = time.perf_counter() - start
+            return lambda: seconds
+
+        return stop
+
+    def now() -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(device))
+        return event
+
+    began = now()
+
+    def stop_there() -> Callable[[], float]:
+        ended = now()
+
+        def read() -> float:
+            ended.synchronize()
+            return began.elapsed_time(ended) / 1e3
+
+        return read
+
+    return stop_there
 
 
 def longest_first(parts: Sequence[Forward], shape: ModelShape, cost: CostModel) -> tuple[Forward, ...]:

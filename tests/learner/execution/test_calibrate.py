@@ -15,6 +15,7 @@ from mosaic_fast.learner.calibrate import measure as timing
 from mosaic_fast.learner.calibrate.__main__ import main
 from mosaic_fast.learner.calibrate.measure import (
     PROBES,
+    PROBES_ON_GPU,
     FloatArray,
     Probe,
     Times,
@@ -45,6 +46,25 @@ def test_the_probes_determine_every_coefficient(work: FloatArray, slow: int) -> 
     for left_out in range(len(PROBES)):
         # A forecast of each is possible: the others alone determine everything.
         assert sensitivity(np.delete(shares, left_out, axis=0)).max() < 12
+
+
+# Seconds a unit on an H100, from its data sheet: products at half of 989 TFLOP/s, bytes at 3 TB/s, and 200
+# launches of 5 us a layer.
+ON_GPU = np.array([1.2e-14, 1.8e-14, 1.2e-14, 1e-3, 4e-12, 5e-12])
+
+
+def test_the_probes_for_a_gpu_are_not_launches_alone(work: FloatArray) -> None:
+    """They determine every coefficient there, by their exact work; those for a CPU would time launches."""
+    on_gpu = np.array([prepared(probe)[2] for probe in PROBES_ON_GPU])
+
+    def shares(work: FloatArray) -> FloatArray:
+        return work * ON_GPU / (work @ ON_GPU)[:, None]
+
+    assert shares(work)[:, 3].min() > 0.7
+    assert shares(on_gpu)[2:, 3].max() < 0.5
+    assert sensitivity(shares(on_gpu)).max() < 8
+    assert sensitivity(shares(work)).max() > 60
+    assert (on_gpu @ ON_GPU).sum() < 2.0  # seconds of a round; a calibration has seven
 
 
 def test_sensitivity_is_what_noise_does(work: FloatArray) -> None:

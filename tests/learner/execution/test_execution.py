@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from mosaic_fast.errors import UserError
 from mosaic_fast.learner.execution import PLANS, Execution, MicroBatch
-from mosaic_fast.learner.execution.execution import KeptPrefix
+from mosaic_fast.learner.execution.execution import KeptPrefix, stopwatch
 from mosaic_fast.policy import Policy
 from mosaic_fast.setup.model_folder import checkpoint_activations
 from tests.policy.alterations import hooked_model, lora_everywhere
@@ -216,3 +216,29 @@ def test_refusals() -> None:
     schedule = execution.schedule(forest)
     with pytest.raises(UserError, match="temperature must be above 0"):
         execution.logprobs(Policy(model), schedule)
+
+
+def test_a_pass_on_a_gpu_is_timed_by_its_own_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call only queues work: events are recorded around it, and waited for when they are read."""
+    calls: list[str] = []
+
+    class Event:
+        def __init__(self, *, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self, stream: object) -> None:
+            calls.append(f"record on {stream}")
+
+        def synchronize(self) -> None:
+            calls.append("wait")
+
+        def elapsed_time(self, end: object) -> float:
+            return 1500.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"the stream of {device}")
+    read = stopwatch(torch.device("cuda", 1))()
+    assert calls == ["record on the stream of cuda:1"] * 2
+    assert read() == 1.5
+    assert calls[2:] == ["wait"]
+    assert 0 <= stopwatch(torch.device("cpu"))()() < 60

@@ -25,6 +25,7 @@ from mosaic_fast.learner.calibrate.arguments import parse
 from mosaic_fast.learner.calibrate.measure import (
     CONFIGS,
     PROBES,
+    PROBES_ON_GPU,
     FloatArray,
     Probe,
     coefficient_table,
@@ -43,7 +44,8 @@ ROUNDS = 6
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def main(probes: Sequence[Probe] = PROBES) -> int:
+def main(probes: Sequence[Probe] | None = None) -> int:
+    """Measure these probes; None: those for the device."""
     arguments = parse()
     device, dtype = _device(arguments.device), _DTYPES.get(arguments.dtype)
     if dtype is None:
@@ -54,6 +56,8 @@ def main(probes: Sequence[Probe] = PROBES) -> int:
     if arguments.threads > 0:
         torch.set_num_threads(arguments.threads)
     console = plain_console()
+    if probes is None:
+        probes = PROBES_ON_GPU if device.type == "cuda" else PROBES
     runs, work = _runs(probes, device, dtype)
     times = steady(
         measured(runs, ROUNDS, device, lambda one: console.print(f"round {one} of {ROUNDS}", highlight=False))

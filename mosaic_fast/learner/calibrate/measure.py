@@ -99,7 +99,9 @@ class Probe:
         return f"{self.rollouts} x ({self.shared} + {self.own}), {self.trained}"
 
 
-def _config(hidden: int, inner: int, layers: int, heads: int, key_heads: int, vocabulary: int) -> Qwen3Config:
+def _config(
+    hidden: int, inner: int, layers: int, heads: int, key_heads: int, vocabulary: int, head_dim: int = 64
+) -> Qwen3Config:
     return Qwen3Config(
         vocab_size=vocabulary,
         hidden_size=hidden,
@@ -107,8 +109,8 @@ def _config(hidden: int, inner: int, layers: int, heads: int, key_heads: int, vo
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=key_heads,
-        head_dim=64,
-        max_position_embeddings=4096,
+        head_dim=head_dim,
+        max_position_embeddings=65_536,
         tie_word_embeddings=True,
     )
 
@@ -119,6 +121,10 @@ CONFIGS: Mapping[str, Qwen3Config] = {
     "wide": _config(512, 1536, 4, 8, 4, 4096),  # many weights a call
     "keys": _config(256, 256, 2, 16, 16, 512),  # many keys and values to copy a call
     "words": _config(256, 256, 1, 4, 2, 8192),  # little but an LM head
+    "large": _config(2048, 6144, 4, 16, 8, 32_768, 128),  # the same five for a GPU, but for "narrow"
+    "large wide": _config(4096, 12_288, 4, 32, 8, 32_768, 128),
+    "large keys": _config(1024, 1024, 2, 32, 32, 512, 128),
+    "large words": _config(2048, 512, 1, 16, 8, 131_072, 128),
 }
 PROBES = (
     Probe("narrow", 0, 8, 8, 7, 8, "flat"),
@@ -136,6 +142,23 @@ PROBES = (
     Probe("keys", 512, 8, 4, 4, 544, "tree"),
     Probe("keys", 512, 8, 4, 4, 516, "kept"),
     Probe("keys", 768, 6, 16, 16, 784, "kept"),
+)
+PROBES_ON_GPU = (  # large enough for the work to outlast the launches, in all but the first two
+    Probe("narrow", 0, 8, 8, 7, 8, "flat"),
+    Probe("narrow", 0, 8, 32, 31, 32, "flat"),
+    Probe("large wide", 0, 4, 64, 63, 64, "flat"),
+    Probe("large", 0, 16, 512, 511, 1024, "flat"),
+    Probe("large", 0, 8, 2048, 1, 16_384, "tree"),
+    Probe("large", 0, 8, 2048, 2047, 16_384, "tree"),
+    Probe("large wide", 0, 1, 4096, 4095, 4096, "tree"),
+    Probe("large words", 0, 4, 2048, 2047, 8192, "tree"),
+    Probe("large", 0, 1, 32_768, 64, 32_768, "tree"),
+    Probe("large", 8192, 32, 256, 256, 16_384, "tree"),
+    Probe("large", 8192, 4, 1536, 1536, 11_264, "cut"),
+    Probe("large", 8192, 4, 1536, 1536, 11_264, "kept"),
+    Probe("large keys", 16_384, 8, 64, 64, 16_896, "tree"),
+    Probe("large keys", 16_384, 8, 64, 64, 16_448, "kept"),
+    Probe("large keys", 32_768, 8, 256, 256, 33_024, "kept"),
 )
 
 

@@ -71,7 +71,7 @@ class Optimizer:
         Weights that nothing reached have a gradient of zero, as they have in a batch that is not pruned.
         TrainingError naming the training step, counted from 1, where the gradient, or a weight after it, is
         not finite; the weights are not changed in the first case. Every rank sees the same norm, and the same
-        error.
+        error. The device is waited for once, for both.
         """
         for weight, target in zip(self.weights, self._targets, strict=True):
             if target is not weight and isinstance(weight, DTensor):
@@ -79,21 +79,23 @@ class Optimizer:
             if target.grad is None:
                 target.grad = torch.zeros_like(target)
         total = self._norm()
-        norm = float(total)
+        nn.utils.clip_grads_with_norm_(self._targets, self._config.grad_clip, total)
+        for group in self.adamw.param_groups:
+            group["lr"] = rate
+        # Where this is 1, AdamW leaves weights and averages as they are: nobody has to wait for the norm.
+        vars(self.adamw)["found_inf"] = 1.0 - torch.isfinite(total).float()
+        self.adamw.step()
+        self.adamw.zero_grad()
+        self._round()
+        norm, largest = torch.stack(
+            [total.double(), self._largest_weight().to(total.device).double()]
+        ).tolist()
         if not math.isfinite(norm):
-            self.adamw.zero_grad()
             raise TrainingError(
                 f"the gradient of step {step} is not finite (norm {norm}); the last checkpoint is intact. "
                 "Lower optim.lr or optim.grad_clip, raise loss.kl_weight, or look at the step's trajectories"
             )
-        nn.utils.clip_grads_with_norm_(self._targets, self._config.grad_clip, total)
-        for group in self.adamw.param_groups:
-            group["lr"] = rate
-        self.adamw.step()
-        self.adamw.zero_grad()
-        self._round()
-        finite = all(bool(torch.isfinite(local_part(weight)).all()) for weight in self.weights)
-        if self._world.maximum(int(not finite)):
+        if self._world.maximum(int(not math.isfinite(largest))):
             raise TrainingError(
                 f"the weights are not finite after step {step}; the last checkpoint is intact. Lower optim.lr"
             )
@@ -163,6 +165,11 @@ class Optimizer:
         """The 2-norm of the whole gradient. Under several ranks the squares are added up in fp64."""
         own = nn.utils.get_total_norm([target.grad for target in self._targets if target.grad is not None])
         return own if self._world.size == 1 else self._world.sum(own.double() ** 2).sqrt().to(own.dtype)
+
+    def _largest_weight(self) -> Tensor:
+        """The largest magnitude among this rank's weights; NaN or inf where one of them is."""
+        parts = [part for weight in self.weights if (part := local_part(weight)).numel()]
+        return nn.utils.get_total_norm(parts, math.inf)
 
     @torch.no_grad()
     def _round(self) -> None:

@@ -205,6 +205,7 @@ class World:
     local_rank: int = 0
     exchange: dist.ProcessGroup | None = None  # gloo, with the long timeout
     watch: Watch | None = None
+    local_size: int = 1  # ranks on this node
 
     @property
     def is_first(self) -> bool:
@@ -288,7 +289,7 @@ def joined_world() -> Iterator[World]:
             "with torchrun, or unset WORLD_SIZE for a run of one process"
         )
     silence_s = silence_limit()
-    local_rank = _number("LOCAL_RANK", 0)
+    local_rank, local_size = _number("LOCAL_RANK", 0), _number("LOCAL_WORLD_SIZE", 1)
     _number("RANK", 0), _number("MASTER_PORT", 0)  # read by torch, which names neither
     on_gpu = torch.cuda.is_available()
     if on_gpu and local_rank < torch.cuda.device_count():
@@ -312,7 +313,7 @@ def joined_world() -> Iterator[World]:
     name = f"rank {rank} (process {os.getpid()} on {socket.gethostname()})"
     watch = Watch(dist.PrefixStore("watch", store), rank, size, name, silence_s)
     with watch:
-        world = World(rank, size, local_rank, group, watch)
+        world = World(rank, size, local_rank, group, watch, local_size)
         yield world
         world.gather(None)  # nobody leaves before all are done: one of them may host the store
     dist.destroy_process_group()

@@ -25,6 +25,7 @@ from mosaic_fast.policy.folder import check_config, check_folder
 from mosaic_fast.run.interrupt import Interrupt, Stopped
 from mosaic_fast.setup.engine import build_engine, longest_rollout
 from mosaic_fast.setup.environment import build_environment
+from mosaic_fast.setup.gpus import check_backends, server_gpus
 from mosaic_fast.setup.model_folder import (
     check_vocabulary,
     checkpoint_activations,
@@ -226,6 +227,8 @@ def build_setup(
         )
     if config.model.threads:
         torch.set_num_threads(config.model.threads)
+    check_backends(config, device_of(config))
+    gpus = server_gpus(config, world)
     environment = environment or build_environment(config)
     try:
         check_folder(weights) if policy is None else check_config(weights)
@@ -250,7 +253,7 @@ def build_setup(
     if world.size > 1:
         sharding = Sharding(policy, world, device_of(config), master_weights=config.optim.master_weights)
     with nullcontext() if sharding is None else sharding.gathered():  # a local engine tries the model
-        engine = build_engine(config, policy, lora, scratch)
+        engine = build_engine(config, policy, lora, scratch, gpus=gpus)
     rollout = config.rollout
     limits = Limits(rollout.max_steps, rollout.max_step_tokens, longest_rollout(config, policy))
     loop = AgentLoop(

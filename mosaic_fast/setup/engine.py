@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -23,12 +23,18 @@ _SPARE_TOKENS = 8  # SGLang keeps a few positions of the context to itself
 
 
 def build_engine(
-    config: Config, policy: Policy, lora: Lora | None = None, scratch: Path | None = None
+    config: Config,
+    policy: Policy,
+    lora: Lora | None = None,
+    scratch: Path | None = None,
+    *,
+    gpus: Sequence[str] = (),
 ) -> ManagedEngine:
     """The engine of `engine.kind`. An SGLang server starts with the first update_weights, not here.
 
     lora: the policy's adapter; servers get the merged weights.
     scratch: where servers' weights and logs are put; without one, a temporary folder.
+    gpus: of each server to launch, as `server_gpus` gives them.
     """
     engine = config.engine
     if engine.kind == "local":
@@ -59,6 +65,7 @@ def build_engine(
         startup_timeout_s=engine.startup_timeout_s,
         hang_timeout_s=engine.hang_timeout_s,
         more=engine.args,
+        gpus=tuple(gpus),
     )
     return SGLangEngine(
         _PolicyWeights(policy, lora),

@@ -82,7 +82,12 @@ def load_policy(config: Config, weights: Path, *, trainable: bool = True, world:
     """
     device = torch.device("cpu") if world.size > 1 else device_of(config)
     return Policy.from_pretrained(
-        weights, dtype=_DTYPES[config.model.dtype], device=device, trainable=trainable
+        weights,
+        dtype=_DTYPES[config.model.dtype],
+        device=device,
+        trainable=trainable,
+        attention=config.model.attention,
+        lm_head=config.model.lm_head,
     )
 
 

@@ -27,6 +27,7 @@ from mosaic_fast.run.trackers import require_trackers
 from mosaic_fast.setup.build import Setup, build_reference, build_setup
 from mosaic_fast.setup.engine import why_shorter
 from mosaic_fast.setup.given import Given
+from mosaic_fast.setup.gpus import why_slow
 from mosaic_fast.setup.model_folder import model_folder
 
 
@@ -70,7 +71,7 @@ def ready_run(
     learner = Learner(setup.policy, reference, config, cost, world, setup.sharding)
     torch.manual_seed(config.seed)  # nothing draws from it today; a checkpoint holds its state all the same
     progress = load_training_state(checkpoint, learner.optimizer) if checkpoint else Progress()
-    notes = [defaults_in_words(config), why_shorter(config, setup.policy)]
+    notes = [defaults_in_words(config), why_shorter(config, setup.policy), why_slow(config)]
     if checkpoint is not None:
         notes.append(other_versions(checkpoint))
     if world.is_first:

@@ -19,6 +19,7 @@ from mosaic_rollout.engine.sglang.weights import (
     WeightFolder,
     WeightGroup,
     WeightSource,
+    free_unused_memory,
     load_from_disk,
     load_from_tensors,
     load_over_group,
@@ -26,7 +27,7 @@ from mosaic_rollout.engine.sglang.weights import (
 )
 from mosaic_rollout.engine.stats import EngineError, validate_request
 from mosaic_rollout.errors import UserError
-from mosaic_rollout.types import Completion, Request
+from mosaic_rollout.types import Completion, JsonValue, Request
 
 _VERSION = "0.5.23"
 _QUICK_S = 30.0
@@ -73,8 +74,9 @@ class SGLangEngine:
         self._source, self._published = weights, WeightFolder(weights, folder / "weights")
         self._load_s = deadlines.startup_timeout_s  # a start is mostly loading weights, too
         self._version = -1
-        self._asleep = False
+        self._asleep: dict[Lane, set[str]] = {}  # what a colocated server has given back of its memory
         self._checked: set[Lane] = set()
+        self._served: dict[Lane, str] = {}  # the version that a server named last
         self._groups: dict[Lane, WeightGroup] = {}  # joined at the first update that goes over one
         self._folder: Path | None = None  # of the version served, where it has been written
         processes: list[ServerProcess | None] = []
@@ -88,7 +90,14 @@ class SGLangEngine:
             urls = [url.rstrip("/") for url in servers]
             processes = [None] * len(urls)
         self.lanes = [
-            Lane(process=process, url=url, options=deadlines, stats=self.stats, restore=self._restore)
+            Lane(
+                process=process,
+                url=url,
+                options=deadlines,
+                stats=self.stats,
+                restore=self._restore,
+                asleep=lambda lane: bool(self._asleep.get(lane)),
+            )
             for process, url in zip(processes, urls, strict=True)
         ]
         atexit.register(self.close)
@@ -126,7 +135,6 @@ class SGLangEngine:
             folder = self._published.publish(version)
         self._folder = folder
         await asyncio.gather(*(self._bring(lane, version) for lane in self.lanes))
-        self._asleep = False
 
     async def flush(self) -> None:
         """Empty the servers' prefix caches. The servers refuse while requests are in flight."""
@@ -136,15 +144,27 @@ class SGLangEngine:
 
     async def release(self) -> None:
         """Between generations: colocated servers give their memory back until the next update_weights."""
-        if self.options.colocated and not self._asleep and self._version >= 0:
-            for lane in self.lanes:
+        for lane in self.lanes:
+            if self.options.colocated and not self._asleep.get(lane) and self._version >= 0:
                 with contextlib.suppress(ServerUnavailableError):  # the next update finds it dead
                     await lane.client.flush_cache(_QUICK_S)
-                    body = {"tags": ["kv_cache", "weights"]}
+                    body: dict[str, JsonValue] = {"tags": ["kv_cache", "weights"]}
                     await lane.client.call("/release_memory_occupation", body, timeout_s=_MEMORY_S)
-            self._asleep = True
-        for lane in self.lanes:
+                    self._asleep[lane] = {"kv_cache", "weights"}
             await lane.aclose()
+
+    async def _wake(self, lane: Lane, part: str) -> None:
+        """Have a server take back a part of the memory that it gave away, if it did.
+
+        Each part is asked for once, whatever becomes of the call: SGLang's scheduler ends when it is told to
+        take back what it has. The memory that the trainer's allocator keeps unused is freed for it first.
+        """
+        asleep = self._asleep.get(lane, set())
+        if part not in asleep:
+            return
+        asleep.remove(part)
+        free_unused_memory()
+        await lane.client.call("/resume_memory_occupation", {"tags": [part]}, timeout_s=_MEMORY_S)
 
     async def health(self) -> list[str]:
         """What is wrong with each server, "" where it generates."""
@@ -212,11 +232,9 @@ class SGLangEngine:
             await self._restore(lane)
             return
         await self._check_server(lane)
-        if self._asleep:
-            await lane.client.call("/resume_memory_occupation", {"tags": ["weights"]}, timeout_s=_MEMORY_S)
+        await self._wake(lane, "weights")
         await self._load(lane, version)
-        if self._asleep:
-            await lane.client.call("/resume_memory_occupation", {"tags": ["kv_cache"]}, timeout_s=_MEMORY_S)
+        await self._wake(lane, "kv_cache")
 
     async def _load(self, lane: Lane, version: int) -> None:
         if self.options.transport == "disk":
@@ -266,9 +284,16 @@ class SGLangEngine:
         if self._folder is None:
             self._folder = self._published.publish(self._version)
         if lane.process is not None:
+            self._asleep.pop(lane, None)
+            if self.options.colocated:
+                free_unused_memory()
             await lane.process.start(self._folder, self._version)
         else:
+            if await lane.client.weight_version(_QUICK_S) != self._served.get(lane):
+                self._asleep.pop(lane, None)  # it was started anew, and has all its memory
+            await self._wake(lane, "weights")
             await load_from_disk(lane.client, self._folder, self._version, self._load_s)
+            await self._wake(lane, "kv_cache")
         await self._check_version(lane, self._version)
 
     async def _check_server(self, lane: Lane) -> None:
@@ -296,7 +321,7 @@ class SGLangEngine:
             )
 
     async def _check_version(self, lane: Lane, version: int) -> None:
-        served = await lane.client.weight_version(_QUICK_S)
+        served = self._served[lane] = await lane.client.weight_version(_QUICK_S)
         if served != str(version):
             raise EngineError(f"{lane.url} serves weights {served!r} after the update to version {version}")
 

@@ -40,7 +40,8 @@ class LaneOptions:
 class Lane:
     """A server, launched by us (`process`) or somebody else's (`url`), as one event loop sees it.
 
-    `restore` brings a server that has come back to the weights it should serve.
+    `restore` brings a server that has come back to the weights it should serve. `asleep` says whether it has
+    given memory back, and cannot generate.
     """
 
     def __init__(
@@ -51,9 +52,10 @@ class Lane:
         options: LaneOptions,
         stats: ServingStats,
         restore: Callable[[Lane], Awaitable[None]],
+        asleep: Callable[[Lane], bool] = lambda lane: False,
     ) -> None:
         self.process, self._url, self.options, self._stats = process, url, options, stats
-        self._restore = restore
+        self._restore, self._asleep = restore, asleep
         self._loop: asyncio.AbstractEventLoop | None = None
         self._client: SGLangClient | None = None
         self._failures = 0  # in a row
@@ -170,17 +172,22 @@ class Lane:
         if self.process is None or self.process.pid is None or self.process.exit_code is not None:
             return False
         try:
-            await self.client.call("/health_generate", timeout_s=self.options.hang_timeout_s)
+            await self.client.call(self._health, timeout_s=self.options.hang_timeout_s)
         except EngineError:
             return False
         return True
+
+    @property
+    def _health(self) -> str:
+        """What a living server answers: a token; without its memory, what its scheduler knows of itself."""
+        return "/server_info" if self._asleep(self) else "/health_generate"
 
     async def _wait_for_other(self) -> None:
         """Until a server that is not ours answers again; ServerUnavailableError at the deadline."""
         deadline = asyncio.get_running_loop().time() + self.options.startup_timeout_s
         while True:
             try:
-                await self.client.call("/health_generate", timeout_s=self.options.hang_timeout_s)
+                await self.client.call(self._health, timeout_s=self.options.hang_timeout_s)
                 return
             except ServerUnavailableError:
                 if asyncio.get_running_loop().time() > deadline:

@@ -40,6 +40,7 @@ class ServerOptions:
     startup_timeout_s: float
     hang_timeout_s: float
     more: tuple[str, ...] = ()  # flags of `sglang.launch_server`, passed on as they are
+    gpus: tuple[str, ...] = ()  # CUDA_VISIBLE_DEVICES of each server; empty: all see what this process sees
 
     def check(self) -> None:
         """UserError where there is no such Python."""
@@ -179,6 +180,8 @@ class ServerProcess:
                 "TORCH_COMPILE_DISABLE": "1",
             }
             environment["OMP_NUM_THREADS"] = environment.get("OMP_NUM_THREADS") or "1"
+        elif self.options.gpus:
+            environment["CUDA_VISIBLE_DEVICES"] = self.options.gpus[self._index]
         return environment
 
 

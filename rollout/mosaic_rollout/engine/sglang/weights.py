@@ -21,13 +21,14 @@ from concurrent.futures import Future
 from datetime import timedelta
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
-from typing import Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 from urllib.parse import urlsplit
 
 import torch
 from safetensors import SafetensorError
 from torch import distributed
 from torch.distributed import distributed_c10d
+from torch.multiprocessing import reductions
 
 from mosaic_rollout.engine.sglang.client import ServerRefusedError, ServerUnavailableError, SGLangClient
 from mosaic_rollout.engine.stats import EngineError
@@ -214,6 +215,12 @@ class WeightFolder:
         shutil.rmtree(self.root, ignore_errors=True)
 
 
+def free_unused_memory() -> None:
+    """Give the memory that PyTorch keeps for later tensors back to the GPU, for another process."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 async def load_from_disk(client: SGLangClient, folder: Path, version: int, timeout_s: float) -> None:
     """Replace the server's weights by those of `folder` and empty its cache."""
     body: dict[str, JsonValue] = {
@@ -338,5 +345,22 @@ def _handles(bucket: Sequence[tuple[str, torch.Tensor]]) -> str:
         torch.multiprocessing.set_sharing_strategy("file_system")
         bucket = [(name, tensor.clone()) for name, tensor in bucket]  # sharing would move the trainer's own
     buffer = io.BytesIO()
-    ForkingPickler(buffer).dump(list(bucket))
+    _ByUuid(buffer).dump(list(bucket))
     return base64.b64encode(buffer.getvalue()).decode()
+
+
+_DEVICE = 6  # place of the GPU's index among the arguments that a shared CUDA tensor is made of again
+
+
+class _ByUuid(ForkingPickler):
+    """Names a shared tensor's GPU by its UUID, as SGLang reads it.
+
+    An index counts the GPUs that a process sees, and a server may see others than the trainer.
+    """
+
+    def reducer_override(self, obj: object, /) -> Any:
+        if not isinstance(obj, torch.Tensor) or not obj.is_cuda:
+            return NotImplemented
+        rebuild, arguments = reductions.reduce_tensor(obj)
+        uuid = str(torch.cuda.get_device_properties(obj.device).uuid)
+        return rebuild, (*arguments[:_DEVICE], uuid, *arguments[_DEVICE + 1 :])

@@ -16,7 +16,7 @@ SGLANG_STAMP := .venv-sglang/.installed-$(SGLANG)
 SGLANG_CPU := rollout/mosaic_rollout/engine/sglang/server_side/requirements-cpu.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help help-all venv train test quick sglang test-sglang soak fuzz test-fresh test-interpreter test-work test-ttsem mutants lint types bench bench-peers bench-peers-cuda bench-chart bench-agentdojo verify warmstart evaluate train-agentdojo test-agentdojo test-report clean bfcl asb agent-safetybench agentharm test-bfcl test-asb test-agent-safetybench test-agentharm test-verifiers
+.PHONY: help help-all venv train test quick sglang test-sglang soak fuzz test-workshop test-fresh test-interpreter test-work test-ttsem mutants lint types bench bench-peers bench-peers-cuda bench-chart bench-agentdojo verify warmstart evaluate train-agentdojo test-agentdojo test-report clean bfcl asb agent-safetybench agentharm test-bfcl test-asb test-agent-safetybench test-agentharm test-verifiers
 
 # `###` marks what most people need, `##` the rest.
 help:
@@ -28,9 +28,10 @@ help-all:  ### every target
 $(STAMP): pyproject.toml constraints.txt Makefile
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed, for example: make PYTHON=python3.11 $(MAKECMDGOALS)")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) install -q $(TORCH_ARGS) torch==2.13.0
-	$(PIP) install -q -c constraints.txt -e '.[dev]'
-	$(PIP) install -q --no-deps --ignore-requires-python ttsem==0.1.0
+	$(PIP) install -q --no-compile $(TORCH_ARGS) torch==2.13.0
+	$(PIP) install -q --no-compile -c constraints.txt -e '.[dev]'
+	$(PIP) install -q --no-compile --no-deps --ignore-requires-python ttsem==0.1.0
+	$(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null 2>&1 || true  # pip has one core do it
 	touch $@
 
 venv: $(STAMP)  ## the environment of everything below
@@ -45,17 +46,23 @@ QUICK := tests/kernels/test_forest.py tests/kernels/test_split.py tests/policy/t
 quick: $(STAMP) lint types  ### lint, types and the tests of what matters, within a minute
 	$(BIN)/python -m pytest $(QUICK) $(ARGS)
 
+# What no user of the trainer calls: the benchmark, the tools, compiling for GPUs that are not here.
+WORKSHOP := tests/bench tests/tools tests/kernels/test_compile.py tests/kernels/test_mutants.py
+
 # The kernels' emulated tests run beside the others, which wait for processes of theirs now and then; what fails there fails the whole.
-test: $(STAMP) lint types  ### lint, types and tests, some 10 minutes
+test: $(STAMP) lint types  ### lint, types and tests, within 10 minutes
 	@pids=; for one in interpreter ttsem; do \
 		$(MAKE) --no-print-directory ARGS= test-$$one >$(VENV)/$$one.log 2>&1 & pids="$$pids $$!"; \
 	done; \
 	trap 'kill $$pids 2>/dev/null' INT TERM; \
 	echo "the Triton kernels' emulated tests run beside these, into $(VENV)/interpreter.log and $(VENV)/ttsem.log"; failed=0; \
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS) || failed=$$?; \
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(WORKSHOP:%=--ignore=%) $(ARGS) || failed=$$?; \
 	for pid in $$pids; do wait $$pid || failed=1; done; \
 	if [ $$failed = 0 ]; then tail -n 3 $(VENV)/interpreter.log; tail -n 3 $(VENV)/ttsem.log; \
 	else cat $(VENV)/interpreter.log $(VENV)/ttsem.log; fi; exit $$failed
+
+test-workshop: $(STAMP)  ## the tests of bench/ and tools/, which make test leaves out
+	$(BIN)/python -m pytest -n $(WORKERS) $(WORKSHOP) $(ARGS)
 
 test-interpreter: $(STAMP)  ## the Triton kernels' tests under Triton's interpreter, but for test-work
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels/triton --ignore-glob='*test_work*' $(ARGS)

@@ -6,7 +6,9 @@ import multiprocessing
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from torch.distributed import TCPStore
@@ -28,13 +30,6 @@ def start(ranks: int, arguments: Sequence[str], **environment: str) -> subproces
     )
 
 
-def run(ranks: int, *arguments: str) -> tuple[int, str, str]:
-    """Exit code, output and errors of a job."""
-    process = start(ranks, arguments)
-    out, err = process.communicate(timeout=PATIENCE_S)
-    return process.returncode, out, err
-
-
 def run_forked(
     ranks: int, logs: Path, work: Callable[..., object], *arguments: object
 ) -> list[tuple[int | None, str]]:
@@ -42,27 +37,49 @@ def run_forked(
 
     Exit code and log of each rank; 1 where the function returns something that is true.
     """
+    with forked(ranks, logs, work, *arguments) as processes:
+        for process in processes:
+            process.join(PATIENCE_S)
+        return [(one.exitcode, log_of(logs, rank).read_text()) for rank, one in enumerate(processes)]
+
+
+@contextmanager
+def forked(
+    ranks: int, logs: Path, work: Callable[..., object], *arguments: object, **environment: str
+) -> Iterator[list[BaseProcess]]:
+    """The processes of `run_forked` while they run, by rank; what still runs at the end is killed."""
     forks = multiprocessing.get_context("forkserver")
     forks.set_forkserver_preload(list(_PRELOADED))
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # torchrun hosts it, too
-    paths = [logs / f"rank-{rank}.log" for rank in range(ranks)]
-    processes = [
-        forks.Process(target=_rank, args=(rank, ranks, store.port, path, work, arguments))
-        for rank, path in enumerate(paths)
+    processes: list[BaseProcess] = [
+        forks.Process(
+            target=_rank,
+            args=(rank, ranks, store.port, log_of(logs, rank), work, arguments, environment),
+        )
+        for rank in range(ranks)
     ]
     try:
         for process in processes:
             process.start()
-        for process in processes:
-            process.join(PATIENCE_S)
-        return [(process.exitcode, path.read_text()) for process, path in zip(processes, paths, strict=True)]
+        yield processes
     finally:
         for process in processes:
             process.kill()
 
 
+def log_of(logs: Path, rank: int) -> Path:
+    """What a forked rank prints, to either stream."""
+    return logs / f"rank-{rank}.log"
+
+
 def _rank(
-    rank: int, ranks: int, port: int, log: Path, work: Callable[..., object], arguments: Sequence[object]
+    rank: int,
+    ranks: int,
+    port: int,
+    log: Path,
+    work: Callable[..., object],
+    arguments: Sequence[object],
+    environment: dict[str, str],
 ) -> None:
     """What torchrun sets for a rank, and the work."""
     with log.open("wb") as file:
@@ -72,6 +89,7 @@ def _rank(
         **{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)},
         **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
         **{"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"},
+        **environment,
     }
     if work(*arguments):
         sys.exit(1)

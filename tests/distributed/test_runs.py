@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
 import signal
-import subprocess
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +17,7 @@ from safetensors.numpy import load_file
 from mosaic_fast.config.read import parse_train_arguments
 from mosaic_fast.distributed.world import MISTAKE, run_as_rank
 from mosaic_fast.train import train
-from tests.distributed.launch import PATIENCE_S, run, run_forked, start
+from tests.distributed.launch import PATIENCE_S, forked, log_of, run_forked, start
 
 SILENCE_S = "10"
 
@@ -56,69 +53,62 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@dataclass
-class Doomed:
-    """A job of two ranks; once it trains, one of them is sent a signal."""
-
-    signal: signal.Signals
-    rank: int
-    job: subprocess.Popen[str]
-    folder: Path
-    victim: int = 0  # the rank's process
-
-    def strike(self) -> bool:
-        """Whether the signal is sent; it is not before the first step has ended."""
-        if not self.victim and any(self.folder.glob("checkpoints/step-*")):
-            self.victim = sorted(children(self.job.pid))[self.rank]
-            os.kill(self.victim, self.signal)
-        assert self.victim or self.job.poll() is None, self.job.communicate()
-        return bool(self.victim)
+def train_until_struck(folder: Path) -> list[str]:
+    """Options of a run that only a signal ends."""
+    return [*OPTIONS, "--steps", "500", "--env.eval-tasks", "0", "--run-dir", str(folder)]
 
 
-@pytest.fixture(scope="module")
-def doomed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Doomed]]:
-    """Both jobs at once: much of their time they wait."""
-    jobs = {}
-    for name, kind, rank in (("killed", signal.SIGKILL, 1), ("stopped", signal.SIGSTOP, 0)):
-        folder = tmp_path_factory.mktemp(name) / "run"
-        options = [*OPTIONS, "--steps", "500", "--env.eval-tasks", "0", "--run-dir", str(folder)]
-        job = start(2, ["mosaic_fast.train", *options], MOSAIC_SILENCE_S=SILENCE_S)
-        jobs[name] = Doomed(kind, rank, job, folder)
+def wait_for_a_step(folder: Path, running: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not any(folder.glob("checkpoints/step-*")):
+        assert running(), "ended before its first step"
+        assert time.monotonic() < deadline, "no step"
+        time.sleep(0.05)
+
+
+def assert_one_message(said: str, rank: int, process: int, what: str) -> None:
+    errors = re.findall(r"^error: .*$", said, re.MULTILINE)
+    assert len(errors) == 1, said
+    assert errors[0].startswith(f"error: rank {rank} (process {process} on ")
+    assert f"{what}; the job ends" in errors[0]
+    assert "--resume" in errors[0]
+
+
+def test_a_rank_that_is_killed_ends_the_job_with_one_message(tmp_path: Path):
+    """Under torchrun, which starts a run as users do."""
+    job = start(2, ["mosaic_fast.train", *train_until_struck(tmp_path / "run")])
     try:
-        deadline = time.monotonic() + PATIENCE_S
-        while not all(one.strike() for one in jobs.values()):
-            assert time.monotonic() < deadline, "no step"
-            time.sleep(0.05)
-        yield jobs
+        wait_for_a_step(tmp_path / "run", lambda: job.poll() is None)
+        victim = sorted(children(job.pid))[1]
+        os.kill(victim, signal.SIGKILL)
+        _, said = job.communicate(timeout=PATIENCE_S)
     finally:
-        for one in jobs.values():
-            with contextlib.suppress(ProcessLookupError):
-                one.job.kill()
+        job.kill()
+    assert job.returncode != 0
+    assert_one_message(said, 1, victim, "is gone")
 
 
-@pytest.mark.parametrize(
-    ("name", "what"), [("killed", "is gone"), ("stopped", f"has said nothing for {SILENCE_S} s")]
-)
-def test_a_rank_that_dies_or_hangs_ends_the_job_with_one_message(
-    doomed: dict[str, Doomed], name: str, what: str
-):
+def test_a_rank_that_hangs_ends_the_job_with_one_message(tmp_path: Path):
     """In seconds on an idle machine; no such time is asked for here (test_silence.py has what saves 30 s)."""
-    one = doomed[name]
-    _, err = one.job.communicate(timeout=PATIENCE_S)
-    assert one.job.returncode != 0
-    said = re.findall(r"^error: .*$", err, re.MULTILINE)
-    assert len(said) == 1, err
-    assert said[0].startswith(f"error: rank {one.rank} (process {one.victim} on ")
-    assert f"{what}; the job ends" in said[0]
-    assert "--resume" in said[0]
-    assert not Path(f"/proc/{one.victim}").exists()
+    options = train_until_struck(tmp_path / "run")
+    with forked(2, tmp_path, as_rank, options, MOSAIC_SILENCE_S=SILENCE_S) as ranks:
+        wait_for_a_step(tmp_path / "run", lambda: all(one.is_alive() for one in ranks))
+        hung, other = ranks
+        assert hung.pid is not None
+        os.kill(hung.pid, signal.SIGSTOP)
+        other.join(PATIENCE_S)
+        hung.join(PATIENCE_S)  # the one that noticed kills it
+    assert other.exitcode not in (0, None)
+    assert hung.exitcode == -signal.SIGKILL
+    said = "".join(log_of(tmp_path, rank).read_text() for rank in range(2))
+    assert_one_message(said, 0, hung.pid, f"has said nothing for {SILENCE_S} s")
 
 
 def test_a_run_on_two_ranks_is_the_run_of_one(alone: Path, tmp_path: Path):
     folder = tmp_path / "two"
-    code, out, err = run(2, "mosaic_fast.train", *OPTIONS, "--run-dir", str(folder))
-    assert code == 0, out + err
-    assert out.count("run folder") == 1  # one rank speaks
+    ended = run_forked(2, tmp_path, as_rank, [*OPTIONS, "--run-dir", str(folder)])
+    assert [code for code, _ in ended] == [0, 0], ended
+    assert sum(log.count("run folder") for _, log in ended) == 1  # one rank speaks
     theirs, ours = (tokens(path) for path in (alone, folder))
     assert ours == theirs  # every rollout, whichever rank played it
     for expected, row in zip(metrics(alone), metrics(folder), strict=True):

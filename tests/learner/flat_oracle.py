@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,6 +46,7 @@ class Case:
         )
 
 
+@functools.lru_cache
 def forked_case(seed: int = 0) -> Case:
     """A trunk, a fork of it, a fork of the fork, one that agrees by chance, one apart; and a group of ties.
 

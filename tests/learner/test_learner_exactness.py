@@ -64,7 +64,7 @@ def last_epoch(
 def flat_gradients(
     family: str, model: PreTrainedModel, config: Config, case: Case
 ) -> dict[str, torch.Tensor]:
-    """What the flat batch gives the weights of `model`, after a first epoch by those of tiny_model(family)."""
+    """What the flat batch gives the weights of `model`; the start log-probs are tiny_model(family)'s."""
     old_logprobs, reference = before_the_first_epoch(family, case, config.rollout.temperature)
     model.zero_grad()
     policy, entropies = alone(model, case, config.rollout.temperature)
@@ -78,7 +78,7 @@ def flat_gradients(
 def before_the_first_epoch(
     family: str, case: Case, temperature: float
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Log-probs of the policy and of the reference; neither depends on the loss: kept for the case of most tests."""
+    """Log-probs of the policy and the reference. No loss changes them: most tests' case keeps them."""
     if case is forked_case():
         return _of_the_forked_case(family, temperature)
     return _log_probs(family, case, temperature)
@@ -90,9 +90,7 @@ def _of_the_forked_case(family: str, temperature: float) -> tuple[list[torch.Ten
 
 
 @torch.no_grad()
-def _log_probs(
-    family: str, case: Case, temperature: float
-) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+def _log_probs(family: str, case: Case, temperature: float) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     start = tiny_model(family)
     return alone(start, case, temperature)[0], alone(moved(start), case, temperature)[0]
 
@@ -111,8 +109,8 @@ def check(family: str, config: Config, case: Case, plans: Sequence[str]) -> dict
 def test_any_loss_credit_and_cut_is_the_flat_batch(family: str, name: str):
     """Alternately with and without KL and entropy: without, the group of ties is out of reach.
 
-    Credit and cuts know nothing of a family: the first one has all ways, each of the others some. One loss has
-    every cut once and then one for each way of credit, which another loss has with another cut.
+    Credit and cuts know nothing of a family: the first one has all ways, each of the others some.
+    One loss has every cut once, and then one for each way of credit; another loss has another cut there.
     """
     others, place = ["mean", "first", "subtree"], FAMILIES.index(family)
     others = [] if name in PAIRWISE_LOSSES else others if place == 0 else [others[place - 1]]

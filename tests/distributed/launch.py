@@ -30,6 +30,13 @@ def start(ranks: int, arguments: Sequence[str], **environment: str) -> subproces
     )
 
 
+def run(ranks: int, *arguments: str) -> tuple[int, str, str]:
+    """Exit code, output and errors of a job under torchrun."""
+    process = start(ranks, arguments)
+    out, err = process.communicate(timeout=PATIENCE_S)
+    return process.returncode, out, err
+
+
 def run_forked(
     ranks: int, logs: Path, work: Callable[..., object], *arguments: object
 ) -> list[tuple[int | None, str]]:

@@ -107,8 +107,12 @@ class _OwnLoss(Loss):
     def _value(
         self, policy_logprobs: Tensor, batch: LossBatch, entropy: Tensor | None
     ) -> tuple[Tensor, dict[str, SumCount]]:
-        name = self._config.name
-        found = self._code.demand(f"{name}: the loss", self._made, policy_logprobs, batch, entropy)
+        """The loss as a term linear in both inputs: the user's own backward has been run by then."""
+        name, inputs = self._config.name, [policy_logprobs, *([] if entropy is None else [entropy])]
+        own = [one.detach().requires_grad_(policy_logprobs.requires_grad) for one in inputs]
+        given = [one.clone() for one in own]  # which may be written to
+        bits = given[1] if given[1:] else None
+        found = self._code.demand(f"{name}: the loss", self._made, given[0], batch, bits)
         value, metrics = found if isinstance(found, tuple) and len(found) == 2 else (found, {})
         if not isinstance(value, Tensor) or value.ndim or not value.is_floating_point():
             raise UserError(
@@ -121,6 +125,16 @@ class _OwnLoss(Loss):
             raise UserError(f"{name}: the loss does not depend on policy_logprobs, so it trains nothing")
         if not isinstance(metrics, Mapping):
             raise UserError(f"{name}: the metrics must be numbers by name, they are {shown(metrics)}")
+        leaves = [one for one in own if one.requires_grad]
+        if leaves:
+            what = f"{name}: the loss's backward"
+            found = self._code.demand(what, torch.autograd.grad, value, leaves, materialize_grads=True)
+            value = value.detach()
+            for one, gradient in zip(inputs, cast(tuple[Tensor, ...], found), strict=False):
+                gradient = _zeroed(gradient, batch)
+                if not gradient.isfinite().all():
+                    raise UserError(f"{name}: the loss's gradient must be finite, it is not for some token")
+                value = value + (gradient * (one - one.detach())).sum()
         return value, {
             f"loss/{key}": _metric(metric, f'"{key}" of {name}') for key, metric in metrics.items()
         }

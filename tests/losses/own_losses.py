@@ -40,6 +40,43 @@ class Raises:
         raise KeyError("temperature")
 
 
+class _Broken(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: object, x: Tensor) -> Tensor:
+        return x.sum()
+
+    @staticmethod
+    def backward(ctx: object, *gradients: Tensor) -> Tensor:
+        raise ValueError("no such gradient")
+
+
+class RaisesInBackward:
+    def __call__(self, policy_logprobs: Tensor, batch: LossBatch, entropy: Tensor | None) -> Tensor:
+        return _Broken.apply(policy_logprobs)
+
+
+class SteepAtZero:
+    """Finite, with a gradient that is not: of the token that does not count and is 0, or of all."""
+
+    token_wise = True
+
+    def __init__(self, everywhere: bool) -> None:
+        self._everywhere = everywhere
+
+    def __call__(self, policy_logprobs: Tensor, batch: LossBatch, entropy: Tensor | None) -> Tensor:
+        zero = policy_logprobs * 0 if self._everywhere else policy_logprobs
+        return (batch.weights * (zero.abs().sqrt() + policy_logprobs)).sum()
+
+
+class Writes:
+    """As `TokenWise`, but in place."""
+
+    token_wise = True
+
+    def __call__(self, policy_logprobs: Tensor, batch: LossBatch, entropy: Tensor | None) -> Tensor:
+        return -(policy_logprobs.mul_(batch.weights)).mul_(batch.advantages).sum()
+
+
 class Infinite:
     def __call__(self, policy_logprobs: Tensor, batch: LossBatch, entropy: Tensor | None) -> Tensor:
         return policy_logprobs.sum() * torch.inf

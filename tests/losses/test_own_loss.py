@@ -102,6 +102,10 @@ def test_a_class_that_is_no_loss_is_refused(name: str, options: dict[str, float]
             "token_wise, but its gradient on halves of a batch is not that on the whole",
         ),
         ("Raises", r"the loss failed: KeyError: 'temperature' \(.*own_losses\.py, line \d+\)"),
+        (
+            "RaisesInBackward",
+            r"the loss's backward failed: ValueError: no such gradient \(.*own_losses\.py, line \d+\)",
+        ),
         ("Infinite", "the loss must be finite, it is -inf"),
         ("Vector", r"must be a scalar tensor, .* it is a tensor \[8\] of torch\.float64"),
         ("Constant", "does not depend on policy_logprobs, so it trains nothing"),
@@ -123,6 +127,27 @@ def test_what_does_not_count_is_zero_for_a_users_loss_whatever_it_is():
     broken[0] = old[0] = torch.nan
     found, metrics = loss(broken.requires_grad_(), replace(batch, old_logprobs=old))
     assert found.item() == wanted.item() == metrics["policy/loss"].sum
+
+
+def test_a_gradient_that_is_not_finite_matters_where_a_token_counts():
+    policy, batch = batch_of(8)
+    value, _ = build_loss(named("SteepAtZero", options={"everywhere": False}))(policy, batch)
+    value.backward()
+    assert policy.grad is not None
+    assert policy.grad.isfinite().all()
+    assert policy.grad[0] == 0
+    with pytest.raises(UserError, match="the loss's gradient must be finite"):
+        build_loss(named("SteepAtZero", options={"everywhere": True}))(policy, batch)
+
+
+def test_a_loss_may_write_to_what_it_is_given():
+    policy, batch = batch_of(8)
+    before = policy.detach().clone()
+    value, _ = build_loss(named("Writes"))(policy, batch)
+    value.backward()
+    assert torch.equal(policy.detach(), before)
+    assert policy.grad is not None
+    torch.testing.assert_close(policy.grad, -batch.weights * batch.advantages)
 
 
 def test_a_loss_on_pairs_is_refused_beside_what_has_no_meaning_for_it():

@@ -46,8 +46,11 @@ class StepRow(_Row):
     safety_tokens: int = 0
 
 
-class RewardRow(_Row):
-    """A rollout's reward and its parts."""
+class RewardRow(BaseModel):
+    """A rollout's reward and its parts; a user's own parts are further fields, by their names."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    __pydantic_extra__: dict[str, float] = Field(init=False)
 
     total: float | None = None
     r_align: float | None = None

@@ -1,7 +1,7 @@
 """Run folders written by the trainer's own writers, without training."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -110,9 +110,17 @@ def make_group(group_id: int, text: str = "") -> list[Rollout]:
     ]
 
 
-def write_step(folder: Path, step: int, groups: Sequence[Sequence[Rollout]]) -> None:
+def write_step(
+    folder: Path, step: int, groups: Sequence[Sequence[Rollout]], own: Mapping[str, float] | None = None
+) -> None:
+    """own: a user's parts of the reward, the same for every rollout."""
     judgements = RuleJudge().judge(groups)
-    rewards = [group_reward(g, j.preferences, 40.0) for g, j in zip(groups, judgements, strict=True)]
+    rewards = [
+        group_reward(
+            group, judged.preferences, 40.0, own={n: np.full(len(group), v) for n, v in (own or {}).items()}
+        )
+        for group, judged in zip(groups, judgements, strict=True)
+    ]
     advantages = [reward.advantages(0.1) for reward in rewards]
     path = folder / "trajectories" / f"step-{step:06d}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)

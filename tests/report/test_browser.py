@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from mosaic_fast.config import Config, RewardConfig
+from mosaic_fast.config.read import save_config
 from mosaic_fast.report.collect import collect_run
 from mosaic_fast.report.page import render_page
 from tests.report.chromium import Chromium
@@ -172,6 +174,23 @@ def test_a_trajectory_tells_its_parts_its_group_and_why(page: Chromium, address:
     assert text(page, ".group h3 small") == "50 tokens, 23 distinct: 2.2× shared"
     assert page.evaluate("document.querySelectorAll('.tree .fork-mark').length") == 1
     assert "#5 #6check, step 1<safety_thoughts>" in text(page, ".forks")
+
+
+def test_a_users_own_reward_parts_are_columns_facts_and_a_curve(page: Chromium, tmp_path: Path):
+    folder = write_run(tmp_path / "run", steps=1)
+    write_step(folder, 1, [make_group(group) for group in range(3)], {"brevity": 0.75})
+    config = Config(reward=RewardConfig(parts=("align", "my_reward:brevity")))
+    save_config(config, folder / "config.toml")
+    metrics = folder / "metrics.jsonl"
+    metrics.write_text(json.dumps(json.loads(metrics.read_text()) | {"reward/brevity": 0.75}) + "\n")
+    page.open(write_page(tmp_path / "page.html", folder))
+    page.wait_for("document.querySelector('.chart')")
+    assert "brevity" in text(page, ".charts")
+    page.open("about:blank")
+    page.open((tmp_path / "page.html").as_uri() + "#view=trajectories&at=1.1")
+    page.wait_for("document.querySelector('.matrix')")
+    assert "r_alignr_fmtp_lenbrevityRadv." in text(page, ".matrix thead")
+    assert "brevity0.75" in text(page, ".rollout-head .numbers")
 
 
 def test_keys_walk_through_list_and_group(page: Chromium, address: str):

@@ -19,7 +19,7 @@ from mosaic_fast.report.page import render_page
 from mosaic_fast.report.read import Notes, read_groups, read_metrics, trajectory_files
 from mosaic_fast.report.tree import group_tree, token_parts
 from mosaic_fast.run.trajectories import CallRow, RewardRow, RolloutRow, StepRow
-from tests.report.runs_for_tests import make_group, write_run
+from tests.report.runs_for_tests import make_group, write_run, write_step
 
 HOSTILE = (
     "</script><script>window.hacked=1</script><img src=x onerror=hacked=1>"
@@ -252,6 +252,15 @@ OLD_ROW = {  # of the first version: no split, schemas, reasons, fork or figures
     **{"token_ids": [1, 2, 3, 4], "trained": [2, 3], "advantage": 0.5, "a field of then": [1]},
     "reward": {"total": 1.0},
 }
+
+
+def test_a_users_own_part_of_the_reward_is_read_as_it_was_written(tmp_path: Path):
+    folder = write_run(tmp_path / "run", steps=1, groups=1)
+    write_step(folder, 1, [make_group(0)], {"brevity": 0.75})
+    line = trajectory_files(folder)[0][1].read_text(encoding="utf-8").splitlines()[0]
+    row = RolloutRow.model_validate_json(line)
+    assert row.reward.model_dump() == json.loads(line)["reward"]
+    assert row.reward.model_dump()["brevity"] == 0.75
 
 
 def test_a_run_folder_of_an_earlier_version_opens(tmp_path: Path):

@@ -34,13 +34,15 @@ function matrix(run, group, body, current, choose) {
     return el("td", { class: `pair-${word}` }, el("button", { type: "button", "data-pair": `${i},${j}`, "aria-pressed": "false", title: `#${group.members[i].id} against #${group.members[j].id}: ${word}`, onclick: only }, GLYPHS[word]));
   };
   const reward = (i, key) => number(body.rollouts[i].reward[key]);
+  const parts = [...REWARD_PARTS, ...ownParts(body.rollouts[0].reward)];
+  const first = (k) => (k ? null : "gap");
   return [
     el("div", { class: "scroll" }, el("table", { class: "matrix" },
-      el("thead", {}, el("tr", {}, el("th", {}), group.members.map((m) => el("th", {}, `#${m.id}`)), el("th", { class: "gap" }, "r_align"), el("th", {}, "r_fmt"), el("th", {}, "p_len"), el("th", {}, "R"), el("th", {}, "adv."))),
+      el("thead", {}, el("tr", {}, el("th", {}), group.members.map((m) => el("th", {}, `#${m.id}`)), parts.map((part, k) => el("th", { class: first(k) }, visible(part))), el("th", {}, "R"), el("th", {}, "adv."))),
       el("tbody", {}, group.members.map((m, i) => el("tr", { class: i === current ? "current" : null },
         el("th", { scope: "row" }, el("button", { type: "button", class: "link", onclick: () => choose(m) }, `#${m.id}`)),
         group.members.map((_, j) => cell(i, j)),
-        el("td", { class: "gap" }, reward(i, "r_align")), el("td", {}, reward(i, "r_fmt")), el("td", {}, reward(i, "p_len")), el("td", {}, el("b", {}, reward(i, "total"))), el("td", {}, signed(body.rollouts[i].advantage))))))),
+        parts.map((part, k) => el("td", { class: first(k) }, reward(i, part))), el("td", {}, el("b", {}, reward(i, "total"))), el("td", {}, signed(body.rollouts[i].advantage))))))),
     el("p", { class: "note" }, "A row against a column: \u25b2 better, = tie, \u25bc worse. Press a cell for its reason."),
     pair,
   ];

@@ -48,6 +48,15 @@ function heldoutPoints(run, name) {
   return [...points].sort((a, b) => a[0] - b[0]);
 }
 
+// A user's parts of the reward, module:function in the configuration, each with a metric of the function's name.
+function ownRewards(runs) {
+  const named = new Set(runs.flatMap((run) => run.config["reward.parts"] ?? []).filter((part) => part.includes(":")));
+  return [...named].map((part, i) => {
+    const name = part.split(":").pop();
+    return [`reward/${name}`, visible(name), TONES[(i + 2) % TONES.length]];
+  });
+}
+
 function seriesOf(spec, runs) {
   const letter = (run) => (runs.length > 1 ? run.letter : null);
   if (spec.budget) {
@@ -59,7 +68,8 @@ function seriesOf(spec, runs) {
       { label: name.split("/")[1].replaceAll("_", " "), letter: letter(run), tone, run: run.number, points: heldoutPoints(run, name), dots: true })));
   }
   const chosen = spec.stacked ? runs.slice(0, 1) : runs;
-  return spec.metrics.flatMap(([name, label, tone]) => chosen.map((run) => (
+  const metrics = spec.title === "Reward parts" ? [...spec.metrics, ...ownRewards(runs)] : spec.metrics;
+  return metrics.flatMap(([name, label, tone]) => chosen.map((run) => (
     { label, letter: letter(run), tone, run: run.number, points: column(run, name), smooth: spec.smooth })));
 }
 

@@ -57,14 +57,17 @@ function conversation(body, rollout) {
     rollout.steps.map((step, i) => stepBlocks(step, i + 1)));
 }
 
+const REWARD_PARTS = ["r_align", "r_fmt", "p_len"];
+const ownParts = (reward) => Object.keys(reward).filter((name) => name !== "total" && !REWARD_PARTS.includes(name));
+
 function rolloutHead(run, group, entry, rollout, lettered) {
   const fact = (name, value, title) => el("div", { title: title ?? null }, el("dt", {}, name), el("dd", {}, value));
-  const reward = rollout.reward;
+  const reward = rollout.reward, own = ownParts(reward);
   return el("header", { class: "rollout-head" },
     el("h2", {}, lettered ? el("span", { class: `letter letter-${run.letter}` }, run.letter) : null, `Step ${group.step}, rollout ${entry.id}`),
     el("div", { class: "badges" }, statusSign(entry.status), el("span", { class: "tag kind" }, visible(group.kind)), outcomeTags(entry)),
     el("dl", { class: "numbers" },
-      fact("R", number(reward.total), "r_align + r_fmt \u2212 p_len"), fact("r_align", number(reward.r_align)), fact("r_fmt", number(reward.r_fmt)), fact("p_len", number(reward.p_len)),
+      fact("R", number(reward.total), ["r_align + r_fmt \u2212 p_len", ...own].join(" + ")), [...REWARD_PARTS, ...own].map((part) => fact(visible(part), number(reward[part]))),
       fact("advantage", signed(rollout.advantage)), fact("progress", percent(rollout.progress)),
       fact("generated", `${entry.tokens} of ${rollout.tokens} tokens`),
       rollout.parent_id === null ? null : fact("forked", `from #${rollout.parent_id} at token ${rollout.fork_position}`),

@@ -50,7 +50,6 @@ class RewardRow(BaseModel):
     """A rollout's reward and its parts; a user's own parts are further fields, by their names."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
-    __pydantic_extra__: dict[str, float] = Field(init=False)
 
     total: float | None = None
     r_align: float | None = None

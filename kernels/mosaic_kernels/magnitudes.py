@@ -15,19 +15,25 @@ from mosaic_kernels.rounding import FLUSHED, Magnitude, accumulated, least, unit
 def attention_magnitudes(
     q: torch.Tensor,  # [U, Hq, D] fp64, as all that follow
     k: torch.Tensor,  # [U, Hkv, D]
-    v: torch.Tensor,  # [U, Hkv, D]
+    v: torch.Tensor,  # [U, Hkv, V]
     forest: PackedForest,
-    grad: torch.Tensor,  # [T, Hq, D] of the output, one row a rollout token
+    grad: torch.Tensor,  # [T, Hq, V] of the output, one row a rollout token
     *,
     window: int | None,
     scale: float | None,
     dtype: torch.dtype,  # of the op's inputs
-) -> list[Magnitude]:  # of out [T, Hq, D], dq, dk, dv
+    chunk: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,  # [Hq]
+) -> list[Magnitude]:  # of out [T, Hq, V], dq, dk, dv (, dsinks)
     """A score is off by its terms, |q| |k|; its weight by that, relatively, and by the logsumexp's share."""
     q, k, v, grad = (x.detach().cpu() for x in (q, k, v, grad))
+    sink = q.new_full((q.shape[1],), -torch.inf) if sinks is None else sinks.detach().cpu()
+    sink = sink[:, None, None]
     scale = q.shape[2] ** -0.5 if scale is None else scale
     heads, group = q.shape[1], q.shape[1] // k.shape[1]
-    out = [[q.new_zeros(0, heads, q.shape[2])] for _ in range(2)]
+    out = [[q.new_zeros(0, heads, v.shape[2])] for _ in range(2)]
+    d_sinks = q.new_zeros(2, heads)
     dq, dk, dv = ([torch.zeros_like(x) for _ in range(2)] for x in (q, k, v))
     for start, stop in zip(forest.cu_seqlens, forest.cu_seqlens[1:], strict=False):
         nodes = torch.from_numpy(forest.node_index[start:stop])
@@ -35,11 +41,22 @@ def attention_magnitudes(
         keys, values = (x[nodes].transpose(0, 1).repeat_interleave(group, 0) for x in (k, v))
         distance = torch.arange(len(nodes))[:, None] - torch.arange(len(nodes))[None, :]
         seen = (distance >= 0) & (distance < (len(nodes) + 1 if window is None else window))
-        scores = (queries @ keys.transpose(1, 2) * scale).masked_fill(~seen, -torch.inf)
-        weights = scores.softmax(-1)
+        if chunk is not None:
+            place = torch.arange(len(nodes)) // chunk
+            seen &= place[:, None] == place[None, :]
+        scores = queries @ keys.transpose(1, 2) * scale
         queries, keys, values = queries.abs(), keys.abs(), values.abs()
         terms = queries @ keys.transpose(1, 2) * abs(scale)
-        total = torch.logsumexp(scores, -1, keepdim=True).abs() + (weights * terms).sum(-1, keepdim=True)
+        slope = torch.ones_like(terms)
+        if softcap is not None:
+            bent = (scores / softcap).tanh()
+            slope = 1 - bent**2 + 2 * terms / softcap  # and how it is off
+            scores, terms = bent * softcap, (1 - bent**2) * terms + 2 * bent.abs() * softcap
+        scores = scores.masked_fill(~seen, -torch.inf)
+        total = torch.logsumexp(torch.cat([scores, sink.expand(-1, len(nodes), -1)], -1), -1, keepdim=True)
+        weights, sunk = (scores - total).exp(), (sink - total).exp()
+        sunk_terms = torch.where(sink == -torch.inf, 0.0, sink.abs())
+        total = total.abs() + (weights * terms).sum(-1, keepdim=True) + sunk * sunk_terms
         product = incoming @ values.transpose(1, 2)  # d_weights, in terms
         mean = (weights * product).sum(-1, keepdim=True)  # delta, in terms
         for part, at_least in enumerate((FLUSHED, least(dtype))):
@@ -51,6 +68,9 @@ def attention_magnitudes(
                 (weight * product).sum(-1, keepdim=True) + at_least
             )
             out[part].append((weight @ values).transpose(0, 1))
+            of_sink = (sunk + at_least) * (1 + sunk_terms + total if part == 0 else 1)
+            d_sinks[part] += (of_sink * (mean + (weight * product).sum(-1, keepdim=True))).sum((1, 2))
+            d_scores = d_scores * slope
             dq[part].index_add_(0, nodes, (d_scores @ keys * abs(scale)).transpose(0, 1))
             of_key = [
                 (d_scores.transpose(1, 2) @ queries * abs(scale)),
@@ -59,7 +79,8 @@ def attention_magnitudes(
             for into, part_of_heads in zip((dk, dv), of_key, strict=True):
                 summed = part_of_heads.unflatten(0, (-1, group)).sum(1)
                 into[part].index_add_(0, nodes, summed.transpose(0, 1))
-    return [Magnitude(torch.cat(out[0]), torch.cat(out[1])), *(Magnitude(*x) for x in (dq, dk, dv))]
+    gradients = [dq, dk, dv, *([] if sinks is None else [d_sinks])]
+    return [Magnitude(torch.cat(out[0]), torch.cat(out[1])), *(Magnitude(*x) for x in gradients)]
 
 
 def logprob_magnitudes(

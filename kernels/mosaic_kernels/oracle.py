@@ -14,24 +14,35 @@ from mosaic_kernels.forest.layout import PackedForest
 def attention_of_rollouts(
     q: torch.Tensor,  # [U, Hq, D]
     k: torch.Tensor,  # [U, Hkv, D]
-    v: torch.Tensor,  # [U, Hkv, D]
+    v: torch.Tensor,  # [U, Hkv, V]
     forest: PackedForest,
     *,
     window: int | None = None,
     scale: float | None = None,
-) -> torch.Tensor:  # [T, Hq, D], one row a rollout token
+    chunk: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,  # [Hq]
+) -> torch.Tensor:  # [T, Hq, V], one row a rollout token
     """Causal softmax attention of each rollout by itself, laid end to end."""
     group, head_dim = q.shape[1] // k.shape[1], q.shape[2]
-    outs = [q.new_zeros(0, q.shape[1], head_dim)]
+    outs = [q.new_zeros(0, q.shape[1], v.shape[2])]
     for rollout in range(forest.num_rollouts):
         nodes = _nodes(forest, rollout)
         queries = q[nodes].transpose(0, 1)  # [Hq, L, D]
         keys = k[nodes].transpose(0, 1).repeat_interleave(group, dim=0)
         values = v[nodes].transpose(0, 1).repeat_interleave(group, dim=0)
         scores = queries @ keys.transpose(1, 2) * (head_dim**-0.5 if scale is None else scale)
-        distance = torch.arange(len(nodes))[:, None] - torch.arange(len(nodes))[None, :]
+        if softcap is not None:
+            scores = (scores / softcap).tanh() * softcap
+        at = torch.arange(len(nodes), device=q.device)
+        distance = at[:, None] - at[None, :]
         hidden = (distance < 0) | (distance >= (len(nodes) + 1 if window is None else window))
-        weights = scores.masked_fill(hidden.to(q.device), -torch.inf).softmax(-1)
+        if chunk is not None:
+            hidden |= at[:, None] // chunk != at[None, :] // chunk
+        scores = scores.masked_fill(hidden, -torch.inf)
+        if sinks is not None:
+            scores = torch.cat([scores, sinks[:, None, None].expand(-1, len(nodes), 1)], -1)
+        weights = scores.softmax(-1)[..., : len(nodes)]
         outs.append((weights @ values).transpose(0, 1))
     return torch.cat(outs)
 

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypedDict
 
 import numpy as np
 import torch
@@ -69,6 +70,12 @@ SMALL, LARGE = Sizes(12, 61), Sizes(140, 61)
 ON_DEVICE = Sizes(300, 1009, ((4, 2, 64), (8, 2, 128), (3, 3, 96), (2, 1, 256), (4, 1, 32)))
 
 
+class AttentionOptions(TypedDict):
+    window: int | None
+    chunk: int | None
+    softcap: float | None
+
+
 def random_forest(seed: int, sizes: Sizes) -> PackedForest:
     """Several trees: forks, duplicates, strict prefixes, one-token and empty rollouts, masks that differ."""
     rng = np.random.default_rng(seed)
@@ -92,29 +99,38 @@ def problems(seed: int, sizes: Sizes) -> Iterator[Problem]:
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
     query_heads, key_heads, head_dim = sizes.heads[seed % len(sizes.heads)]
-    window = [None, None, 9][int(rng.integers(3))]
+    kind = int(rng.integers(4))
+    options: AttentionOptions = {
+        "window": 9 if kind == 1 else None,
+        "chunk": 7 if kind == 2 else None,
+        "softcap": [None, 1.5][int(rng.integers(2))],
+    }
+    value_dim, sinks = head_dim - [0, 0, 4][int(rng.integers(3))], [leaf(query_heads)][: int(rng.integers(2))]
     nodes = torch.from_numpy(forest.node_index)
     yield Problem(
         "tree_attention",
         attention.BACKENDS,
-        [leaf(forest.num_nodes, heads, head_dim) for heads in (query_heads, key_heads, key_heads)],
+        [
+            leaf(forest.num_nodes, query_heads, head_dim),
+            leaf(forest.num_nodes, key_heads, head_dim),
+            leaf(forest.num_nodes, key_heads, value_dim),
+            *sinks,
+        ],
         lambda x, backend: [
             tree_attention(
-                x[0],
-                x[1],
-                x[2],
-                forest.subtree_end,
-                positions=forest.positions,
-                window=window,
-                backend=backend,
+                x[0], x[1], x[2], forest.subtree_end, positions=forest.positions,
+                sinks=x[3] if x[3:] else None, backend=backend, **options,
             )[nodes.to(x[0].device)]
         ],
-        lambda x: [attention_of_rollouts(x[0], x[1], x[2], forest, window=window)],
+        lambda x: [
+            attention_of_rollouts(x[0], x[1], x[2], forest, sinks=x[3] if x[3:] else None, **options)
+        ],
         lambda w, x, dtype: attention_magnitudes(
-            x[0], x[1], x[2], forest, w[0], window=window, scale=None, dtype=dtype
+            x[0], x[1], x[2], forest, w[0], scale=None, dtype=dtype,
+            sinks=x[3] if x[3:] else None, **options,
         ),
         max(head_dim, forest.num_tokens * query_heads // key_heads),
-    )
+    )  # fmt: skip
 
     edges = np.flatnonzero(forest.parent >= 0)
     targets, rows = forest.tokens[edges], forest.parent[edges]

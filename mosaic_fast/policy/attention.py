@@ -19,7 +19,7 @@ ATTENTION_NAME = "mosaic_tree_attention"
 
 
 KeysAndValues = dict[int, tuple[Tensor, Tensor]]
-"""Layer -> rotated keys and values of a forward's nodes, each [U, Hkv, D]."""
+"""Layer -> rotated keys [U, Hkv, D] and values [U, Hkv, V] of a forward's nodes."""
 
 
 @dataclass(eq=False)
@@ -33,8 +33,8 @@ class TreeForward:
     lm_head: str = "auto"  # backend of linear_logprob
     attention_calls: int = 0  # counted, so that a model that bypasses the attention interface is noticed
 
-    def with_held(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:  # [C + U, Hkv, D]
-        """Keys and values of a layer [U, Hkv, D] behind the held ones."""
+    def with_held(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys [C + U, Hkv, D] and values [C + U, Hkv, V] of a layer: its own behind the held ones."""
         # Checkpointing runs a layer again in the backward pass; the graph is that of the first run.
         if self.kept is not None and layer not in self.kept:
             self.kept[layer] = (key, value)
@@ -48,7 +48,7 @@ def forest_attention(
     module: nn.Module,
     query: Tensor,  # [1, Hq, U, D], or [1, Hq, N, D] with on_rows
     key: Tensor,  # [1, Hkv, U, D]
-    value: Tensor,  # [1, Hkv, U, D]
+    value: Tensor,  # [1, Hkv, U, V]
     attention_mask: Tensor | None,  # never read: the forest says what is visible
     *,
     tree: TreeForward | None = None,
@@ -56,34 +56,62 @@ def forest_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,  # [Hq] a sink a head
     **unused: object,
-) -> tuple[Tensor, None]:  # [1, U or N, Hq, D]
+) -> tuple[Tensor, None]:  # [1, U or N, Hq, V]
     """transformers' attention signature on top of `tree_attention`."""
     if tree is None:
         raise UserError(f"{ATTENTION_NAME} runs inside a Policy's forward only: choose another attention")
     if dropout:
         raise UserError(f"attention_dropout is {dropout}: an exact forest forward needs 0")
-    for name in ("softcap", "s_aux", "position_bias"):
-        if unused.get(name) is not None:
-            raise UserError(f"{type(module).__name__} uses {name}, which tree attention does not support")
+    if unused.get("position_bias") is not None:
+        raise UserError(f"{type(module).__name__} uses position_bias, which tree attention does not support")
     tree.attention_calls += 1
     forest = tree.forest
     layer = cast(int, module.layer_idx)
     keys, values = tree.with_held(layer, key[0].transpose(0, 1), value[0].transpose(0, 1))
-    # A window as long as the longest rollout hides nothing.
-    windowed = sliding_window is not None and sliding_window < forest.longest
+    # A window or a chunk as long as the longest rollout hides nothing.
+    window, chunk = (
+        size if size is not None and size < forest.longest else None
+        for size in (sliding_window, _chunk(module, layer))
+    )
     out = tree_attention(
-        query[0].transpose(0, 1),
+        _tempered(module, query, forest.positions)[0].transpose(0, 1),
         keys,
         values,
         forest.subtree_end,
         queries=forest.row_queries if on_rows else forest.queries,
-        positions=forest.key_positions if windowed else None,
-        window=sliding_window if windowed else None,
+        positions=None if window is None and chunk is None else forest.key_positions,
+        window=window,
+        chunk=chunk,
+        softcap=softcap,
+        sinks=s_aux,
         scale=scaling,
         backend=tree.attention,
     )
     return out[None], None
+
+
+def _chunk(module: nn.Module, layer: int) -> int | None:
+    """Positions a chunk of the layer's attention, which transformers hides in the mask (Llama 4)."""
+    config = cast(PreTrainedConfig, module.config)
+    types = getattr(config, "layer_types", None)
+    return config.attention_chunk_size if types and types[layer] == "chunked_attention" else None
+
+
+def _tempered(module: nn.Module, query: Tensor, positions: Tensor) -> Tensor:  # [1, Hq, U, D] twice
+    """Queries scaled by position, where the layer has scaled them by their place in the row (Llama 4)."""
+    if not getattr(module, "attn_temperature_tuning", False) or module.use_rope:
+        return query
+
+    def scales(at: Tensor) -> Tensor:
+        steps = torch.floor((at.float() + 1.0) / cast(float, module.floor_scale))
+        return torch.log1p(steps) * cast(float, module.attn_scale) + 1.0
+
+    wanted, applied = scales(positions[0]), scales(torch.arange(query.shape[2], device=query.device))
+    ratio = (wanted.double() / applied).to(torch.promote_types(query.dtype, torch.float32))
+    return (query * ratio[:, None]).to(query.dtype)
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """What tests of tree_attention share: forests of the shipped block sizes, and errors against the oracle."""
 
 from collections.abc import Callable, Sequence
+from typing import TypedDict
 
 import numpy as np
 import torch
@@ -11,19 +12,27 @@ from mosaic_kernels.oracle import attention_of_rollouts
 from mosaic_kernels.rounding import Magnitude, weighting, worst_of
 from tests.kernels.criterion import assert_right
 
-Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+Attention = Callable[..., torch.Tensor]
+
+
+class Bends(TypedDict, total=False):
+    """What a family of models adds to plain attention, beside sinks."""
+
+    chunk: int | None
+    softcap: float | None
 
 
 def check(
     forest: PackedForest,
-    qkv: Sequence[torch.Tensor],
-    attention: Attention,  # of qkv: one row a node, or a query
+    qkv: Sequence[torch.Tensor],  # and sinks, where there are some
+    attention: Attention,  # of qkv, and sinks: one row a node, or a query
     seed: int,
     window: int | None = None,
     scale: float | None = None,
     queries: np.ndarray | None = None,  # [Uq], of nodes; None: all
+    bends: Bends | None = None,
 ) -> None:
-    """Output and gradients of q, k and v are the fp64 oracle's, as far as rounding leaves them.
+    """Output and gradients of q, k, v and sinks are the fp64 oracle's, as far as rounding leaves them.
 
     Each rollout token weights its output by itself, so a shared node collects the gradients of all.
     """
@@ -32,18 +41,20 @@ def check(
     row_of_node[queries] = np.arange(len(queries))
     asked = np.flatnonzero(row_of_node[nodes] >= 0)  # the rollout tokens that are
     rows = torch.from_numpy(row_of_node[nodes[asked]])
-    exact = q, k, v = [x.detach().cpu().double().requires_grad_() for x in qkv]
-    expected = attention_of_rollouts(q, k, v, forest, window=window, scale=scale)
+    exact = q, k, v, *rest = [x.detach().cpu().double().requires_grad_() for x in qkv]
+    sinks, bends = rest[0] if rest else None, bends or Bends()
+    expected = attention_of_rollouts(q, k, v, forest, window=window, scale=scale, sinks=sinks, **bends)
     (weight,) = weighting([expected], seed)
     weight[row_of_node[nodes] < 0] = 0
-    options = {"window": window, "scale": scale, "dtype": qkv[0].dtype}
-    out, *gradients = attention_magnitudes(q, k, v, forest, weight, **options)
-    magnitudes = [Magnitude(out.sums[asked], out.casts[asked]), *gradients]
-    terms = max(q.shape[2], forest.num_tokens * q.shape[1] // k.shape[1])
+    out, *gradients = attention_magnitudes(
+        q, k, v, forest, weight, window=window, scale=scale, dtype=qkv[0].dtype, sinks=sinks, **bends
+    )
+    magnitudes = [Magnitude(out.sums[asked], out.casts[asked]), *gradients[: len(qkv)]]
+    terms = max(q.shape[2], v.shape[2], forest.num_tokens * q.shape[1] // k.shape[1])
     found = attention(*qkv)
     found = found[rows.to(found.device)]
     off = worst_of([found], qkv, [expected[asked]], exact, [weight[asked]], magnitudes, terms)
-    assert_right(("out", "dq", "dk", "dv"), off)
+    assert_right(("out", "dq", "dk", "dv", "dsinks")[: len(off)], off)
 
 
 def big_forest(kind: str) -> PackedForest:

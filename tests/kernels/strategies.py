@@ -60,19 +60,38 @@ class Heads:
     query_heads: int
     key_heads: int
     head_dim: int
+    value_dim: int | None = None  # None: as head_dim
+    sinks: bool = False
 
     def draw_qkv(
         self, num_nodes: int, seed: int, dtype: torch.dtype = torch.float64
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """q, k and v, each differentiable."""
+        q, k, v, *_ = self.draw(num_nodes, seed, dtype)
+        return q, k, v
+
+    def draw(self, num_nodes: int, seed: int, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
+        """The same, and the sinks, where there are some."""
         generator = torch.Generator().manual_seed(seed)
+        shapes = [
+            (num_nodes, self.query_heads, self.head_dim),
+            (num_nodes, self.key_heads, self.head_dim),
+            (num_nodes, self.key_heads, self.value_dim or self.head_dim),
+            *([(self.query_heads,)] if self.sinks else []),
+        ]
+        drawn = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+        return [x.to(dtype).requires_grad_() for x in drawn]
 
-        def draw(heads: int) -> torch.Tensor:
-            values = torch.randn(num_nodes, heads, self.head_dim, generator=generator, dtype=torch.float64)
-            return values.to(dtype).requires_grad_()
 
-        return draw(self.query_heads), draw(self.key_heads), draw(self.key_heads)
-
-
-heads = st.sampled_from([Heads(1, 1, 8), Heads(4, 2, 5), Heads(3, 1, 16), Heads(2, 2, 1), Heads(6, 2, 7)])
+heads = st.sampled_from(
+    [
+        Heads(1, 1, 8),
+        Heads(4, 2, 5),
+        Heads(3, 1, 16),
+        Heads(2, 2, 1),
+        Heads(6, 2, 7, value_dim=3),
+        Heads(4, 2, 3, value_dim=5, sinks=True),
+        Heads(3, 1, 8, sinks=True),
+    ]
+)
 seeds = st.integers(0, 2**31 - 1)

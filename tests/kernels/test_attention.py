@@ -7,37 +7,38 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mosaic_kernels import PackedForest, pack_forest, tree_attention
+from mosaic_kernels.attention import capped
 from mosaic_kernels.attention import plan as known_plans
+from mosaic_kernels.attention.capped import MAX_SCORES
 from mosaic_kernels.attention.plan import build_plan, plan_for
 from mosaic_kernels.attention.segments import segments_tree_attention
-from tests.kernels.attention_for_tests import BIG, big_forest, check
+from tests.kernels.attention_for_tests import BIG, Bends, big_forest, check
 from tests.kernels.strategies import Heads, forests, heads, seeds
 
 windows = st.sampled_from([None, None, 1, 3, 10])
+all_bends = st.sampled_from([Bends(), Bends(softcap=1.5), Bends(chunk=4), Bends(chunk=1, softcap=0.5)])
 scales = st.sampled_from([None, None, 0.3, 2.0])
 
 
 @pytest.mark.parametrize("backend", ["reference", "segments"])
 @settings(max_examples=60)
-@given(forest=forests(), shape=heads, seed=seeds, window=windows, scale=scales)
+@given(forest=forests(), shape=heads, seed=seeds, window=windows, scale=scales, bends=all_bends)
 def test_equals_each_rollout_alone(
-    backend: str, forest: PackedForest, shape: Heads, seed: int, window: int | None, scale: float | None
-) -> None:
-    qkv = shape.draw_qkv(forest.num_nodes, seed)
+    backend: str, forest: PackedForest, shape: Heads, seed: int, window: int | None, scale: float | None,
+    bends: Bends,
+) -> None:  # fmt: skip
+    qkv = shape.draw(forest.num_nodes, seed)
+    window = None if "chunk" in bends else window
 
-    def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def attention(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None = None
+    ) -> torch.Tensor:
         return tree_attention(
-            q,
-            k,
-            v,
-            forest.subtree_end,
-            positions=forest.positions,
-            window=window,
-            scale=scale,
-            backend=backend,
-        )
+            q, k, v, forest.subtree_end, positions=forest.positions, window=window, scale=scale,
+            sinks=sinks, backend=backend, **bends,
+        )  # fmt: skip
 
-    check(forest, qkv, attention, seed, window, scale)
+    check(forest, qkv, attention, seed, window, scale, bends=bends)
 
 
 @settings(max_examples=120)
@@ -50,6 +51,8 @@ def test_equals_each_rollout_alone(
     trunk=st.sampled_from([1, 2, 5, 12, 10**9]),
     square=st.sampled_from([1, 4, 100]),
     stacked=st.sampled_from([1, 4, 100]),
+    bends=all_bends,
+    scores=st.sampled_from([1, 64, MAX_SCORES]),
 )
 def test_every_cover_is_exact(
     forest: PackedForest,
@@ -60,18 +63,28 @@ def test_every_cover_is_exact(
     trunk: int,
     square: int,
     stacked: int,
+    bends: Bends,
+    scores: int,
 ) -> None:
     """Small sizes: squares, rectangles, contexts, stacks and buckets all occur on small forests."""
+    chunk, softcap = bends.get("chunk"), bends.get("softcap")
+    window = window if chunk is None else None
     plan = build_plan(
         forest.subtree_end, forest.positions, window,
-        block=block, trunk=trunk, square=square, stacked=stacked,
+        chunk=chunk, block=block, trunk=trunk, square=square, stacked=stacked,
     )  # fmt: skip
 
-    def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return segments_tree_attention(q, k, v, plan, scale=shape.head_dim**-0.5)
+    def attention(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        return segments_tree_attention(
+            q, k, v, plan, scale=shape.head_dim**-0.5, softcap=softcap, sinks=sinks
+        )
 
-    qkv = shape.draw_qkv(forest.num_nodes, seed)
-    check(forest, qkv, attention, seed, window)
+    qkv = shape.draw(forest.num_nodes, seed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(capped, "MAX_SCORES", scores)
+        check(forest, qkv, attention, seed, window, bends=bends)
 
 
 def some_nodes(forest: PackedForest, seed: int, kind: str) -> np.ndarray:
@@ -89,20 +102,24 @@ some = st.sampled_from(["last", "scattered", "runs", "none"])
 
 @pytest.mark.parametrize("backend", ["reference", "segments", "small cover"])
 @settings(max_examples=60)
-@given(forest=forests(max_rollouts=10), shape=heads, seed=seeds, window=windows, kind=some)
+@given(forest=forests(max_rollouts=10), shape=heads, seed=seeds, window=windows, kind=some, bends=all_bends)
 def test_some_queries_equal_their_rows_of_all(
-    backend: str, forest: PackedForest, shape: Heads, seed: int, window: int | None, kind: str
+    backend: str, forest: PackedForest, shape: Heads, seed: int, window: int | None, kind: str, bends: Bends
 ) -> None:
     """Outputs of the rows asked for, and their gradients in every key, are those of the whole forest."""
+    window = None if "chunk" in bends else window
     queries = some_nodes(forest, seed, kind)
     rows = torch.from_numpy(queries)
     end, positions = forest.subtree_end, forest.positions
 
-    def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def attention(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None = None
+    ) -> torch.Tensor:
         if backend != "small cover":
             return tree_attention(
-                q[rows], k, v, end, queries=queries, positions=positions, window=window, backend=backend
-            )
+                q[rows], k, v, end, queries=queries, positions=positions, window=window, sinks=sinks,
+                backend=backend, **bends,
+            )  # fmt: skip
         plan = build_plan(
             end,
             positions,
@@ -110,12 +127,17 @@ def test_some_queries_equal_their_rows_of_all(
             queries,
             block=1 + seed % 5,
             trunk=1 + seed % 7,
+            chunk=bends.get("chunk"),
             square=1 + seed % 3,
             stacked=1 + seed % 4,
         )
-        return segments_tree_attention(q[rows], k, v, plan, scale=shape.head_dim**-0.5)
+        softcap = bends.get("softcap")
+        return segments_tree_attention(
+            q[rows], k, v, plan, scale=shape.head_dim**-0.5, softcap=softcap, sinks=sinks
+        )
 
-    check(forest, shape.draw_qkv(forest.num_nodes, seed), attention, seed, window, queries=queries)
+    qkv = shape.draw(forest.num_nodes, seed)
+    check(forest, qkv, attention, seed, window, queries=queries, bends=bends)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import sys
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,17 +30,20 @@ def varlen_in_plain_pytorch(
     softmax_scale: float,
     causal: bool,
     window_size: tuple[int, int],
+    softcap: float,
     deterministic: bool,
 ) -> torch.Tensor:
     """What flash-attn's documentation says of flash_attn_varlen_func: causal, aligned at the bottom right."""
     assert causal
     assert deterministic
+    assert q.shape[2] == k.shape[2] == v.shape[2]  # it knows one head size
     assert longest_queries == int(cu_queries.diff().max())
     assert longest_keys == int(cu_keys.diff().max())
     group, outs = q.shape[1] // k.shape[1], []
     for q0, q1, k0, k1 in zip(cu_queries, cu_queries[1:], cu_keys, cu_keys[1:], strict=False):
         queries, keys, values = q[q0:q1].float(), k[k0:k1].float(), v[k0:k1].float()
         scores = torch.einsum("qhd,khd->hqk", queries, keys.repeat_interleave(group, 1)) * softmax_scale
+        scores = (scores / softcap).tanh() * softcap if softcap else scores
         last = torch.arange(len(queries))[:, None] + len(keys) - len(queries)  # the key at a query's place
         key = torch.arange(len(keys))[None, :]
         hidden = key > last
@@ -48,6 +52,15 @@ def varlen_in_plain_pytorch(
         weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
         outs.append(torch.einsum("hqk,khd->qhd", weights, values.repeat_interleave(group, 1)))
     return torch.cat(outs).to(q.dtype)
+
+
+bends = st.sampled_from(
+    [
+        {"window": window, "chunk": chunk, "softcap": softcap}
+        for window, chunk in ((None, None), (1, None), (5, None), (None, 4))
+        for softcap in (None, 1.5)
+    ]
+)
 
 
 def asked(forest: PackedForest, seed: int, share: float) -> np.ndarray | None:
@@ -61,26 +74,25 @@ def asked(forest: PackedForest, seed: int, share: float) -> np.ndarray | None:
 @given(
     forest=forests(min_rollouts=1, max_rollouts=10).filter(lambda one: one.num_nodes > 0),
     seed=seeds,
-    window=st.sampled_from([None, 1, 5]),
+    bends=bends,
     share=st.sampled_from([1.0, 0.4]),
+    value_dim=st.sampled_from([4, 8, 12]),
 )
 def test_gathered_paths_are_the_tree(
-    forest: PackedForest, seed: int, window: int | None, share: float
+    forest: PackedForest, seed: int, bends: dict[str, Any], share: float, value_dim: int
 ) -> None:
     fake = ModuleType("flash_attn")
     fake.flash_attn_varlen_func = varlen_in_plain_pytorch  # pyrefly: ignore [missing-attribute]
     fake.__spec__ = __spec__
     rows = asked(forest, seed, share)
-    q, k, v = (x.detach() for x in Heads(4, 2, 8).draw_qkv(forest.num_nodes, seed, torch.float16))
+    q, k, v = (x.detach() for x in Heads(4, 2, 8, value_dim).draw_qkv(forest.num_nodes, seed, torch.float16))
     q = q if rows is None else q[rows]
     queries = None if rows is None else torch.from_numpy(rows)
     end, depth = torch.from_numpy(forest.subtree_end), torch.from_numpy(forest.positions)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "flash_attn", fake)
-        out = flash_tree_attention(q, k, v, end, positions=depth, window=window, scale=0.3, queries=queries)
-    expected = reference_tree_attention(
-        q, k, v, end, positions=depth, window=window, scale=0.3, queries=queries
-    )
+        out = flash_tree_attention(q, k, v, end, positions=depth, scale=0.3, queries=queries, **bends)
+    expected = reference_tree_attention(q, k, v, end, positions=depth, scale=0.3, queries=queries, **bends)
     assert torch.allclose(out, expected, atol=2e-3)
 
 
@@ -94,17 +106,26 @@ def test_a_chain_is_gathered_once() -> None:
 @given(
     forest=forests(min_rollouts=1, max_rollouts=10, max_length=60).filter(lambda one: one.num_nodes > 0),
     seed=seeds,
-    window=st.sampled_from([None, 5]),
+    bends=bends,
     share=st.sampled_from([1.0, 0.4]),
+    shape=st.sampled_from([Heads(4, 2, 16), Heads(4, 2, 16, value_dim=8, sinks=True)]),
 )
-def test_flex_masks_are_the_tree(forest: PackedForest, seed: int, window: int | None, share: float) -> None:
+def test_flex_masks_are_the_tree(
+    forest: PackedForest, seed: int, bends: dict[str, Any], share: float, shape: Heads
+) -> None:
     """Eager FlexAttention applies the mask; it has no backward on CPU."""
     rows = asked(forest, seed, share)
-    q, k, v = (x.detach() for x in Heads(4, 2, 16).draw_qkv(forest.num_nodes, seed, torch.float32))
+    q, k, v, *sinks = (x.detach() for x in shape.draw(forest.num_nodes, seed, torch.float32))
     q = q if rows is None else q[rows]
     queries = None if rows is None else torch.from_numpy(rows)
     end, depth = torch.from_numpy(forest.subtree_end), torch.from_numpy(forest.positions)
-    options = {"positions": depth, "window": window, "scale": 0.3, "queries": queries}
+    options: dict[str, Any] = {
+        "positions": depth,
+        "scale": 0.3,
+        "queries": queries,
+        "sinks": sinks[0] if sinks else None,
+    }
+    options |= bends
     out = flex_tree_attention(q, k, v, end, **options)
     assert torch.allclose(out, reference_tree_attention(q, k, v, end, **options), atol=1e-5)
 
@@ -122,11 +143,25 @@ def test_a_missing_package_is_named() -> None:
         flash_tree_attention(x, x, x, torch.tensor([1]), positions=None, window=None, scale=1.0)
 
 
+def test_sinks_are_refused_by_flash(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = ModuleType("flash_attn")
+    fake.__spec__ = __spec__
+    monkeypatch.setitem(sys.modules, "flash_attn", fake)
+    x, end = torch.zeros(1, 1, 8, dtype=torch.float16), torch.tensor([1])
+    with pytest.raises(ValueError, match=r"'flash' has no sinks.*'triton', 'flex' or 'reference'"):
+        flash_tree_attention(x, x, x, end, positions=None, window=None, scale=1.0, sinks=torch.zeros(1))
+
+
+def test_a_head_size_takes_the_next_larger_tile() -> None:
+    assert tiles_for("sm_90", 80, torch.bfloat16) is HALF["sm_90", 96]
+    assert tiles_for("sm_90", 192, torch.bfloat16) is HALF["sm_90", 256]
+
+
 def test_a_head_size_without_a_tile_is_refused() -> None:
     """The message says which sizes there are, and who else can."""
     assert {(arch, head) for arch in ("sm_80", "sm_90", "sm_100") for head in (64, 96, 128)} <= set(HALF)
     for arch, head, dtype in (
-        ("sm_90", 80, torch.bfloat16),
+        ("sm_90", 1024, torch.bfloat16),
         ("sm_75", 64, torch.float16),
         ("sm_90", 256, torch.float32),
     ):

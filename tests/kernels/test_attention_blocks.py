@@ -11,12 +11,14 @@ from mosaic_kernels.attention.blocks import BlockLists, tree_for
 from tests.kernels.strategies import forests, seeds
 
 
-def dense_mask(forest: PackedForest, rows: np.ndarray, window: int | None) -> np.ndarray:
+def dense_mask(forest: PackedForest, rows: np.ndarray, window: int | None, chunk: int | None) -> np.ndarray:
     """[rows, U] bool."""
     key = np.arange(forest.num_nodes)
     visible = (key[None, :] <= rows[:, None]) & (rows[:, None] < forest.subtree_end[None, :])
     if window is not None:
         visible &= forest.positions[rows][:, None] - forest.positions[None, :] < window
+    if chunk is not None:
+        visible &= forest.positions[rows][:, None] // chunk == forest.positions[None, :] // chunk
     return visible
 
 
@@ -37,12 +39,18 @@ def listed(lists: BlockLists, shape: tuple[int, int]) -> tuple[np.ndarray, np.nd
     seed=seeds,
     block_q=st.integers(1, 9),
     block_k=st.integers(1, 9),
-    window=st.sampled_from([None, 1, 4, 12]),
+    reach=st.sampled_from([(None, None), (1, None), (4, None), (12, None), (None, 1), (None, 5)]),
     share=st.sampled_from([1.0, 0.3]),
 )
 def test_lists_are_the_mask(
-    forest: PackedForest, seed: int, block_q: int, block_k: int, window: int | None, share: float
+    forest: PackedForest,
+    seed: int,
+    block_q: int,
+    block_k: int,
+    reach: tuple[int | None, int | None],
+    share: float,
 ) -> None:
+    window, chunk = reach
     rows = np.flatnonzero(np.random.default_rng(seed).random(forest.num_nodes) <= share)
     if not len(rows):
         return
@@ -51,8 +59,9 @@ def test_lists_are_the_mask(
         torch.from_numpy(rows),
         torch.from_numpy(forest.positions),
         window,
+        chunk,
     )
-    mask = dense_mask(forest, rows, window)
+    mask = dense_mask(forest, rows, window, chunk)
     missing = -len(rows) % block_q, -forest.num_nodes % block_k
     # Past the end no key exists, and queries see whatever is convenient.
     some = np.pad(mask, ((0, missing[0]), (0, missing[1])))
@@ -70,7 +79,7 @@ def test_lists_are_the_mask(
         visited, full = (x.T if transposed else x for x in listed(lists, shape))
         assert (visited >= any_visible).all(), "a visible pair is skipped"
         assert (full <= all_visible).all(), "a hidden pair is taken for visible"
-        if share == 1.0 and window is None:
+        if share == 1.0 and reach == (None, None):
             assert (visited == any_visible).all(), "a block without visible pairs is visited"
             assert (full == all_visible).all(), "a full block is masked"
         lengths = [stop - first for _, first, _, stop in lists.work.tolist()]
@@ -88,7 +97,7 @@ def test_a_tree_is_kept_with_the_tensor_it_describes(monkeypatch: pytest.MonkeyP
     end, depth = torch.tensor([3, 3, 3], device="meta"), torch.arange(3, device="meta")
     first = tree_for(end, None, depth, None)
     assert tree_for(end, None, depth, None) is first
-    assert tree_for(end, None, depth, 2) is not first
+    assert tree_for(end, None, depth, 2) is not tree_for(end, None, depth, None, 2)
     end.add_(0)
     assert tree_for(end, None, depth, None) is not first
-    assert len(made) == 3
+    assert len(made) == 4

@@ -56,18 +56,20 @@ def test_non_contiguous_input_and_gradient(backend: str) -> None:
     check(forest, (q, k, v), attention, seed=1)
 
 
+@pytest.mark.parametrize("softcap", [None, 0.7])
 @pytest.mark.parametrize("backend", ["reference", "segments"])
-def test_gradcheck(backend: str) -> None:
+def test_gradcheck(backend: str, softcap: float | None) -> None:
     forest = pack_forest([[1, 2, 3], [1, 2, 4], [5], [1, 2]])
     plan = build_plan(forest.subtree_end, block=2, trunk=2)
-    qkv = Heads(2, 1, 3).draw_qkv(forest.num_nodes, 0)
+    leaves = Heads(2, 1, 3, value_dim=2, sinks=True).draw(forest.num_nodes, 0)
 
-    def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor) -> torch.Tensor:
         if backend == "segments":
-            return segments_tree_attention(q, k, v, plan, scale=0.5)
-        return tree_attention(q, k, v, forest.subtree_end, backend=backend)
+            return segments_tree_attention(q, k, v, plan, scale=0.5, softcap=softcap, sinks=sinks)
+        end = forest.subtree_end
+        return tree_attention(q, k, v, end, softcap=softcap, sinks=sinks, backend=backend)
 
-    assert torch.autograd.gradcheck(attention, qkv)
+    assert torch.autograd.gradcheck(attention, leaves)
 
 
 @pytest.mark.usefixtures("poisoned_memory")
@@ -104,6 +106,14 @@ def test_refusals() -> None:
         tree_attention(q, k, v, end, window=2)
     with pytest.raises(ValueError, match="window must be at least 1"):
         tree_attention(q, k, v, end, window=0, positions=end)
+    with pytest.raises(ValueError, match="chunk needs positions"):
+        tree_attention(q, k, v, end, chunk=2)
+    with pytest.raises(ValueError, match="a window or a chunk, not both"):
+        tree_attention(q, k, v, end, window=2, chunk=2, positions=end)
+    with pytest.raises(ValueError, match="softcap must be above 0"):
+        tree_attention(q, k, v, end, softcap=0.0)
+    with pytest.raises(ValueError, match=r"sinks must be \[4\] on cpu, got \[3\]"):
+        tree_attention(q, k, v, end, sinks=torch.zeros(3))
     with pytest.raises(ValueError, match=r"subtree_end has shape \(2,\)"):
         tree_attention(q, k, v, end[:2])
     with pytest.raises(ValueError, match=r"subtree_end holds 4, outside \[0, 4\)"):

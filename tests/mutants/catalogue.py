@@ -16,13 +16,16 @@ HEAD_AND_WORK_OF_QUERY_HEAD = (
     "    head = tl.program_id(0) // GROUP % num_heads\n"
     "    work = work_ptr + tl.program_id(0) // GROUP // num_heads * 4\n"
 )
-PART = "load_tile({0}_ptr + head * D, keys, columns, num_heads * D, num_keys, D)"
+PART = "load_tile({0}_ptr + head * {1}, keys, {2}, num_heads * {1}, num_keys, {1})"
 CAUSAL_T = "(keys[:, None] <= q_at[None, :])"
 MASK = "(q_at[:, None] < end[None, :])"
 CAUSAL = "(keys[None, :] <= q_at[:, None])"
 TREE_MASK = f"{CAUSAL} & {MASK}"
-NARROW = "depth[None, :] < window"
+NARROW = "(q_depth[:, None] < limit[None, :])"
 LOAD_END = "tl.load(end_ptr + keys, mask=keys < num_keys, other=0)"
+
+SLOPE = "    if SOFTCAP:\n        d_scores *= score_slope(scores, softcap)\n"
+BENT_HEADS = f"{TREE}::test_keys_and_values_of_different_size"
 
 ATTENTION = (
     Mutant(
@@ -145,14 +148,14 @@ ATTENTION = (
             ("range((stop - masked) * GROUP)", "range(stop - masked)"),
             ("first + step // GROUP, step % GROUP", "first + step, tl.program_id(0) % GROUP"),
             ("masked + step // GROUP, step % GROUP", "masked + step, tl.program_id(0) % GROUP"),
-            ("dk * scale, keys", f"dk * scale + {PART.format('dk')}, keys"),
-            ("dv, keys, columns, num_heads", f"dv + {PART.format('dv')}, keys, columns, num_heads"),
+            ("dk * scale, keys", f"dk * scale + {PART.format('dk', 'D', 'columns')}, keys"),
+            ("dv, keys, value", f"dv + {PART.format('dv', 'V', 'value_columns')}, keys, value"),
         ),
         TTSEM,
         SMALL_HEADS,
         also=(
             ("attention/triton.py", "len(lists.work) * k.shape[1],", "len(lists.work) * q.shape[1],"),
-            ("attention/triton.py", "torch.empty(k.shape", "torch.zeros(k.shape"),
+            ("attention/triton.py", "torch.empty(x.shape", "torch.zeros(x.shape"),
         ),
     ),
     Mutant(
@@ -161,6 +164,76 @@ ATTENTION = (
         (("forward_kernel, len(lists.work)", "forward_kernel, (len(lists.work) - 1)"),),
         INTERPRETER,
         EQUALS,
+    ),
+    Mutant(
+        "dK and dV see one position past the window or the chunk",
+        BACKWARD,
+        (("q_depth[None, :] < limit[:, None]", "q_depth[None, :] <= limit[:, None]"),),
+        INTERPRETER,
+        EQUALS,
+    ),
+    Mutant(
+        "a chunk is taken for a window of its size",
+        "attention/blocks.py",
+        (("return (positions // chunk + 1) * chunk", "return positions + chunk"),),
+        INTERPRETER,
+        EQUALS,
+    ),
+    Mutant(
+        "a block of keys whose chunks end within the block of queries is taken for a full one",
+        "attention/blocks.py",
+        (("full &= deepest_q < lowest_limit", "full &= shallowest_q < lowest_limit"),),
+        INTERPRETER,
+        EQUALS,
+    ),
+    Mutant(
+        "the softcap of scores has no derivative in dQ",
+        BACKWARD,
+        ((f"(d_weights - delta[:, None])\n{SLOPE}", "(d_weights - delta[:, None])\n"),),
+        INTERPRETER,
+        EQUALS,
+    ),
+    Mutant(
+        "the softcap of scores has no derivative in dK",
+        BACKWARD,
+        ((f"(d_weights - delta[None, :])\n{SLOPE}", "(d_weights - delta[None, :])\n"),),
+        INTERPRETER,
+        EQUALS,
+    ),
+    Mutant(
+        "the softcap bends scores before they are scaled",
+        PARTS,
+        (("tanh(products * (scale / softcap))", "tanh(products / softcap)"),),
+        INTERPRETER,
+        EQUALS,
+    ),
+    Mutant(
+        "a sink is not counted in the softmax",
+        FORWARD,
+        (("total += 1.0", "total += 0.0"),),
+        INTERPRETER,
+        EQUALS,
+    ),
+    Mutant(
+        "sinks are taken for logits in base 2",
+        FORWARD,
+        (("tl.load(sinks_ptr + head) * LOG2_E", "tl.load(sinks_ptr + head)"),),
+        INTERPRETER,
+        EQUALS,
+    ),
+    Mutant(
+        "the gradient of a sink has the other sign",
+        "attention/triton.py",
+        (("d_sinks = -(torch.exp2", "d_sinks = (torch.exp2"),),
+        INTERPRETER,
+        EQUALS,
+    ),
+    Mutant(
+        "values are as wide as keys",
+        FORWARD,
+        (("v_row_stride, num_keys, V)", "v_row_stride, num_keys, D)"),),
+        TTSEM,
+        BENT_HEADS,
     ),
 )  # fmt: skip
 

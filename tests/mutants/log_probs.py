@@ -100,7 +100,7 @@ LOG_PROBS = (
     ),
     Mutant(
         "the softcap's tanh cancels near zero",
-        LOGPROB,
+        "tanh.py",
         (("tl.abs(x) < 0.25, series", "tl.abs(x) < 0.0, series"),),
         INTERPRETER,
         "test_linear_logprob.py::test_tanh_keeps_its_digits_near_zero",

@@ -5,13 +5,12 @@ from dataclasses import dataclass, field
 from itertools import chain
 
 import torch
-import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from mosaic_kernels.attention import kernels as attention_kernels
 from mosaic_kernels.attention import tiles as attention_tiles
-from mosaic_kernels.attention.triton import DELTA_BLOCK
+from mosaic_kernels.attention.triton import DELTA_BLOCK, padded_size
 from mosaic_kernels.gather_sum import gather_sum_kernel
 from mosaic_kernels.logprob import kernels as logprob_kernels
 from mosaic_kernels.logprob import tiles as logprob_tiles
@@ -24,7 +23,7 @@ from mosaic_kernels.surrogate.triton import surrogate_kernel
 FP32, INT, LONG, BYTE = torch.float32, torch.int32, torch.int64, torch.uint8
 SHORT_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
-ATTENTION_SIZES = (4097, 4097, 8, 100, 0.125)  # queries, keys, heads, window, scale
+ATTENTION_SIZES = (4097, 4097, 8, 0.125, 50.0)  # queries, keys, heads, scale, softcap
 GROUP = 4
 EDGES = (INT,) * 4  # rows, targets, tile_edges, tile_starts
 ROWS, VOCAB, DIM, CHUNK = 1001, 151_667, 5120, 8192
@@ -75,6 +74,29 @@ class CompileCase:
     tensor_cores: bool = True  # whether its dots must compile to tensor-core instructions
 
 
+@dataclass(frozen=True)
+class Bends:
+    """What a family of models adds to plain attention, as the kernels are compiled for it."""
+
+    window: bool = False  # or a chunk
+    softcap: bool = False
+    sinks: bool = False
+    head_dims: tuple[int, int] | None = None  # of keys and of values, where the tile is of a larger size
+
+
+PLAIN = Bends()
+BENDS = {  # head size of the tile -> what models of that size have
+    64: (Bends(window=True), Bends(window=True, sinks=True)),  # gpt-oss
+    96: (Bends(window=True),),  # Phi-3
+    128: (Bends(window=True), Bends(softcap=True)),  # Mistral, Gemma 2 27B
+    256: (
+        Bends(window=True),
+        Bends(window=True, softcap=True),
+        Bends(head_dims=(192, 128)),
+    ),  # Gemma, DeepSeek
+}
+
+
 def all_cases(arch: str | None = None, holding: str = "") -> list[CompileCase]:
     """The cases of every op, in a fixed order; of one architecture, with this text in their names."""
     made = chain(attention_cases(), logprob_cases(), preference_cases(), surrogate_cases())
@@ -82,20 +104,18 @@ def all_cases(arch: str | None = None, holding: str = "") -> list[CompileCase]:
 
 
 def attention_cases() -> Iterator[CompileCase]:
-    """Each kernel at each entry of the tile table: bf16 with and without a window, fp16 without one.
+    """Each kernel at each entry of the tile table: bf16 plain and as models of that size bend it, fp16 plain.
 
     fp32 as IEEE and as TF32.
     """
     for (arch, head_dim), tiles in attention_tiles.HALF.items():
-        yield from attention_tile_cases(arch, head_dim, tiles, torch.bfloat16, window=False)
-        if head_dim in (96, 128):  # where models with sliding windows are (Phi-3, Mistral)
-            yield from attention_tile_cases(arch, head_dim, tiles, torch.bfloat16, window=True)
-        yield from attention_tile_cases(arch, head_dim, tiles, torch.float16, window=False)
+        yield from attention_tile_cases(arch, head_dim, tiles, torch.bfloat16)
+        for bends in BENDS.get(head_dim, ()):
+            yield from attention_tile_cases(arch, head_dim, tiles, torch.bfloat16, bends)
+        yield from attention_tile_cases(arch, head_dim, tiles, torch.float16)
     for table, precision in ((attention_tiles.SINGLE, "ieee"), (attention_tiles.TF32, "tf32")):
         for (arch, head_dim), tiles in table.items():
-            yield from attention_tile_cases(
-                arch, head_dim, tiles, torch.float32, window=False, precision=precision
-            )
+            yield from attention_tile_cases(arch, head_dim, tiles, torch.float32, precision=precision)
 
 
 def attention_tile_cases(
@@ -103,20 +123,21 @@ def attention_tile_cases(
     head_dim: int,
     tiles: attention_tiles.Tiles,
     dtype: torch.dtype,
+    bends: Bends = PLAIN,
     *,
-    window: bool,
     precision: str = "ieee",
 ) -> Iterator[CompileCase]:
+    head_dim, value_dim = bends.head_dims or (head_dim, head_dim)
     label = " ".join(
         [
             "tf32" if precision == "tf32" else SHORT_NAMES[dtype],
             f"D{head_dim}",
-            *(["window"] if window else []),
+            *([f"V{value_dim}"] if value_dim != head_dim else []),
+            *(name for name in ("window", "softcap", "sinks") if getattr(bends, name)),
         ]
     )
-    strides = (head_dim * 32, head_dim)
-    indices = (INT,) * 6  # end, rows, depth, row_depth, work, blocks
-    shared: dict[str, int | bool | str] = {"D": head_dim, "BLOCK_D": int(triton.next_power_of_2(head_dim))}
+    strides, value_strides = ((size * 32, size) for size in (head_dim, value_dim))
+    indices = (INT,) * 6  # end, rows, limit, row_depth, work, blocks
 
     def case(
         name: str,
@@ -127,27 +148,33 @@ def attention_tile_cases(
         return CompileCase(
             op="tree_attention", name=f"{name} {label}", arch=arch,
             kernel=getattr(attention_kernels, f"{name}_kernel"),
-            arguments=arguments, constants={**shared, **constants},
+            arguments=arguments, constants={"V": value_dim, "BLOCK_V": padded_size(value_dim), **constants},
             num_warps=tile.num_warps, num_stages=tile.num_stages,
             tensor_cores=name != "delta" and not (dtype == torch.float32 and precision == "ieee"),
         )  # fmt: skip
 
     def blocks(tile: attention_tiles.Tile) -> dict[str, int | bool | str]:
         return {
-            "GROUP": GROUP, "WINDOW": window, "PRECISION": precision,
+            "GROUP": GROUP, "LIMIT": bends.window, "SOFTCAP": bends.softcap, "PRECISION": precision,
+            "D": head_dim, "BLOCK_D": padded_size(head_dim),
             "BLOCK_Q": tile.block_q, "BLOCK_K": tile.block_k,
         }  # fmt: skip
 
     tile = tiles.forward
     yield case(
-        "forward", tile, (dtype,) * 4 + (FP32, *indices, *ATTENTION_SIZES, *strides * 3), **blocks(tile)
-    )
-    backward = ((dtype,) * 4 + (FP32,) * 2, (*indices, *ATTENTION_SIZES, *strides * 4))
+        "forward", tile,
+        (dtype, dtype, dtype, FP32, dtype, FP32, *indices, *ATTENTION_SIZES, *strides * 2, *value_strides),
+        **blocks(tile), SINKS=bends.sinks,
+    )  # fmt: skip
+    if bends.sinks:  # the forward kernel's alone
+        return
+    sizes = (*indices, *ATTENTION_SIZES, *strides * 2, *value_strides * 2)
+    backward = ((dtype,) * 4 + (FP32,) * 2, sizes)
     yield case("dq", tiles.dq, (*backward[0], dtype, *backward[1]), **blocks(tiles.dq))
     yield case("dkv", tiles.dkv, (*backward[0], dtype, dtype, *backward[1]), **blocks(tiles.dkv))
-    if not window and precision == "ieee":
+    if precision == "ieee" and not (bends.window or bends.softcap):
         delta = attention_tiles.Tile(DELTA_BLOCK, 0, 4, 3)
-        yield case("delta", delta, (dtype, dtype, FP32, 4097, 8, *strides), BLOCK_Q=DELTA_BLOCK)
+        yield case("delta", delta, (dtype, dtype, FP32, 4097, 8, *value_strides), BLOCK_Q=DELTA_BLOCK)
 
 
 def logprob_cases() -> Iterator[CompileCase]:

@@ -10,10 +10,25 @@ block in part.
 """
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
+
+from mosaic_kernels.forest.layout import IntArray
+
+Depths = TypeVar("Depths", torch.Tensor, IntArray)
+
+
+def first_blind_depth(positions: Depths, window: int | None, chunk: int | None) -> Depths:  # [U] -> [U]
+    """The depth from which on a query no longer sees each key: by a sliding window, or at its chunk's end.
+
+    Along a path a query sees keys of smaller depth, so one number a key says both.
+    """
+    if chunk is not None:
+        return (positions // chunk + 1) * chunk
+    assert window is not None
+    return positions + window
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,9 +45,8 @@ class Tree:
 
     end: torch.Tensor  # [U] int32 subtree_end
     rows: torch.Tensor  # [Uq] int32, rising: packed position of each query
-    depth: torch.Tensor | None  # [U] int32; None without a window
-    row_depth: torch.Tensor | None  # [Uq] int32
-    window: int | None
+    limit: torch.Tensor | None  # [U] int32: the first depth that no longer sees the key; None: all do
+    row_depth: torch.Tensor | None  # [Uq] int32, with a limit
     sources: tuple[torch.Tensor | None, ...] = ()  # keeps what it was made from alive while it is cached
     derived: dict[str, Any] = field(default_factory=dict, repr=False)  # what other backends make of it
     _lists: dict[tuple[int, int, bool], BlockLists] = field(default_factory=dict, repr=False)
@@ -54,11 +68,11 @@ class Tree:
         visited = (first_k <= last_q) & (first_q < highest_end)
         complete = last_k - first_k == block_k - 1  # a tail block's missing keys must be masked
         full = (last_k <= first_q) & (last_q < lowest_end) & complete
-        if self.depth is not None and self.row_depth is not None and self.window is not None:
+        if self.limit is not None and self.row_depth is not None:
             shallowest_q, deepest_q = (one[:, None] for one in _min_max(self.row_depth, block_q))
-            shallowest_k, deepest_k = _min_max(self.depth, block_k)
-            visited &= shallowest_q - deepest_k < self.window
-            full &= deepest_q - shallowest_k < self.window
+            lowest_limit, highest_limit = _min_max(self.limit, block_k)
+            visited &= shallowest_q < highest_limit
+            full &= deepest_q < lowest_limit
         return visited, full
 
 
@@ -67,6 +81,7 @@ def tree_for(
     queries: torch.Tensor | None,  # [Uq] int64, None: all
     positions: torch.Tensor | None,  # [U] int64
     window: int | None,
+    chunk: int | None = None,
 ) -> Tree:
     """The Tree of these index arrays. On an accelerator it is kept as long as the subtree_end tensor lives.
 
@@ -76,11 +91,12 @@ def tree_for(
     sources = (queries, positions)
     given = [x for x in (subtree_end, *sources) if x is not None]
     if subtree_end.device.type == "cpu" or any(x.is_inference() for x in given):
-        return _make_tree(subtree_end, queries, positions, window)
+        return _make_tree(subtree_end, queries, positions, window, chunk)
     kept: dict[tuple[object, ...], Tree] = _TREES.setdefault(subtree_end, {})
-    key = (window, subtree_end._version, *((id(x), x._version) if x is not None else None for x in sources))
+    versions = (None if x is None else (id(x), x._version) for x in sources)
+    key = (window, chunk, subtree_end._version, *versions)
     if key not in kept:
-        kept[key] = _make_tree(subtree_end, queries, positions, window)
+        kept[key] = _make_tree(subtree_end, queries, positions, window, chunk)
     return kept[key]
 
 
@@ -92,15 +108,15 @@ def _make_tree(
     queries: torch.Tensor | None,
     positions: torch.Tensor | None,
     window: int | None,
+    chunk: int | None,
 ) -> Tree:
     rows = torch.arange(len(subtree_end), device=subtree_end.device) if queries is None else queries
-    depth = None if window is None or positions is None else positions.int()
+    limited = positions is not None and (window, chunk) != (None, None)
     return Tree(
         end=subtree_end.int(),
         rows=rows.int(),
-        depth=depth,
-        row_depth=None if depth is None else depth[rows],
-        window=None if depth is None else window,
+        limit=first_blind_depth(positions, window, chunk).int() if limited else None,
+        row_depth=positions.int()[rows] if limited else None,
         sources=(queries, positions),
     )
 

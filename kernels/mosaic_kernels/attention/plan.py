@@ -25,7 +25,16 @@ import numpy as np
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from mosaic_kernels.attention.plan_parts import Context, Part, Plan, SegmentTree, buckets_of, stacks_of
+from mosaic_kernels.attention.blocks import first_blind_depth
+from mosaic_kernels.attention.plan_parts import (
+    Context,
+    Depths,
+    Part,
+    Plan,
+    SegmentTree,
+    buckets_of,
+    stacks_of,
+)
 from mosaic_kernels.forest.layout import IntArray
 
 BLOCK = 64  # queries a block: larger wastes masked pairs, smaller copies more keys
@@ -40,17 +49,21 @@ def build_plan(
     window: int | None = None,
     queries: IntArray | None = None,  # [Uq] rising nodes; None: all
     *,
+    chunk: int | None = None,
     block: int = BLOCK,
     trunk: int = TRUNK,
     square: int = SQUARE,
     stacked: int = STACKED,
 ) -> Plan:
-    """Cover a forest. With a window everything is a block: squares would need masks."""
+    """Cover a forest. With a window or chunks everything is a block: squares would need masks."""
     nodes = np.arange(len(subtree_end)) if queries is None else queries
     if not len(nodes):
         return Plan()
     segments = SegmentTree(subtree_end, nodes, trunk)
-    if window is not None:
+    depths = None
+    if positions is not None and (window, chunk) != (None, None):
+        depths = Depths(positions, first_blind_depth(positions, window, chunk))
+    if depths is not None:
         segments.is_trunk[:] = False
     else:
         segments.is_trunk[segments.same_ends(square)] = False
@@ -67,7 +80,7 @@ def build_plan(
         if past < last:
             rectangles.append(Part(slice(past, last), slice(start, stop)))
     alone = np.zeros(len(segments.start), np.bool_)
-    if window is None:
+    if depths is None:
         alone = segments.stand_alone(stacked)
     in_block = ~(segments.is_trunk | alone)[segments.of_node[nodes]]
     return Plan(
@@ -75,7 +88,7 @@ def build_plan(
         tuple(rectangles),
         tuple(contexts),
         tuple(stacks_of(segments, nodes, np.flatnonzero(alone))),
-        tuple(buckets_of(segments, subtree_end, nodes, np.flatnonzero(in_block), positions, window, block)),
+        tuple(buckets_of(segments, subtree_end, nodes, np.flatnonzero(in_block), depths, block)),
     )
 
 
@@ -101,26 +114,29 @@ def plan_for(
     positions: torch.Tensor | None,
     window: int | None,
     queries: torch.Tensor | None = None,
+    chunk: int | None = None,
 ) -> Plan:
     """The plan of a forest, made once for all layers and passes.
 
     It lives as long as the tensor `subtree_end` does; calls that make a new tensor each time find the plans
-    of the last few forests by their content. A window that no path exceeds changes nothing, and is dropped.
+    of the last few forests by their content. A window or a chunk that no path exceeds changes nothing, and is
+    dropped.
     """
-    if window is None or positions is None or not positions.numel() or int(positions.max()) < window:
-        positions = window = None
+    size = window or chunk
+    if size is None or positions is None or not positions.numel() or int(positions.max()) < size:
+        positions = window = chunk = None
     arrays = (subtree_end, positions, queries)
     contents = (None if x is None else x.numpy().tobytes() for x in arrays)
     if any(x is not None and x.is_inference() for x in arrays):  # such a tensor does not count its changes
-        return _cached_plan(*contents, window)
+        return _cached_plan(*contents, window, chunk)
     versions = tuple(None if x is None else x._version for x in arrays)
     known = _PLANS.setdefault(subtree_end, [])
     for one in known:
-        same = one.positions is positions and one.queries is queries and one.window == window
-        if same and one.versions == versions:
+        same = one.positions is positions and one.queries is queries
+        if same and one.versions == versions and one.reach == (window, chunk):
             return one.plan
-    plan = _cached_plan(*contents, window)
-    known.append(_Known(versions, positions, queries, window, plan))
+    plan = _cached_plan(*contents, window, chunk)
+    known.append(_Known(versions, positions, queries, (window, chunk), plan))
     del known[:-PLANS_OF_A_FOREST]
     return plan
 
@@ -132,7 +148,7 @@ class _Known:
     versions: tuple[int | None, ...]
     positions: torch.Tensor | None
     queries: torch.Tensor | None
-    window: int | None
+    reach: tuple[int | None, int | None]  # window, chunk
     plan: Plan
 
 
@@ -141,10 +157,10 @@ _PLANS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # subtree_end -> li
 
 @functools.lru_cache(maxsize=8)
 def _cached_plan(
-    subtree_end: bytes, positions: bytes | None, queries: bytes | None, window: int | None
+    subtree_end: bytes, positions: bytes | None, queries: bytes | None, window: int | None, chunk: int | None
 ) -> Plan:
     end, depth, rows = (
         None if x is None else np.frombuffer(x, np.int64) for x in (subtree_end, positions, queries)
     )
     assert end is not None
-    return build_plan(end, depth, window, rows)
+    return build_plan(end, depth, window, rows, chunk=chunk)

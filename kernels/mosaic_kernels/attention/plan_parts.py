@@ -16,6 +16,14 @@ from mosaic_kernels.forest.layout import BoolArray, IntArray
 CACHED_BIAS = 2**23  # mask entries a plan may keep as floats between calls (32 MiB in fp32)
 
 
+@dataclass(frozen=True, eq=False)
+class Depths:
+    """Where nodes lie, and how deep a query may lie to see them, for windows and chunks."""
+
+    of_node: IntArray  # [U]
+    limit: IntArray  # [U] the first depth that no longer sees the node
+
+
 Rows = torch.Tensor | slice
 """Indices [N] int64, or consecutive ones: a slice, with which nothing is copied."""
 
@@ -206,15 +214,14 @@ def buckets_of(
     subtree_end: IntArray,
     queries: IntArray,
     rows: IntArray,  # of the queries that go into blocks
-    positions: IntArray | None,
-    window: int | None,
+    depths: Depths | None,
     block: int,
 ) -> list[Bucket]:
     """Blocks of queries, stacked by key count; a short last block stands alone."""
     if not len(rows):
         return []
     asked = queries[rows]
-    owner, nodes = _keys_of_blocks(segments, subtree_end, asked, positions, window, block)
+    owner, nodes = _keys_of_blocks(segments, subtree_end, asked, depths, block)
     count = np.bincount(owner)  # [blocks] keys of each block
     offset = np.cumsum(count) - count
     buckets = []
@@ -230,8 +237,8 @@ def buckets_of(
         chosen = group[:, None] * block + np.arange(width)
         q, k = asked[chosen][:, :, None], keys[:, None, :]
         visible = exists[:, None, :] & (k <= q) & (q < subtree_end[keys][:, None, :])
-        if window is not None and positions is not None:
-            visible &= positions[q] - positions[k] < window
+        if depths is not None:
+            visible &= depths.of_node[q] < depths.limit[k]
         buckets.append(
             Bucket(
                 blocks=len(group),
@@ -247,8 +254,7 @@ def _keys_of_blocks(
     segments: SegmentTree,
     subtree_end: IntArray,
     asked: IntArray,  # [Q] rising nodes outside trunks
-    positions: IntArray | None,
-    window: int | None,
+    depths: Depths | None,
     block: int,
 ) -> tuple[IntArray, IntArray]:
     """(block, node) of all keys outside trunks that some query of the block sees, grouped by block.
@@ -257,10 +263,10 @@ def _keys_of_blocks(
     """
     firsts = asked[::block]
     owner, nodes = segments.ancestors_outside_trunks(firsts)
-    if window is not None and positions is not None:
+    if depths is not None:
         # A later query of the block may lie on a shallower branch than the first one, and reach further up.
-        lowest = np.minimum.reduceat(positions[asked], np.arange(0, len(asked), block))
-        reachable = lowest[owner] - positions[nodes] < window
+        lowest = np.minimum.reduceat(depths.of_node[asked], np.arange(0, len(asked), block))
+        reachable = lowest[owner] < depths.limit[nodes]
         owner, nodes = owner[reachable], nodes[reachable]
     rest = np.flatnonzero(~segments.is_trunk[segments.of_node])
     rest = rest[(rest >= firsts[0]) & (rest <= asked[-1])]

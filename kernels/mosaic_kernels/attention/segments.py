@@ -4,7 +4,8 @@ A query's visible keys are split among calls; each returns its part's output and
 merge as o = sum_i exp(l_i - l) o_i with l = logsumexp_i(l_i). For the backward pass the fused kernel is
 given the merged output and logsumexp with each part's keys: then its probabilities are those of the whole
 softmax, and the parts' gradients add up exactly to the whole gradient (the identity behind ring attention,
-Liu et al., arXiv 2310.01889). No probabilities are kept between the passes.
+Liu et al., arXiv 2310.01889). No probabilities are kept between the passes. A sink is merged last, as a key
+whose value is 0.
 """
 
 from collections.abc import Iterator
@@ -13,7 +14,9 @@ from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import pad
 
+from mosaic_kernels.attention.capped import capped_backward, capped_forward
 from mosaic_kernels.attention.plan_parts import Plan, Rows
 from mosaic_kernels.dispatch import result_dtype
 
@@ -24,17 +27,26 @@ _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.
 def segments_tree_attention(
     q: torch.Tensor,  # [Uq, Hq, D] on CPU
     k: torch.Tensor,  # [U, Hkv, D]
-    v: torch.Tensor,  # [U, Hkv, D]
+    v: torch.Tensor,  # [U, Hkv, V]
     plan: Plan,  # of the forest and the queries
     *,
     scale: float,
-) -> torch.Tensor:  # [Uq, Hq, D]
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,  # [Hq]
+) -> torch.Tensor:  # [Uq, Hq, V]
     """In fp32, or fp64 for fp64 input; cast back to q's dtype. The fused kernel itself reads a key head for
-    all query heads that share it, and adds up their gradients.
+    all query heads that share it, and adds up their gradients. It knows one head size: zeros fill up what
+    is smaller.
     """
-    dtype = result_dtype(q)
-    queries, keys, values = (x.to(dtype) for x in (q, k, v))
-    return _SegmentAttention.apply(queries, keys, values, plan, scale).to(q.dtype)
+    dtype, size = result_dtype(q), max(q.shape[2], v.shape[2])
+    queries, keys, values = (_padded(x.to(dtype), size) for x in (q, k, v))
+    sinks = None if sinks is None else sinks.to(dtype)
+    out = _SegmentAttention.apply(queries, keys, values, sinks, plan, scale, softcap)
+    return out[..., : v.shape[2]].to(q.dtype)
+
+
+def _padded(x: torch.Tensor, size: int) -> torch.Tensor:
+    return x if x.shape[2] == size else pad(x, (0, size - x.shape[2]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,16 +81,18 @@ class _SegmentAttention(torch.autograd.Function):
         q: torch.Tensor,  # [Uq, Hq, D]
         k: torch.Tensor,  # [U, Hkv, D]
         v: torch.Tensor,  # [U, Hkv, D]
+        sinks: torch.Tensor | None,  # [Hq]
         plan: Plan,
         scale: float,
+        softcap: float | None,
     ) -> torch.Tensor:
         q, k, v = (_dense_rows(x) for x in (q, k, v))
         out: torch.Tensor | None = None  # [Uq, Hq, D]
         lse: torch.Tensor | None = None  # [Uq, Hq]
         for call in _calls(plan, q.dtype):
-            part, part_lse = _forward(
-                _blocks(q, call.rows, call), _blocks(k, call.keys, call), _blocks(v, call.keys, call),
-                0.0, call.causal, scale=scale, **_mask(call),
+            part, part_lse = _attend(
+                call, _blocks(q, call.rows, call), _blocks(k, call.keys, call), _blocks(v, call.keys, call),
+                scale, softcap,
             )  # fmt: skip
             part, part_lse = _rows(part), _rows(part_lse)
             if call.merged:
@@ -91,15 +105,18 @@ class _SegmentAttention(torch.autograd.Function):
                 lse = _set(lse, call, part_lse, len(q))
         if out is None or lse is None:  # no queries
             out, lse = torch.empty_like(q), q.new_empty(q.shape[:2])
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.plan, ctx.scale = plan, scale
+        if sinks is not None:
+            total = torch.logaddexp(lse, sinks)
+            out, lse = out.mul_((lse - total).exp_().unsqueeze(-1)), total
+        ctx.save_for_backward(q, k, v, sinks, out, lse)
+        ctx.plan, ctx.scale, ctx.softcap = plan, scale, softcap
         return out
 
     @staticmethod
     @once_differentiable
     # pyrefly: ignore [bad-override]
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[torch.Tensor | None, ...]:
-        q, k, v, out, lse = ctx.saved_tensors
+        q, k, v, sinks, out, lse = ctx.saved_tensors
         grad = _dense_rows(grad_outputs[0])  # [Uq, Hq, D]
         dq: torch.Tensor | None = None
         dk: torch.Tensor | None = None
@@ -108,10 +125,10 @@ class _SegmentAttention(torch.autograd.Function):
             incoming = _picked(grad, call.rows)
             if call.real is not None:  # padding takes no part
                 incoming = torch.zeros_like(incoming).index_copy_(0, call.real, incoming[call.real])
-            parts = _backward(
-                _split(incoming, call), _blocks(q, call.rows, call), _blocks(k, call.keys, call),
+            parts = _attend_backward(
+                call, _split(incoming, call), _blocks(q, call.rows, call), _blocks(k, call.keys, call),
                 _blocks(v, call.keys, call), _blocks(out, call.rows, call), _blocks(lse, call.rows, call),
-                0.0, call.causal, scale=ctx.scale, **_mask(call),
+                ctx.scale, ctx.softcap,
             )  # fmt: skip
             part_q, part_k, part_v = (_rows(part) for part in parts)
             dq = _add(dq, call.rows, part_q, len(q)) if call.merged else _set(dq, call, part_q, len(q))
@@ -119,8 +136,42 @@ class _SegmentAttention(torch.autograd.Function):
             dv = _add(dv, call.keys, part_v, len(v))
         if dq is None or dk is None or dv is None:
             dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        d_sinks = None
+        if sinks is not None:
+            d_sinks = -((sinks - lse).exp_() * (out * grad).sum(-1)).sum(0)
         needs = ctx.needs_input_grad
-        return (dq if needs[0] else None, dk if needs[1] else None, dv if needs[2] else None, None, None)
+        gradients = (
+            x if needed else None for x, needed in zip((dq, dk, dv, d_sinks), needs[:4], strict=True)
+        )
+        return *gradients, None, None, None
+
+
+def _attend(
+    call: _Call, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, softcap: float | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output and logsumexp of a part."""
+    if softcap is not None:
+        return capped_forward(q, k, v, causal=call.causal, scale=scale, softcap=softcap, bias=call.bias)
+    return _forward(q, k, v, 0.0, call.causal, scale=scale, **_mask(call))
+
+
+def _attend_backward(
+    call: _Call,
+    grad: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,  # merged, as lse
+    lse: torch.Tensor,
+    scale: float,
+    softcap: float | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of q, k and v from a part."""
+    if softcap is not None:
+        return capped_backward(
+            grad, q, k, v, out, lse, causal=call.causal, scale=scale, softcap=softcap, bias=call.bias
+        )
+    return _backward(grad, q, k, v, out, lse, 0.0, call.causal, scale=scale, **_mask(call))
 
 
 def _merge(

@@ -133,21 +133,26 @@ def architecture_of(device: torch.device) -> str:
 
 
 def tiles_for(arch: str, head_dim: int, dtype: torch.dtype) -> Tiles:
-    """The table's entry; ValueError, naming the backends that can, where there is none."""
+    """The table's entry for a head size, or for the next larger one that it has.
+
+    ValueError, naming the backends that can, where there is none.
+    """
     if missing := missing_tile(arch, head_dim, dtype):
         raise ValueError(
             f"tree_attention: backend='triton' has {missing}; use backend='flash', 'flex' or 'reference'"
         )
-    return EMULATED if arch == "emulated" else _table(dtype)[arch, head_dim]
+    if arch == "emulated":
+        return EMULATED
+    table = _table(dtype)
+    return table[arch, min(size for one, size in table if one == arch and size >= head_dim)]
 
 
 def missing_tile(arch: str, head_dim: int, dtype: torch.dtype) -> str:
-    """What the table lacks for this, in words; "" where it has an entry."""
-    table = _table(dtype)
-    if arch == "emulated" or (arch, head_dim) in table:
+    """What the table lacks for the larger head size, of keys or values, in words; "" where it has an entry."""
+    largest = max((size for one, size in _table(dtype) if one == arch), default=0)
+    if arch == "emulated" or head_dim <= largest:
         return ""
-    known = sorted(head for one, head in table if one == arch)
-    has = f"head sizes {', '.join(map(str, known))}" if known else "no tiles"
+    has = f"head sizes up to {largest}" if largest else "no tiles"
     return f"no tile for head size {head_dim} in {dtype} on {arch} (it has {has} for this dtype there)"
 
 

@@ -15,18 +15,10 @@ passes, keeps the rows and the columns in flight few (docs/kernels.md).
 import triton
 import triton.language as tl
 
+from mosaic_kernels.tanh import tanh
+
 GROUP_ROWS = tl.constexpr(8)  # row tiles that the backward pass takes through the vocabulary together
 SIZES = ["num_rows", "vocab", "num_splits", "tiles_per_split", "first_column", "num_columns"]
-
-
-@triton.jit
-def _tanh(x):
-    """tanh of fp32. The closed form loses digits near 0, where a few terms of the series have all."""
-    square = x * x
-    series = x * (1 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835)))))
-    decay = tl.exp(-2 * tl.abs(x))
-    closed = (1 - decay) / (1 + decay)
-    return tl.where(tl.abs(x) < 0.25, series, tl.where(x < 0, -closed, closed))
 
 
 @triton.jit
@@ -73,7 +65,7 @@ def _logits(
     if BIAS:
         logits += tl.load(bias_ptr + columns, mask=columns < vocab, other=0.0)[None, :]
     if SOFTCAP:
-        logits = _tanh(logits / softcap) * softcap
+        logits = tanh(logits / softcap) * softcap
     return tl.where(columns[None, :] < vocab, logits * inverse_temperature, float("-inf"))
 
 

@@ -12,14 +12,17 @@ from mosaic_kernels.selfcheck import KernelMismatch, run_check
 from tests.kernels.triton.machine import machine
 
 
-@pytest.mark.parametrize("windowed", [False, True])
-def test_passes(windowed: bool) -> None:
-    """On a device in every precision. Emulated, which is slow: in one with a window, in another without."""
-    dtypes = machine().dtypes if machine().name == "device" else (machine().dtypes[windowed],)
+@pytest.mark.parametrize("bent", [False, True])
+def test_passes(bent: bool) -> None:
+    """On a device in every precision. Emulated, which is slow: in one with everything, in another without."""
+    dtypes = machine().dtypes if machine().name == "device" else (machine().dtypes[bent],)
     for dtype in dtypes:
-        variant = Variant(dtype, "ieee", 32, group=2 if windowed else 1, window=windowed)
+        variant = Variant(
+            dtype, "ieee", 32, group=2 if bent else 1, limit=bent,
+            value_dim=16 if bent else 32, softcap=bent, sinks=bent,
+        )  # fmt: skip
         found = triton_attention.deviations(machine().device, variant)
-        assert set(found) == {"out", "dq", "dk", "dv"}
+        assert set(found) == {"out", "dq", "dk", "dv", *(["dsinks"] if bent else [])}
         assert all(0 < one.error <= one.limit for one in found.values())
 
 
@@ -29,7 +32,7 @@ def test_what_is_checked_is_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k = torch.randn(3, 6, 32, device=machine().device), torch.randn(3, 2, 32, device=machine().device)
     positions = torch.arange(3)
     tree_attention(q, k, k, torch.tensor([3, 3, 3]), positions=positions, window=2, backend="triton")
-    assert checked == [Variant(torch.float32, "ieee", 32, group=3, window=True)]
+    assert checked == [Variant(torch.float32, "ieee", 32, group=3, limit=True, value_dim=32)]
 
 
 @pytest.mark.parametrize("calls", [(1.001, 1.001), (float("nan"),)])
@@ -39,7 +42,7 @@ def test_refuses_a_kernel_that_is_off(calls: tuple[float, ...], monkeypatch: pyt
 
         def off(
             q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tree: Tree, scale: float, tiles: object,
-            factor: float = factor,
+            softcap: object, sinks: object, factor: float = factor,
         ) -> torch.Tensor:  # fmt: skip
             end = tree.end.long()
             exact = reference_tree_attention(q, k, v, end, positions=None, window=None, scale=scale)
@@ -50,6 +53,6 @@ def test_refuses_a_kernel_that_is_off(calls: tuple[float, ...], monkeypatch: pyt
             run_check(
                 "tree_attention",
                 machine().device,
-                Variant(torch.float32, "ieee", 32, group=1, window=False),
+                Variant(torch.float32, "ieee", 32, group=1, limit=False, value_dim=32),
                 triton_attention.deviations,
             )

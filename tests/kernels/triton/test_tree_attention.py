@@ -8,12 +8,24 @@ from hypothesis import strategies as st
 
 from mosaic_kernels import PackedForest, pack_forest, tree_attention
 from mosaic_kernels.forest.layout import IntArray
+from tests.kernels.attention_for_tests import Bends
 from tests.kernels.attention_for_tests import check as check_attention
 from tests.kernels.strategies import Heads, forests, seeds
 from tests.kernels.triton.machine import machine
 
-heads = st.sampled_from([Heads(2, 1, 32), Heads(1, 1, 64), Heads(3, 3, 32), Heads(4, 2, 32), Heads(1, 1, 96)])
+heads = st.sampled_from(
+    [
+        Heads(2, 1, 32),
+        Heads(1, 1, 64),
+        Heads(3, 3, 32, sinks=True),
+        Heads(4, 2, 32, value_dim=16),
+        Heads(1, 1, 96, value_dim=64, sinks=True),
+    ]
+)
 windows = st.sampled_from([None, None, 1, 3, 10])
+all_bends = st.sampled_from(
+    [Bends(), Bends(), Bends(softcap=1.5), Bends(chunk=4), Bends(chunk=7, softcap=3.0)]
+)
 dtypes = st.sampled_from(machine().dtypes)
 
 
@@ -25,17 +37,21 @@ def check(
     window: int | None = None,
     scale: float | None = None,
     queries: IntArray | None = None,
+    bends: Bends | None = None,
 ) -> None:
     """Output and gradients of the kernels are the fp64 oracle's, as far as rounding leaves them."""
 
-    def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def attention(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None = None
+    ) -> torch.Tensor:
         return tree_attention(
             q if queries is None else q[torch.from_numpy(queries).to(q.device)], k, v, forest.subtree_end,
-            queries=queries, positions=forest.positions, window=window, scale=scale, backend="triton",
+            queries=queries, positions=forest.positions, window=window, scale=scale, sinks=sinks,
+            backend="triton", **(bends or {}),
         )  # fmt: skip
 
     leaves = [x.detach().to(machine().device, copy=True).requires_grad_() for x in qkv]
-    check_attention(forest, leaves, attention, seed, window, scale, queries)
+    check_attention(forest, leaves, attention, seed, window, scale, queries, bends)
 
 
 @settings(max_examples=machine().examples)
@@ -46,6 +62,7 @@ def check(
     window=windows,
     dtype=dtypes,
     scale=st.sampled_from([None, 0.5]),
+    bends=all_bends,
 )
 @example(  # a tree ends within a block of queries: the blocks of its keys are seen by the first of them alone
     forest=pack_forest([np.arange(40), np.arange(100, 160)]),
@@ -54,13 +71,16 @@ def check(
     window=None,
     dtype=torch.float32,
     scale=None,
+    bends=Bends(),
 )
 @pytest.mark.usefixtures("poisoned_memory")
 def test_equals_each_rollout_alone(
-    forest: PackedForest, shape: Heads, seed: int, window: int | None, dtype: torch.dtype, scale: float | None
-) -> None:
-    qkv = list(shape.draw_qkv(forest.num_nodes, seed, dtype))
-    check(forest, qkv, seed=seed, window=window, scale=scale)
+    forest: PackedForest, shape: Heads, seed: int, window: int | None, dtype: torch.dtype,
+    scale: float | None, bends: Bends,
+) -> None:  # fmt: skip
+    qkv = shape.draw(forest.num_nodes, seed, dtype)
+    window = None if "chunk" in bends else window
+    check(forest, qkv, seed=seed, window=window, scale=scale, bends=bends)
 
 
 @settings(max_examples=machine().examples // 2)
@@ -124,11 +144,20 @@ def test_every_head_size(head_dim: int, dtype: torch.dtype) -> None:
     check(forest, list(Heads(2, 1, head_dim).draw_qkv(forest.num_nodes, 0, dtype)), window=window)
 
 
+@pytest.mark.parametrize("dtype", machine().dtypes, ids=str)
+def test_keys_and_values_of_different_size(dtype: torch.dtype) -> None:
+    """With sinks, a softcap and chunks: a model's layers may have all of it."""
+    forest = small_forest()
+    for shape in (Heads(2, 1, 48, value_dim=32, sinks=True), Heads(2, 2, 32, value_dim=80, sinks=True)):
+        qkv = shape.draw(forest.num_nodes, 0, dtype)
+        check(forest, qkv, bends=Bends(chunk=10, softcap=2.0))
+
+
 @pytest.mark.parametrize("count", [0, 1, 2])
 def test_tiny_forests(count: int) -> None:
     """No tokens, one token, two trees of one token."""
     forest = pack_forest([[index] for index in range(count)])
-    check(forest, list(Heads(2, 1, 32).draw_qkv(forest.num_nodes, 0, torch.float32)))
+    check(forest, Heads(2, 1, 32, sinks=True).draw(forest.num_nodes, 0, torch.float32))
 
 
 def test_extreme_scores() -> None:

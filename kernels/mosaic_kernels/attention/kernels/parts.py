@@ -1,10 +1,12 @@
-"""What the forward and the backward kernels share: tiles in and out of memory."""
+"""What the forward and the backward kernels share: tiles in and out of memory, and the scores."""
 
 import triton
 import triton.language as tl
 
+from mosaic_kernels.tanh import tanh
+
 LOG2_E = tl.constexpr(1.4426950408889634)
-SIZES = ["num_queries", "num_keys", "window", "num_heads"]  # never specialised
+SIZES = ["num_queries", "num_keys", "num_heads"]  # never specialised
 
 
 @triton.jit
@@ -23,3 +25,18 @@ def store_tile(base, tile, rows, columns, row_stride, count, D: tl.constexpr):
         inside = inside & (columns[None, :] < D)
     pointers = base + rows[:, None].to(tl.int64) * row_stride + columns[None, :]
     tl.store(pointers, tile.to(base.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def score_tile(products, scale, softcap, SOFTCAP: tl.constexpr):
+    """Scores in base 2 from products of queries and keys, bent by the softcap where there is one."""
+    if SOFTCAP:
+        return tanh(products * (scale / softcap)) * (softcap * LOG2_E)
+    return products * (scale * LOG2_E)
+
+
+@triton.jit
+def score_slope(scores, softcap):
+    """The softcap's derivative 1 - tanh^2 at scores in base 2."""
+    bent = scores / (softcap * LOG2_E)
+    return 1 - bent * bent

@@ -1,6 +1,7 @@
 """linear_logprob against one row at a time."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -113,6 +114,16 @@ def test_equals_one_row_at_a_time(
         ]
     used = leaves if with_bias else leaves[:2]
     check(results, used, targets, row_index, temperature, softcap)
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_a_scale_multiplies_the_logits_before_the_softcap(softcap: float | None) -> None:
+    (hidden, weight, bias), targets, rows = problem(6, 9, 9, 4, 0)
+    options: dict[str, Any] = {"rows": rows, "softcap": softcap, "temperature": 0.7, "return_entropy": True}
+    got = linear_logprob(hidden, weight, targets, bias=bias, scale=0.3, **options)
+    expected = linear_logprob(hidden * 0.3, weight, targets, bias=bias * 0.3, **options)
+    for one, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-13)
 
 
 @pytest.mark.parametrize("backend", ["reference", "chunked"])
@@ -268,6 +279,8 @@ def test_refusals() -> None:
         linear_logprob(hidden, weight, targets[:3])
     with pytest.raises(ValueError, match="temperature must be above 0"):
         linear_logprob(hidden, weight, targets, temperature=0.0)
+    with pytest.raises(ValueError, match="scale must be above 0"):
+        linear_logprob(hidden, weight, targets, scale=0.0)
     with pytest.raises(ValueError, match="softcap must be above 0"):
         linear_logprob(hidden, weight, targets, softcap=-1.0)
     with pytest.raises(ValueError, match="bias has shape"):

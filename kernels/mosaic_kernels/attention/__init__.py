@@ -149,7 +149,7 @@ def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tenso
         raise ValueError(f"q, k and v must share a floating dtype; got {q.dtype}, {k.dtype}, {v.dtype}")
     if sinks is not None and not (sinks.shape == q.shape[1:2] and sinks.device == q.device):
         raise ValueError(
-            f"sinks must be [{q.shape[1]}] on {q.device}, got {tuple(sinks.shape)} on {sinks.device}"
+            f"sinks must be [{q.shape[1]}] on {q.device}, got {list(sinks.shape)} on {sinks.device}"
         )
     if not q.device == k.device == v.device:
         raise ValueError(f"q, k and v must share a device; got {q.device}, {k.device}, {v.device}")

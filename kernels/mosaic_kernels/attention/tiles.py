@@ -148,7 +148,7 @@ def tiles_for(arch: str, head_dim: int, dtype: torch.dtype) -> Tiles:
 
 
 def missing_tile(arch: str, head_dim: int, dtype: torch.dtype) -> str:
-    """What the table lacks for the larger head size, of keys or values, in words; "" where it has an entry."""
+    """What the table lacks for a head size, of keys or of values, in words; "" where it has an entry."""
     largest = max((size for one, size in _table(dtype) if one == arch), default=0)
     if arch == "emulated" or head_dim <= largest:
         return ""

@@ -26,6 +26,7 @@ def linear_logprob(
     bias: torch.Tensor | None = ...,
     temperature: float = ...,
     softcap: float | None = ...,
+    scale: float = ...,
     return_entropy: Literal[False] = ...,
     backend: str = ...,
 ) -> torch.Tensor: ...
@@ -39,6 +40,7 @@ def linear_logprob(
     bias: torch.Tensor | None = ...,
     temperature: float = ...,
     softcap: float | None = ...,
+    scale: float = ...,
     return_entropy: Literal[True],
     backend: str = ...,
 ) -> tuple[torch.Tensor, torch.Tensor]: ...
@@ -51,19 +53,20 @@ def linear_logprob(
     bias: torch.Tensor | None = None,  # [V]
     temperature: float = 1.0,
     softcap: float | None = None,
+    scale: float = 1.0,
     return_entropy: bool = False,
     backend: str = "auto",
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:  # [E] (, [N]) fp32, or fp64 for fp64 input
     """log softmax(logits / temperature)[rows, targets], and the entropy of every row.
 
-    logits = hidden weight^T + bias; a softcap c bends them to c tanh(logits / c) first (Gemma 2, arXiv
-    2408.00118, section 2). Both results are differentiable in hidden, weight and bias. A row with several
-    targets (a fork of the forest) has its logsumexp computed once. Backends: reference (logits in memory),
-    chunked (a chunk of rows at a time, logits computed again in the backward pass), triton (CUDA: bf16, fp16
-    and fp32). auto: chunked on CPU and for fp64; on CUDA triton, and chunked where triton has no tile.
+        logits = scale (hidden weight^T + bias); a softcap c bends them to c tanh(logits / c) first (Gemma 2,
+    arXiv 2408.00118, section 2). Both results are differentiable in hidden, weight and bias. A row with
+    several targets (a fork of the forest) has its logsumexp computed once. Backends: reference (logits in
+    memory), chunked (a chunk of rows at a time, logits computed again in the backward pass), triton (CUDA:
+    bf16, fp16 and fp32). auto: chunked on CPU, for fp64 and where triton has no tile, triton on CUDA.
 
-    Example: a fork after two tokens predicts nodes 2 and 3 from row 1: rows = [0, 1, 1],
-    targets = tokens[1:4].
+        Example: a fork after two tokens predicts nodes 2 and 3 from row 1: rows = [0, 1, 1],
+        targets = tokens[1:4].
     """
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(
@@ -81,6 +84,10 @@ def linear_logprob(
         raise ValueError(f"temperature must be above 0, got {temperature}")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap must be above 0 (None for no cap), got {softcap}")
+    if not scale > 0:
+        raise ValueError(f"scale must be above 0, got {scale}")
+    # c tanh(scale z / c) / temperature = (c / scale) tanh(z / (c / scale)) / (temperature / scale)
+    temperature, softcap = temperature / scale, None if softcap is None else softcap / scale
     target_index = as_index("targets", targets, hidden.device, below=weight.shape[0])
     if target_index.ndim != 1:
         raise ValueError(f"targets must be one-dimensional, got shape {tuple(target_index.shape)}")

@@ -102,10 +102,12 @@ def chosen(
         ("sm_90", 128, "triton"),
         ("sm_103", 128, "flex"),
         ("sm_121", 64, "flex"),
-        ("sm_90", 80, "flex"),
+        ("sm_90", 80, "triton"),
+        ("sm_90", 1024, "flex"),
         ("gfx950", 128, "flex"),
         ("sm_75", 64, "reference"),
-        ("sm_90", 8, "reference"),
+        ("sm_90", 8, "triton"),
+        ("sm_103", 8, "reference"),
     ],
 )
 def test_attention_without_a_tile_is_computed_by_another_backend_and_says_so(
@@ -114,7 +116,7 @@ def test_attention_without_a_tile_is_computed_by_another_backend_and_says_so(
     monkeypatch.setattr(attention, "architecture_of", lambda device: arch)
     q = torch.empty(3, 2, head_dim, dtype=torch.bfloat16)
     found = chosen(
-        "tree_attention", attention.BACKENDS, attention.DEFAULTS, lambda name: attention._obstacle(name, q)
+        "tree_attention", attention.BACKENDS, attention.DEFAULTS, lambda name: attention._obstacle(name, q, q)
     )
     assert found == expected
     said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]

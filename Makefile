@@ -16,7 +16,7 @@ SGLANG_STAMP := .venv-sglang/.installed-$(SGLANG)
 SGLANG_CPU := rollout/mosaic_rollout/engine/sglang/server_side/requirements-cpu.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help help-all venv train test quick sglang test-sglang soak fuzz test-workshop test-fresh test-interpreter test-work test-ttsem mutants lint types bench bench-peers bench-peers-cuda bench-chart bench-agentdojo verify warmstart evaluate train-agentdojo test-agentdojo test-report clean bfcl asb agent-safetybench agentharm test-bfcl test-asb test-agent-safetybench test-agentharm test-verifiers
+.PHONY: help help-all venv train test quick sglang test-sglang soak fuzz test-workshop test-fresh test-interpreter test-work test-ttsem mutants lint types bench bench-peers bench-peers-cuda bench-chart bench-agentdojo verify warmstart evaluate train-agentdojo test-agentdojo test-report clean bfcl asb agent-safetybench agentharm test-bfcl test-asb test-agent-safetybench test-agentharm test-verifiers test-trl
 
 # `###` marks what most people need, `##` the rest.
 help:
@@ -96,10 +96,10 @@ bench: $(STAMP)  ### side by side with other ways and trainers, on this machine
 	$(BIN)/python bench/run.py $(ARGS)
 
 # TRL, behind .venv's packages: the same torch and transformers.
-.venv-peers/.installed: $(STAMP)
-	test -x .venv-peers/bin/python || $(PYTHON) -m venv .venv-peers
-	.venv-peers/bin/python -c 'import pathlib, site, sys; pathlib.Path(site.getsitepackages()[0], "main.pth").write_text(sys.argv[1])' "$$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])')"
-	.venv-peers/bin/pip --disable-pip-version-check install -q trl==1.16.0
+.venv-trl/.installed: $(STAMP)
+	test -x .venv-trl/bin/python || $(PYTHON) -m venv .venv-trl
+	.venv-trl/bin/python -c 'import pathlib, site, sys; pathlib.Path(site.getsitepackages()[0], "main.pth").write_text(sys.argv[1])' "$$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])')"
+	.venv-trl/bin/pip --disable-pip-version-check install -q trl==1.16.0
 	touch $@
 
 # flash-pref works with transformers below 4.52 only; torch is .venv's.
@@ -109,14 +109,14 @@ bench: $(STAMP)  ### side by side with other ways and trainers, on this machine
 	.venv-flash-pref/bin/python -c 'import pathlib, site, sys; pathlib.Path(site.getsitepackages()[0], "main.pth").write_text(sys.argv[1])' "$$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])')"
 	touch $@
 
-bench-peers: .venv-peers/.installed .venv-flash-pref/.installed  ## TRL 1.16.0, flash-pref 0.1.1: what `make bench` then measures too
+bench-peers: .venv-trl/.installed .venv-flash-pref/.installed  ## TRL 1.16.0, flash-pref 0.1.1: what `make bench` then measures too
 
 # flash-attn last: it is compiled for many minutes and wants nvcc; without it the others are there.
 bench-peers-cuda: .venv-flash-pref/.installed  ## Liger, cut-cross-entropy, flash-pref and flash-attn, for `make bench` on CUDA
 	$(PIP) install -q --no-deps liger-kernel==0.8.5 cut-cross-entropy==25.1.1
 	$(PIP) install -q --no-build-isolation flash-attn==2.8.3.post2
 
-bench-chart: $(STAMP) .venv-peers/.installed  ## docs/images/step-sharing.png, anew
+bench-chart: $(STAMP) .venv-trl/.installed  ## docs/images/step-sharing.png, anew
 	mkdir -p bench/results
 	$(BIN)/python bench/run.py scaling:sharing --json bench/results/step.json
 	$(BIN)/python bench/charts.py bench/results/step.json docs/images
@@ -194,6 +194,9 @@ test-agentharm: $(VENV)/.agentharm  ## AgentHarm's 160 tools and 104 graders, wi
 test-verifiers: .venv-verifiers/.installed  ## environments of the library verifiers 0.1.14, in .venv-verifiers
 	MOSAIC_TEST_VERIFIERS=1 PYTHONPATH=.:rollout:kernels .venv-verifiers/bin/python -m pytest tests/rollout/environments/verifiers_env
 
+test-trl: .venv-trl/.installed  ## share_prefixes in TRL 1.16.0's trainers, in .venv-trl
+	MOSAIC_TEST_TRL=1 PYTHONPATH=.:rollout:kernels .venv-trl/bin/python -m pytest tests/integrations $(ARGS)
+
 test-report: $(STAMP)  ## the report page in a real browser (Debian: apt-get install chromium), by Playwright
 	$(PIP) install -q -c constraints.txt playwright
 	MOSAIC_TEST_REPORT=1 $(BIN)/python -m pytest tests/report
@@ -219,4 +222,4 @@ evaluate: $(STAMP)  ### rates of a model or run folder on held-out tasks: make e
 	$(BIN)/python -m mosaic_fast.evaluate $(ARGS)
 
 clean:  ## remove the environments and caches, never a run
-	rm -rf .venv .venv-sglang .venv-verifiers .venv-peers .venv-flash-pref .hypothesis .ruff_cache
+	rm -rf .venv .venv-sglang .venv-verifiers .venv-trl .venv-flash-pref .hypothesis .ruff_cache

@@ -1,4 +1,4 @@
-"""TRL's steps as contenders: one process in .venv-peers, which `make bench-peers` makes. CPU, fp32."""
+"""TRL's steps as contenders: one process in .venv-trl, which `make bench-peers` makes. CPU, fp32."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from peer import ROOT, Peer, batch_folder
 from torch import Tensor
 from workloads import Workload
 
-PYTHON = ROOT / ".venv-peers" / "bin" / "python"
+PYTHON = ROOT / ".venv-trl" / "bin" / "python"
 
 
 def installed() -> bool:
-    return (ROOT / ".venv-peers" / ".installed").exists()
+    return (ROOT / ".venv-trl" / ".installed").exists()
 
 
 @functools.lru_cache(maxsize=1)

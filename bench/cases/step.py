@@ -25,7 +25,7 @@ On CUDA a model of the shape of Qwen3-1.7B, whose flat batches of 12,000 to 18,0
     others               the same rollouts as on a CPU
 
 Contenders: see bench/contenders.py; `trl` is the step of
-TRL's GRPO trainer in .venv-peers. peak is the most memory PyTorch holds during forward and backward, beyond
+TRL's GRPO trainer in .venv-trl. peak is the most memory PyTorch holds during forward and backward, beyond
 weights and gradients.
 """
 

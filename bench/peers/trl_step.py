@@ -1,6 +1,6 @@
 """The step of a TRL trainer on given rollouts, driven over stdin: trl_step.py THREADS
 
-Runs in .venv-peers, on the CPU. The commands are those of served.py;
+Runs in .venv-trl, on the CPU. The commands are those of served.py;
 `load` takes `grpo FOLDER` or `dpo FOLDER`.
 """
 

@@ -68,6 +68,9 @@ def forest_attention(
     if unused.get("position_bias") is not None:
         raise UserError(f"{type(module).__name__} uses position_bias, which tree attention does not support")
     tree.attention_calls += 1
+    if torch.is_autocast_enabled(query.device.type):  # norms and rotations leave it in part, SDPA enters it
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     forest = tree.forest
     layer = cast(int, module.layer_idx)
     keys, values = tree.with_held(layer, key[0].transpose(0, 1), value[0].transpose(0, 1))

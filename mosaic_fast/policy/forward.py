@@ -78,7 +78,7 @@ def final_hidden(
     }
     for layer in layers:
         hidden = layer(hidden, tree, arguments)
-    return run_norm(model, decoder.norm, hidden, hidden.device.type == "cpu")[0]
+    return run_norm(model, decoder.norm, hidden, _in_fewer_operations(hidden))[0]
 
 
 def final_logits(model: PreTrainedModel, tree: TreeForward, longest_alone: int) -> Tensor:  # [N, V]
@@ -114,7 +114,7 @@ def _rotary(
 def _call(
     model: PreTrainedModel, layer: nn.Module, hidden: Tensor, tree: TreeForward, arguments: Arguments
 ) -> Tensor:
-    fewer = hidden.device.type == "cpu"
+    fewer = _in_fewer_operations(hidden)
     if fewer and has_known_layer(model, layer) and not _is_checkpointed(layer):
         return run_layer(model, layer, hidden, tree, arguments, None, fewer=fewer)
     return layer(hidden, **arguments)
@@ -125,8 +125,13 @@ def _call_last(
 ) -> Tensor:
     rows = tree.forest.rows
     if has_known_layer(model, layer):
-        return run_layer(model, layer, hidden, tree, arguments, rows, fewer=hidden.device.type == "cpu")
+        return run_layer(model, layer, hidden, tree, arguments, rows, fewer=_in_fewer_operations(hidden))
     return layer(hidden, **arguments).index_select(1, rows)
+
+
+def _in_fewer_operations(hidden: Tensor) -> bool:
+    """True if a layer's parts may be run as one operation each: on a CPU, in the precision of the weights."""
+    return hidden.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
 
 
 def _is_checkpointed(layer: nn.Module) -> bool:

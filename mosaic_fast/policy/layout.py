@@ -56,12 +56,16 @@ def has_known_layout(model: PreTrainedModel) -> bool:
     That is so for the causal LM and decoder classes of the supported families in transformers itself, as long
     as nobody has put a hook or another forward on these two.
     """
+    return has_known_decoder(model) and has_stock_forward(model)
+
+
+def has_known_decoder(model: PreTrainedModel) -> bool:
+    """True if embed_tokens, layers and norm are the whole decoder, whatever became of the model's forward."""
     prefix = SUPPORTED_FAMILIES[model.config.model_type]
     decoder = model.get_decoder()
     return (
         _is_class(model, model, f"{prefix}ForCausalLM")
         and _is_class(model, decoder, f"{prefix}Model")
-        and has_stock_forward(model)
         and has_stock_forward(decoder)
     )
 

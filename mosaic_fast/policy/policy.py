@@ -20,6 +20,7 @@ from mosaic_fast.policy.checkpoint import load_model, save_model
 from mosaic_fast.policy.forest_tensors import ForestTensors, forest_tensors
 from mosaic_fast.policy.forward import (
     ForwardInParts,
+    final_hidden,
     final_logits,
     layer_calls,
     logprobs_from_logits,
@@ -136,11 +137,11 @@ class Policy:
             return_entropy=return_entropy,
             longest_alone=self.check_lengths(forest, uncut),
         )
-        logprobs = _spread(result.edge_logprobs, tensors.token_edges, tensors)
+        logprobs = spread(result.edge_logprobs, tensors.token_edges, tensors)
         if not return_entropy:
             return logprobs
         assert result.row_entropy is not None
-        return logprobs, _spread(result.row_entropy, tensors.token_rows, tensors)
+        return logprobs, spread(result.row_entropy, tensors.token_rows, tensors)
 
     def run(
         self,
@@ -173,12 +174,20 @@ class Policy:
                 edge_logprobs, row_entropy = logprobs_from_logits(
                     logits, forest.targets, forest.edge_rows, temperature
                 )
-        if tree.attention_calls < model.config.num_hidden_layers:
-            raise UserError(
-                f"{type(model).__name__} called transformers' attention {tree.attention_calls} times "
-                f"in {model.config.num_hidden_layers} layers: its own attention cannot run on a forest"
-            )
+        _check_attention_calls(model, tree)
         return ForwardResult(edge_logprobs, row_entropy, tree.kept or {})
+
+    def hidden(self, forest: ForestTensors, *, longest_alone: int) -> Tensor:  # [N, D]
+        """What the LM head reads at the rows of a forest, for a head that is not the model's own.
+
+        The model's forward may be another's, as the head is; its decoder has to be `has_known_decoder`.
+        """
+        check_modules(self.model)
+        tree = TreeForward(forest)
+        with tree_attention_selected(self.model):
+            hidden = final_hidden(self.model, tree, longest_alone, layer_calls(self.model))
+        _check_attention_calls(self.model, tree)
+        return hidden
 
     def _tensors(self, forest: PackedForest) -> ForestTensors:
         """The forest's indices on the model's device, kept for as long as the forest is."""
@@ -206,7 +215,15 @@ class Policy:
         return int(lengths.max())
 
 
-def _spread(values: Tensor, index: Tensor, tensors: ForestTensors) -> Tensor:
+def _check_attention_calls(model: PreTrainedModel, tree: TreeForward) -> None:
+    if tree.attention_calls < model.config.num_hidden_layers:
+        raise UserError(
+            f"{type(model).__name__} called transformers' attention {tree.attention_calls} times "
+            f"in {model.config.num_hidden_layers} layers: its own attention cannot run on a forest"
+        )
+
+
+def spread(values: Tensor, index: Tensor, tensors: ForestTensors) -> Tensor:
     """values[index] at the trained tokens of [T], zero elsewhere."""
     return values.new_zeros(tensors.num_tokens).index_copy(0, tensors.trained_tokens, pick(values, index))
 

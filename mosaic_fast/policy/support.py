@@ -60,19 +60,20 @@ def check_model(model: nn.Module) -> None:
         )
 
 
-def check_modules(model: PreTrainedModel) -> None:
+def check_modules(model: PreTrainedModel, *, to_be_trained: bool = False) -> None:
     """UserError for what may have been switched on since the model was made. Called every forward.
 
+    to_be_trained: whether what eval mode forgives is refused as well.
     Dropout: a shared token would be dropped once for all its rollouts. Checkpointing other than
     transformers' own: it would run a layer again when the model's own attention is back.
     """
-    if model.training and getattr(model.config, "attention_dropout", 0.0):
+    if (model.training or to_be_trained) and getattr(model.config, "attention_dropout", 0.0):
         raise UserError(
             f"config.attention_dropout is {model.config.attention_dropout}: an exact forest forward needs 0 "
             "(or model.eval())"
         )
     for name, module in model.named_modules():
-        if isinstance(module, _DropoutNd) and module.training and module.p > 0:
+        if isinstance(module, _DropoutNd) and module.p > 0 and (module.training or to_be_trained):
             raise UserError(
                 f"{name} drops out with p={module.p}: an exact forest forward needs 0 (or model.eval())"
             )

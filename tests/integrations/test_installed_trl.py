@@ -7,15 +7,25 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Trainer
 
+from examples import share_in_trainer, share_in_trl
 from mosaic_fast.errors import UserError
 from mosaic_fast.integrations import trl as integration
 from mosaic_fast.integrations.rows import IGNORED
 from mosaic_fast.integrations.trl import share_prefixes
-from tests.integrations.trainers import DoubleHead, first_batch, in_double, loss_and_gradients, make
+from mosaic_fast.policy.checkpoint import save_model
+from tests.integrations.trainers import (
+    DoubleHead,
+    first_batch,
+    in_double,
+    loss_and_gradients,
+    make,
+    tokenizer,
+)
 from tests.policy.policy_helpers import assert_gradients_close, tiny_model
 
+EXAMPLES = Path(share_in_trl.__file__).parent
 LOSSES: list[tuple[str, dict[str, Any]]] = [
     ("grpo", {"loss_type": "dapo"}),
     ("grpo", {"loss_type": "grpo", "beta": 0.1, "num_iterations": 2}),
@@ -279,3 +289,22 @@ def test_what_every_batch_would_fail_by_is_refused(tmp_path: Path, monkeypatch: 
         share_prefixes(trainer)
     with pytest.raises(UserError, match="is for TRL's GRPOTrainer"):
         share_prefixes(object())  # pyrefly: ignore [bad-argument-type]
+
+
+def test_the_examples_train_and_share(tmp_path: Path):
+    """Each in a file of under 60 lines; the plain Trainer's losses are those of Trainer itself."""
+    for file in ("share_in_trl.py", "share_in_trainer.py"):
+        assert len((EXAMPLES / file).read_text(encoding="utf-8").splitlines()) < 60
+    model = tiny_model("qwen3", torch.float32)
+    words = tokenizer()
+    save_model(model, tmp_path)
+    words.save_pretrained(tmp_path)
+    sharing = share_in_trl.main(str(tmp_path))
+    assert sharing.forwards
+    assert sharing.computed_tokens < 0.7 * sharing.row_tokens
+    curves = [
+        [row["loss"] for row in trainer.state.log_history if "loss" in row]
+        for trainer in (share_in_trainer.main(str(tmp_path)), share_in_trainer.main(str(tmp_path), Trainer))
+    ]
+    assert len(curves[0]) == 2
+    assert curves[0] == pytest.approx(curves[1], abs=1e-4)

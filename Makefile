@@ -1,7 +1,7 @@
 # Everything lives in .venv, made on demand. TORCH_ARGS goes to pip when torch is installed (see README.md).
 PYTHON ?= python3
 TORCH_ARGS ?=
-# Processes that run the tests, beside the two of the emulated kernels.
+# Processes that run the tests, beside the one of the emulated kernels.
 WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
@@ -49,17 +49,14 @@ quick: $(STAMP) lint types  ### lint, types and the tests of what matters, withi
 # What no user of the trainer calls: the benchmark, the tools, compiling for GPUs that are not here.
 WORKSHOP := tests/bench tests/tools tests/kernels/test_compile.py tests/kernels/test_mutants.py
 
-# The kernels' emulated tests run beside the others, which wait for processes of theirs now and then; what fails there fails the whole.
+# The emulated kernels run beside the other tests, which wait for processes of theirs now and then; what fails there fails the whole.
 test: $(STAMP) lint types  ### lint, types and tests, within 10 minutes
-	@pids=; for one in interpreter ttsem; do \
-		$(MAKE) --no-print-directory ARGS= test-$$one >$(VENV)/$$one.log 2>&1 & pids="$$pids $$!"; \
-	done; \
-	trap 'kill $$pids 2>/dev/null' INT TERM; \
-	echo "the Triton kernels' emulated tests run beside these, into $(VENV)/interpreter.log and $(VENV)/ttsem.log"; failed=0; \
+	@$(MAKE) --no-print-directory ARGS= test-ttsem >$(VENV)/ttsem.log 2>&1 & pid=$$!; \
+	trap 'kill $$pid 2>/dev/null' INT TERM; \
+	echo "the Triton kernels' emulated tests run beside these, into $(VENV)/ttsem.log"; failed=0; \
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(WORKSHOP:%=--ignore=%) $(ARGS) || failed=$$?; \
-	for pid in $$pids; do wait $$pid || failed=1; done; \
-	if [ $$failed = 0 ]; then tail -n 3 $(VENV)/interpreter.log; tail -n 3 $(VENV)/ttsem.log; \
-	else cat $(VENV)/interpreter.log $(VENV)/ttsem.log; fi; exit $$failed
+	wait $$pid || failed=1; \
+	if [ $$failed = 0 ]; then tail -n 3 $(VENV)/ttsem.log; else cat $(VENV)/ttsem.log; fi; exit $$failed
 
 test-workshop: $(STAMP)  ## the tests of bench/ and tools/, which make test leaves out
 	$(BIN)/python -m pytest -n $(WORKERS) $(WORKSHOP) $(ARGS)

@@ -14,6 +14,7 @@ from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from mosaic_fast.errors import UserError
 from mosaic_fast.policy.forest_tensors import ForestTensors
 from mosaic_kernels import tree_attention
+from mosaic_rollout.engine.attention import chunk_of, tempered
 
 ATTENTION_NAME = "mosaic_tree_attention"
 
@@ -77,10 +78,10 @@ def forest_attention(
     # A window or a chunk as long as the longest rollout hides nothing.
     window, chunk = (
         size if size is not None and size < forest.longest else None
-        for size in (sliding_window, _chunk(module, layer))
+        for size in (sliding_window, chunk_of(module))
     )
     out = tree_attention(
-        _tempered(module, query, forest.positions)[0].transpose(0, 1),
+        tempered(module, query, forest.positions[0])[0].transpose(0, 1),
         keys,
         values,
         forest.subtree_end,
@@ -94,27 +95,6 @@ def forest_attention(
         backend=tree.attention,
     )
     return out[None], None
-
-
-def _chunk(module: nn.Module, layer: int) -> int | None:
-    """Positions a chunk of the layer's attention, which transformers hides in the mask (Llama 4)."""
-    config = cast(PreTrainedConfig, module.config)
-    types = getattr(config, "layer_types", None)
-    return config.attention_chunk_size if types and types[layer] == "chunked_attention" else None
-
-
-def _tempered(module: nn.Module, query: Tensor, positions: Tensor) -> Tensor:  # [1, Hq, U, D] twice
-    """Queries scaled by position, where the layer has scaled them by their place in the row (Llama 4)."""
-    if not getattr(module, "attn_temperature_tuning", False) or module.use_rope:
-        return query
-
-    def scales(at: Tensor) -> Tensor:
-        steps = torch.floor((at.float() + 1.0) / cast(float, module.floor_scale))
-        return torch.log1p(steps) * cast(float, module.attn_scale) + 1.0
-
-    wanted, applied = scales(positions[0]), scales(torch.arange(query.shape[2], device=query.device))
-    ratio = (wanted.double() / applied).to(torch.promote_types(query.dtype, torch.float32))
-    return (query * ratio[:, None]).to(query.dtype)
 
 
 @contextmanager

@@ -27,6 +27,7 @@ from mosaic_fast.policy.layout import (
 )
 from mosaic_fast.policy.support import DECODED_BY_LAYER
 from mosaic_rollout.engine.adapter import Attend
+from mosaic_rollout.engine.attention import Scores
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,7 @@ class _Layer:
     gate: _Linear
     up: _Linear
     down: _Linear
-    scale: float
-    window: int | None
+    scores: Scores
 
 
 class StockDecoder:
@@ -100,7 +100,7 @@ class StockDecoder:
                 return hidden[:0] @ self._head.weight
             query, key = self._rotated(layer, normed, cos, sin)
             served.store(number, key, layer.value(normed).unflatten(1, (-1, self._head_dim)))
-            attended = served.attend(number, query, layer.scale, layer.window)
+            attended = served.attend(number, query, layer.scores)
             layer.output.add_to(hidden, attended.flatten(1))
             normed = rms_norm(hidden, width, layer.mlp_norm, self._eps)
             gated = silu(layer.gate(normed), inplace=True).mul_(layer.up(normed))
@@ -192,8 +192,9 @@ def _layer_of(layer: nn.Module) -> _Layer:
         gate=_linear(mlp, "gate_proj"),
         up=_linear(mlp, "up_proj"),
         down=_linear(mlp, "down_proj"),
-        scale=cast(float, attention.scaling),
-        window=cast("int | None", getattr(attention, "sliding_window", None)),
+        scores=Scores(
+            cast(float, attention.scaling), cast("int | None", getattr(attention, "sliding_window", None))
+        ),
     )
 
 

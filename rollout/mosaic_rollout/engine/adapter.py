@@ -18,11 +18,12 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
+from mosaic_rollout.engine.attention import Scores, chunk_of, tempered
+
 ATTENTION_NAME = "mosaic_engine_attention"
-_FOREIGN = ("softcap", "s_aux", "position_bias")
+_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
 class Attend(Protocol):
@@ -32,7 +33,7 @@ class Attend(Protocol):
         """Keep the new keys [T, Hkv, Dk] and values [T, Hkv, Dv] of a layer."""
         ...
 
-    def attend(self, layer: int, query: Tensor, scale: float, window: int | None) -> Tensor:
+    def attend(self, layer: int, query: Tensor, scores: Scores) -> Tensor:
         """[T, Hq, Dk] -> [T, Hq, Dv], over what has been stored."""
         ...
 
@@ -45,57 +46,30 @@ def served_attention(
     attention_mask: Tensor | None,  # never read
     *,
     served: Attend | None = None,
+    served_at: Tensor | None = None,  # [T] positions
     scaling: float | None = None,
     sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,  # [Hq] a sink a head
     **unused: object,
 ) -> tuple[Tensor, None]:  # [1, T, Hq, Dv]
     """transformers' attention signature in front of an `Attend`."""
-    if served is None:
+    if served is None or served_at is None:
         raise ValueError(f"{type(module).__name__} does not hand keywords on to its attention")
-    for name in _FOREIGN:
-        if unused.get(name) is not None:
-            raise ValueError(f"{type(module).__name__} uses {name}, which LocalEngine does not serve")
+    if unused.get("position_bias") is not None:
+        raise ValueError(f"{type(module).__name__} uses position_bias, which LocalEngine does not serve")
     layer = module.layer_idx
     assert isinstance(layer, int)
     served.store(layer, key[0].transpose(0, 1), value[0].transpose(0, 1))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return served.attend(layer, query[0].transpose(0, 1), scale, sliding_window)[None], None
+    scores = Scores(scale, sliding_window, chunk_of(module), softcap, s_aux)
+    query = tempered(module, query, served_at)
+    return served.attend(layer, query[0].transpose(0, 1), scores)[None], None
 
 
 def register() -> None:
     """Make `served_attention` selectable by name in a model's configuration."""
     AttentionInterface.register(ATTENTION_NAME, served_attention)
-
-
-def visible_keys(
-    positions: Tensor,  # [R, t] int64 of the queries
-    keys: int,  # key j of a row is its sequence's token j
-    window: int | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    """Additive mask [R, 1, t, keys]: 0 where the query's position sees the key, -inf elsewhere.
-
-    Of the model's dtype, because SDPA would convert a boolean mask once a layer.
-    """
-    at = torch.arange(keys, device=positions.device)
-    hidden = at > positions[:, :, None]
-    if window is not None:
-        hidden |= positions[:, :, None] - at >= window
-    mask = torch.zeros(hidden.shape, dtype=dtype, device=positions.device)
-    return mask.masked_fill_(hidden, -torch.inf)[:, None]
-
-
-def grouped_attention(
-    query: Tensor,  # [R, Hq, t, Dk]
-    keys: Tensor,  # [R, Hkv, k, Dk]
-    values: Tensor,  # [R, Hkv, k, Dv]
-    mask: Tensor | None,  # [1 or R, 1, t, k]; None: causal, t = k
-    scale: float,
-) -> Tensor:  # [R, Hq, t, Dv]
-    """SDPA whose query heads share key heads."""
-    return scaled_dot_product_attention(
-        query, keys, values, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True
-    )
 
 
 _ONE_SCALE_ROPE = ("default", "linear", "llama3", "yarn", "proportional")
@@ -136,7 +110,7 @@ class CausalModel:
 
     decoder_of: asked anew whenever the model's modules may have changed.
 
-    Refused by name (ValueError): attention layers of other types than full and sliding, layers that differ
+    Refused by name (ValueError): layers of other types than full, sliding and chunked attention, that differ
     in heads or head size, attention that does not go through transformers' interface or hides its window
     from it. `max_tokens` is the longest sequence served: max_position_embeddings, and no further than the
     original length where the rotary frequencies depend on the longest position in the batch (longrope),
@@ -150,9 +124,9 @@ class CausalModel:
         config = model.config
         self.vocab_size: int = config.vocab_size
         layer_types = getattr(config, "layer_types", None)
-        if unknown := set(layer_types or ()) - {"full_attention", "sliding_attention"}:
+        if unknown := set(layer_types or ()) - _LAYER_TYPES:
             raise ValueError(
-                f"LocalEngine serves full and sliding attention, this model has {sorted(unknown)}"
+                f"LocalEngine serves full, sliding and chunked attention, this model has {sorted(unknown)}"
             )
         rope = getattr(config, "rope_parameters", None) or {}
         self.fixed_rope = rope.get("rope_type", "default") in _ONE_SCALE_ROPE
@@ -241,6 +215,7 @@ class CausalModel:
             position_ids=positions[None],
             use_cache=False,
             served=served,
+            served_at=positions,
             **({} if logits else self._only_last),
         )
         return output.logits[0]
@@ -257,6 +232,6 @@ class _Probe:
         self.shapes.append((key.shape[1], key.shape[2], value.shape[2], key.dtype, key.device))
         self._value = value
 
-    def attend(self, layer: int, query: Tensor, scale: float, window: int | None) -> Tensor:
-        self.windows.append(window)
+    def attend(self, layer: int, query: Tensor, scores: Scores) -> Tensor:
+        self.windows.append(scores.window)
         return self._value.repeat_interleave(query.shape[1] // self._value.shape[1], dim=1)

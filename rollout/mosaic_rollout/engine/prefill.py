@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mosaic_rollout.engine.adapter import CausalModel, KeyValueShape, grouped_attention, visible_keys
+from mosaic_rollout.engine.adapter import CausalModel, KeyValueShape
+from mosaic_rollout.engine.attention import Scores, grouped_attention, visible_keys
 from mosaic_rollout.engine.radix import Node
 from mosaic_rollout.engine.rows import KeyValuePool
 
@@ -130,15 +131,14 @@ class _Block:
         kept = filled.ravel().nonzero()[0]
         self._kept = None if filled.all() else torch.from_numpy(kept).to(shape.device)
         self._positions = torch.from_numpy(positions[:1] if self._same else positions).to(shape.device)
-        self._masks: dict[int | None, Tensor | None] = {}
+        self._masks: dict[tuple[int | None, int | None], Tensor | None] = {}
 
     def attend(
         self,
         query: Tensor,  # [T, Hq, D]
         keys: Tensor,  # [Hkv, slots, D]
         values: Tensor,  # [Hkv, slots, Dv]
-        scale: float,
-        window: int | None,
+        scores: Scores,
         into: Tensor,  # [T, Hq, Dv]
     ) -> None:
         split = (self._rows, self._keys)
@@ -146,18 +146,19 @@ class _Block:
             query.index_select(0, self._queries).unflatten(0, (self._rows, -1)).transpose(1, 2),
             keys.index_select(1, self._slots).unflatten(1, split).transpose(0, 1),
             values.index_select(1, self._slots).unflatten(1, split).transpose(0, 1),
-            self._mask(window),
-            scale,
+            self._mask(scores),
+            scores,
         )
         rows = attended.transpose(1, 2).flatten(0, 1)  # [R t, Hq, Dv]
         into.index_copy_(0, self._outputs, rows if self._kept is None else rows.index_select(0, self._kept))
 
-    def _mask(self, window: int | None) -> Tensor | None:
-        if self._causal and (window is None or self._keys <= window):
+    def _mask(self, scores: Scores) -> Tensor | None:
+        if self._causal and scores.see_all(self._keys):
             return None
-        if window not in self._masks:
-            self._masks[window] = visible_keys(self._positions, self._keys, window, self._shape.dtype)
-        return self._masks[window]
+        if scores.reach not in self._masks:
+            mask = visible_keys(self._positions, self._keys, scores, self._shape.dtype)
+            self._masks[scores.reach] = mask
+        return self._masks[scores.reach]
 
 
 class _Chunk:
@@ -177,10 +178,10 @@ class _Chunk:
         self._pool.keys[layer].index_copy_(1, self._slots, key.transpose(0, 1))
         self._pool.values[layer].index_copy_(1, self._slots, value.transpose(0, 1))
 
-    def attend(self, layer: int, query: Tensor, scale: float, window: int | None) -> Tensor:
+    def attend(self, layer: int, query: Tensor, scores: Scores) -> Tensor:
         out = query.new_empty(*query.shape[:2], self._pool.shape.value_dim)
         for block in self._blocks:
-            block.attend(query, self._pool.keys[layer], self._pool.values[layer], scale, window, out)
+            block.attend(query, self._pool.keys[layer], self._pool.values[layer], scores, out)
         return out
 
 

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from mosaic_rollout.engine.adapter import KeyValueShape, visible_keys
+from mosaic_rollout.engine.adapter import KeyValueShape
+from mosaic_rollout.engine.attention import Scores, grouped_attention, visible_keys
 
 _FIRST_SLOTS = 1024
 
@@ -125,7 +126,7 @@ class RowBuffer:
         self._equal = int(positions.min()) + 1 == self._visible
         first = self._lines[: self._active]  # [n, Hkv]
         self._places = (first + positions[:, None]).flatten()
-        self._masks: dict[int | None, torch.Tensor | None] = {}
+        self._masks: dict[tuple[int | None, int | None], torch.Tensor | None] = {}
 
     def store(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
         """[n, Hkv, D] to the rows' places."""
@@ -133,24 +134,26 @@ class RowBuffer:
         keys.flatten(0, 2).index_copy_(0, self._places, key.flatten(0, 1))
         values.flatten(0, 2).index_copy_(0, self._places, value.flatten(0, 1))
 
-    def attend(self, layer: int, query: torch.Tensor, scale: float, window: int | None) -> torch.Tensor:
+    def attend(self, layer: int, query: torch.Tensor, scores: Scores) -> torch.Tensor:
         """[n, Hq, D] -> [n, Hq, Dv]. Heads that share keys are the queries of one, so nothing is repeated."""
         keys, values = self._layers[layer]
         keys, values = keys[: self._active, :, : self._visible], values[: self._active, :, : self._visible]
-        grouped = query.unflatten(1, (self.shape.heads, -1))  # [n, Hkv, Hq / Hkv, D]
-        mask = self._mask(window)
+        mask = self._mask(scores)
+        if scores.softcap is not None or scores.sinks is not None:
+            return grouped_attention(query[:, :, None], keys, values, mask, scores).squeeze(2)
+        grouped, scale = query.unflatten(1, (self.shape.heads, -1)), scores.scale  # [n, Hkv, Hq / Hkv, D]
         return scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scale).flatten(1, 2)
 
-    def _mask(self, window: int | None) -> torch.Tensor | None:
+    def _mask(self, scores: Scores) -> torch.Tensor | None:
         """[n, 1, 1, K], or None where every row sees all keys."""
-        if window not in self._masks:
-            plain = self._equal and (window is None or self._visible <= window)
-            self._masks[window] = (
+        if scores.reach not in self._masks:
+            plain = self._equal and scores.see_all(self._visible)
+            self._masks[scores.reach] = (
                 None
                 if plain
-                else visible_keys(self._positions[:, None], self._visible, window, self.shape.dtype)
+                else visible_keys(self._positions[:, None], self._visible, scores, self.shape.dtype)
             )
-        return self._masks[window]
+        return self._masks[scores.reach]
 
     def _index(self) -> None:
         self._layers = list(zip(self.keys, self.values, strict=True))

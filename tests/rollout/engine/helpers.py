@@ -54,12 +54,44 @@ _FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 FAMILIES = tuple(_FAMILIES)
+_BENT_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "gemma2": (
+        "gemma2",
+        {
+            "head_dim": 8, "query_pre_attn_scalar": 5, "sliding_window": 7, "attn_logit_softcapping": 1.5,
+            "final_logit_softcapping": 4.0,
+        },
+    ),
+    "gpt_oss": (
+        "gpt_oss",
+        {"head_dim": 8, "sliding_window": 7, "num_local_experts": 4, "num_experts_per_tok": 2},
+    ),
+    "glm4_moe_lite": (
+        "glm4_moe_lite",
+        {
+            "num_key_value_heads": 4, "q_lora_rank": 8, "kv_lora_rank": 10, "qk_rope_head_dim": 4,
+            "qk_nope_head_dim": 6, "v_head_dim": 5, "num_local_experts": 4, "num_experts_per_tok": 2,
+            "moe_intermediate_size": 7,
+        },
+    ),
+    "llama4_text": (
+        "llama4_text",
+        {
+            "head_dim": 8, "intermediate_size_mlp": 13, "attention_chunk_size": 6, "num_local_experts": 4,
+            "no_rope_layers": [1, 0, 1], "interleave_moe_layer_step": 2, "floor_scale": 3, "attn_scale": 0.4,
+        },
+    ),
+}  # fmt: skip
+BENT_FAMILIES = tuple(_BENT_FAMILIES)
+"""Whose attention has a softcap, sinks, values of another size than keys, or chunks."""
 
 
 def tiny_model(family: str = "qwen3", dtype: torch.dtype = torch.float64, seed: int = 0) -> PreTrainedModel:
-    model_type, extra = _FAMILIES[family]
+    model_type, extra = {**_FAMILIES, **_BENT_FAMILIES}[family]
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **_COMMON, **extra))
+    options = {f"{part}_implementation": "eager" for part in ("attn", "experts") if family in BENT_FAMILIES}
+    config = AutoConfig.for_model(model_type, **{**_COMMON, **extra})
+    model = AutoModelForCausalLM.from_config(config, **options)
     model.to(dtype)
     return model.train()  # as a trainer leaves it
 

@@ -16,7 +16,7 @@ SGLANG_STAMP := .venv-sglang/.installed-$(SGLANG)
 SGLANG_CPU := rollout/mosaic_rollout/engine/sglang/server_side/requirements-cpu.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help help-all venv train test quick sglang test-sglang soak fuzz test-workshop test-fresh test-interpreter test-work test-ttsem mutants lint types bench bench-peers bench-peers-cuda bench-chart bench-agentdojo verify warmstart evaluate train-agentdojo test-agentdojo test-report clean bfcl asb agent-safetybench agentharm test-bfcl test-asb test-agent-safetybench test-agentharm test-verifiers test-trl
+.PHONY: help help-all venv train test quick sglang test-sglang soak fuzz test-workshop test-fresh test-interpreter test-work test-ttsem mutants lint types bench bench-peers bench-peers-cuda bench-chart bench-agentdojo verify gpu warmstart evaluate train-agentdojo test-agentdojo test-report clean bfcl asb agent-safetybench agentharm test-bfcl test-asb test-agent-safetybench test-agentharm test-verifiers test-trl
 
 # `###` marks what most people need, `##` the rest.
 help:
@@ -120,6 +120,10 @@ bench-chart: $(STAMP) .venv-trl/.installed  ## docs/images/step-sharing.png, ane
 
 verify: $(STAMP)  ### every kernel of this machine against the fp64 oracle
 	$(BIN)/python -m tools.verify_kernels $(ARGS)
+
+# The machine's own Python, torch and Triton, installed or in .venv: nothing is downloaded.
+gpu:  ### first contact with a GPU: checks, a training step, the benchmark, in 8 minutes; bench/results/gpu.md
+	PYTHONPATH=.:kernels:rollout $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m tools.gpu $(ARGS)
 
 warmstart: $(STAMP)  ## rebuild the embedded model (users never need it)
 	$(BIN)/python -m tools.warmstart $(ARGS)

@@ -41,7 +41,7 @@ from mosaic_fast.learner.execution import Execution, MicroBatch
 from mosaic_fast.learner.execution.cost import work_of
 from mosaic_fast.policy import Policy
 from mosaic_fast.policy.forest_tensors import forest_tensors
-from mosaic_fast.setup.model_folder import checkpoint_activations
+from mosaic_fast.policy.layout import checkpoint_activations
 from mosaic_kernels import PackedForest, tree_attention
 from mosaic_kernels.attention.flash import Gather, build_gather
 

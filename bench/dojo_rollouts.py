@@ -34,7 +34,6 @@ from workloads import Workload, qwen3
 
 from mosaic_fast.errors import UserError
 from mosaic_fast.policy import Policy, StockDecoder
-from mosaic_fast.setup.model_folder import end_tokens, load_tokenizer
 from mosaic_rollout.chat.chat import Chat
 from mosaic_rollout.chat.grammar import REFUSAL_SCHEMA, REFUSAL_TOOL
 from mosaic_rollout.engine import LocalEngine
@@ -125,6 +124,8 @@ def play(settings: Settings) -> list[Rollout]:
         (settings.task_id.partition("/")[0],), max_observation_chars=settings.max_observation_chars
     )
     task = _task(environment, settings.task_id)
+    from mosaic_fast.setup.model_folder import end_tokens, load_tokenizer  # the drawn steps do without
+
     chat = Chat(load_tokenizer(MODEL), teach_loop=True, end_token_ids=end_tokens(MODEL))
     episode = environment.reset(task)
     prompt, _ = chat.prompt(episode.messages, [*episode.tools, REFUSAL_SCHEMA])

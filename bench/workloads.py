@@ -9,9 +9,6 @@ import torch
 from device import Place
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
-from mosaic_fast.config import Config
-from mosaic_fast.setup.build import build_setup
-from mosaic_fast.setup.model_folder import model_folder
 from mosaic_kernels import PackedForest, pack_forest
 
 ENOUGH = 2**20  # tokens a micro-batch where nothing is to be cut
@@ -179,6 +176,10 @@ def agent_rollouts(vocabulary: int, seed: int = 0) -> tuple[list[np.ndarray], li
 
 def played() -> Workload:
     """The first rollouts of the embedded default run, played by the embedded model (0.8 M parameters)."""
+    from mosaic_fast.config import Config  # what only draws tokens does without a run's packages
+    from mosaic_fast.setup.build import build_setup
+    from mosaic_fast.setup.model_folder import model_folder
+
     config = Config()
     setup = build_setup(config, model_folder("embedded"))
     loop = setup.loop

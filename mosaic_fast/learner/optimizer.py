@@ -5,17 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from mosaic_fast.config import OptimConfig
 from mosaic_fast.distributed import ALONE, World
 from mosaic_fast.distributed.sharding import local_gradient, local_part, local_rows, whole
 from mosaic_fast.errors import TrainingError
 from mosaic_fast.learner.tensor_file import Entry, Reader
+
+if TYPE_CHECKING:
+    from mosaic_fast.config import OptimConfig
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 

@@ -126,6 +126,13 @@ def mlp_weights(model: PreTrainedModel, mlp: nn.Module) -> tuple[Tensor, Tensor,
             return None
 
 
+def checkpoint_activations(model: PreTrainedModel, *, reentrant: bool = False) -> None:
+    """Have transformers run each layer again in the backward pass; the method has two names."""
+    name = "activation_checkpointing_enable"  # transformers 5.17 has the other one only
+    enable = getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")
+    enable({"use_reentrant": reentrant})
+
+
 def checkpoints_activations(model: PreTrainedModel) -> bool:
     """True if layers run a second time in the backward pass."""
     return any(getattr(m, "gradient_checkpointing", False) for m in model.modules())

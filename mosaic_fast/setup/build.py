@@ -22,13 +22,13 @@ from mosaic_fast.learner.lora import Lora
 from mosaic_fast.policy import Policy
 from mosaic_fast.policy.checkpoint import check_saved, weights_of
 from mosaic_fast.policy.folder import check_config, check_folder
+from mosaic_fast.policy.layout import checkpoint_activations
 from mosaic_fast.run.interrupt import Interrupt, Stopped
 from mosaic_fast.setup.engine import build_engine, longest_rollout
 from mosaic_fast.setup.environment import build_environment
 from mosaic_fast.setup.gpus import check_backends, server_gpus
 from mosaic_fast.setup.model_folder import (
     check_vocabulary,
-    checkpoint_activations,
     device_of,
     end_tokens,
     load_policy,

@@ -10,7 +10,7 @@ from typing import cast
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from mosaic_fast.config import Config
 from mosaic_fast.distributed import ALONE, World
@@ -172,10 +172,3 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     ):
         if not same:
             raise UserError(f"the tokenizer loads with other {what} than it was saved with")
-
-
-def checkpoint_activations(model: PreTrainedModel, *, reentrant: bool = False) -> None:
-    """Have transformers run each layer again in the backward pass; the method has two names."""
-    name = "activation_checkpointing_enable"  # transformers 5.17 has the other one only
-    enable = getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")
-    enable({"use_reentrant": reentrant})

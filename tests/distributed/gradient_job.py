@@ -21,7 +21,7 @@ from mosaic_fast.learner.learner import Learner, Reference
 from mosaic_fast.learner.lora import Lora
 from mosaic_fast.learner.step_batch import StepBatch
 from mosaic_fast.policy import Policy
-from mosaic_fast.setup.model_folder import checkpoint_activations
+from mosaic_fast.policy.layout import checkpoint_activations
 from tests.learner.flat_oracle import Case, forked_case
 from tests.learner.learner_configs import config_of, moved
 from tests.policy.policy_helpers import tiny_model

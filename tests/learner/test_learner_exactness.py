@@ -25,7 +25,7 @@ from mosaic_fast.config import (
 from mosaic_fast.learner.execution import Execution
 from mosaic_fast.learner.learner import Learner, Reference
 from mosaic_fast.policy import Policy
-from mosaic_fast.setup.model_folder import checkpoint_activations
+from mosaic_fast.policy.layout import checkpoint_activations
 from tests.learner.flat_oracle import Case, alone, flat_loss, forked_case, forked_cases
 from tests.learner.learner_configs import config_of, moved
 from tests.policy.policy_helpers import assert_gradients_close, tiny_model

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mosaic_fast.policy import Policy
-from mosaic_fast.setup.model_folder import checkpoint_activations
+from mosaic_fast.policy.layout import checkpoint_activations
 from mosaic_kernels import split_forest
 from tests.policy.policy_helpers import (
     FAMILIES,

@@ -15,7 +15,6 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-import tomli_w
 from numpy.typing import NDArray
 
 from mosaic_fast.errors import UserError
@@ -138,6 +137,8 @@ def load_cost_model(path: str) -> CostModel:
 
 def save_cost_model(cost: CostModel, path: Path, about: str) -> None:
     """Write the coefficients. about: what they were measured on, in words."""
+    import tomli_w  # what only runs forests, and writes no file, does without
+
     content = {"about": about, "seconds_per_unit": asdict(cost)}
     path.write_text(tomli_w.dumps(content), encoding="utf-8")
 

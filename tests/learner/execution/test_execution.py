@@ -16,7 +16,7 @@ from mosaic_fast.errors import UserError
 from mosaic_fast.learner.execution import PLANS, Execution, MicroBatch
 from mosaic_fast.learner.execution.execution import KeptPrefix, stopwatch
 from mosaic_fast.policy import Policy
-from mosaic_fast.setup.model_folder import checkpoint_activations
+from mosaic_fast.policy.layout import checkpoint_activations
 from tests.policy.alterations import hooked_model, lora_everywhere
 from tests.policy.policy_helpers import (
     FAMILIES,

@@ -8,7 +8,7 @@ import torch
 
 from mosaic_fast.learner.execution import Execution
 from mosaic_fast.policy import Policy
-from mosaic_fast.setup.model_folder import checkpoint_activations
+from mosaic_fast.policy.layout import checkpoint_activations
 from mosaic_kernels import pack_forest
 from tests.policy.policy_helpers import tiny_model
 from tests.setup.memory.small_models import peak_bytes

@@ -17,7 +17,7 @@ from mosaic_fast.learner.lora import Lora
 from mosaic_fast.learner.step_batch import StepBatch, judged_pairs
 from mosaic_fast.losses.credit import find_forks
 from mosaic_fast.policy import Policy
-from mosaic_fast.setup.model_folder import checkpoint_activations
+from mosaic_fast.policy.layout import checkpoint_activations
 from mosaic_kernels import pack_forest
 
 ROLLOUTS, LENGTH = 4, 160

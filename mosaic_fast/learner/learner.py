@@ -3,7 +3,7 @@
 Every distinct (prefix, token) is computed once, and the gradient is that of the flat batch with the same
 weights. How the forest is cut, and in which order, changes it by rounding only.
 
-`accumulate` and `accumulate_coupled` are the two ways to add up the gradient of a loss over micro-batches.
+`accumulate.py` has the ways to add up the gradient of a loss over micro-batches.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from mosaic_fast.config import Config
 from mosaic_fast.distributed import ALONE, World
 from mosaic_fast.distributed.sharding import Sharding
 from mosaic_fast.errors import UserError
-from mosaic_fast.learner.execution import CostModel, Execution, MicroBatch, Schedule
+from mosaic_fast.learner.accumulate import accumulate
+from mosaic_fast.learner.execution import CostModel, Coupling, Execution, Schedule, coupling_of, units_of
 from mosaic_fast.learner.optimizer import Optimizer
 from mosaic_fast.learner.step_batch import Pruned, StepBatch, prune
 from mosaic_fast.losses import Loss, LossBatch, SumCount, SurrogateLoss, build_loss, normalised_weights
@@ -51,6 +52,7 @@ class _Prepared:
 
     pruned: Pruned
     schedule: Schedule
+    coupling: Coupling | None  # None: the loss is a sum over tokens
     batch: LossBatch  # old_logprobs and advantages as if the trainer had sampled
     loss: Loss
     rollout_logprobs: Tensor  # [T']
@@ -106,22 +108,21 @@ class Learner:
         Raises TrainingError where a gradient is not finite; no step is taken with it.
         """
         prepared = self._prepare(batch)
-        run_epoch = accumulate_coupled if prepared.loss.coupled else accumulate
         start: Tensor | None = None  # the policy's log-probs before the first optimiser step
         totals: dict[str, SumCount] = {}
         rate, norms = self.learning_rate(step), []
         for _ in range(self._config.optim.epochs):
             own: dict[str, SumCount] = {}
-            logprobs = run_epoch(
+            logprobs = accumulate(
                 self._execution,
                 self.policy,
                 prepared.schedule,
+                prepared.coupling,
                 prepared.loss,
                 lambda given, source, start=start: self._batch_at(prepared, given, source, start),
                 lambda metrics, own=own: _add(own, metrics),
             )
-            # What is coupled every rank has computed whole; of the rest each has its share.
-            _add(totals, own if prepared.loss.coupled else self._over_ranks(own))
+            _add(totals, self._over_ranks(own))
             start = logprobs if start is None else start
             if self._sharding is not None:
                 self._sharding.reshard()  # the loss read nothing, so no backward pass did it
@@ -154,17 +155,22 @@ class Learner:
             needed |= gates.reached(weights > 0)
             weights = gates.without_tags()
         pruned = prune(forest, needed, keep_lengths=depends_on_length(self.policy.model))
-        schedule = self._execution.schedule(pruned.forest)
+        sampler = self._tensor(batch.rollout_logprobs[pruned.source])
+        device = sampler.device
+        loss = self._loss if gates is None else gates.loss(self._surrogate(), pruned.source, device)
+        units = units_of(loss.couples, batch.pairs, forest.num_rollouts) if loss.coupled else None
+        schedule, coupling = self._execution.schedule(pruned.forest, units), None
+        if units is not None:
+            schedule = self._execution.supported(self.policy, schedule)
+            coupling = coupling_of(schedule, units, self._world)
         reference = None
         if self.reference is not None:
             with self.reference.selected():
                 reference, _ = self._execution.logprobs(self.reference.policy, schedule)
-        sampler = self._tensor(batch.rollout_logprobs[pruned.source])
-        device = sampler.device
-        loss = self._loss if gates is None else gates.loss(self._surrogate(), pruned.source, device)
         return _Prepared(
             pruned,
             schedule,
+            coupling,
             LossBatch(
                 old_logprobs=sampler,
                 reference_logprobs=reference,
@@ -235,6 +241,7 @@ class Learner:
             "tree/pruned_frac": pruned.pruned_frac,
             "tree/pruned_edge_frac": pruned.pruned_edge_frac,
             **self._execution.figures(),
+            **({} if prepared.coupling is None else prepared.coupling.figures(prepared.schedule)),
         }
 
     def _tensor(self, values: np.ndarray) -> Tensor:
@@ -247,76 +254,3 @@ class Learner:
 def _add(totals: dict[str, SumCount], metrics: Mapping[str, SumCount]) -> None:
     for name, value in metrics.items():
         totals[name] = totals.get(name, SumCount(0.0, 0.0)) + value
-
-
-BatchAt = Callable[[Tensor, Tensor | None], LossBatch]
-"""From the policy's log-probs, of all tokens or of those at the given places, to what the loss reads."""
-
-
-def accumulate(
-    execution: Execution,
-    policy: Policy,
-    schedule: Schedule,
-    loss: Loss,
-    batch_at: BatchAt,
-    report: Callable[[Mapping[str, SumCount]], None],
-) -> Tensor:  # [T] the policy's log-probs
-    """Accumulate the gradient of a loss that is a sum over tokens: a micro-batch at a time."""
-    measured = torch.zeros(
-        schedule.forest.num_tokens, dtype=_logprob_dtype(policy), device=policy.model.device
-    )
-
-    def loss_of(micro_batch: MicroBatch) -> Tensor:
-        own = micro_batch.logprobs.detach()
-        measured[micro_batch.source] = own
-        value, metrics = loss(micro_batch.logprobs, batch_at(own, micro_batch.source), micro_batch.entropy)
-        report(metrics)
-        return value
-
-    execution.backward(policy, schedule, loss_of)
-    return execution.world.sum(measured)
-
-
-def accumulate_coupled(
-    execution: Execution,
-    policy: Policy,
-    schedule: Schedule,
-    loss: Loss,
-    batch_at: BatchAt,
-    report: Callable[[Mapping[str, SumCount]], None],
-) -> Tensor:  # [T] the policy's log-probs
-    """Accumulate the gradient of any loss, whatever it couples.
-
-    Pass A, without gradient, gives all log-probs and entropies; the loss of these small arrays gives
-    g = dL/dlogp and dL/dentropy; pass B backpropagates sum(g * logp) one micro-batch after the other.
-    """
-    measured, entropy = execution.logprobs(policy, schedule)
-    leaves = measured.clone().requires_grad_(), entropy.clone().requires_grad_()
-    value, metrics = loss(leaves[0], batch_at(measured, None), leaves[1])
-    report(metrics)
-    if not value.requires_grad:  # the loss reads nothing
-        return measured
-    by_logprob, by_entropy = torch.autograd.grad(value, leaves, allow_unused=True)
-
-    def loss_of(micro_batch: MicroBatch) -> Tensor:
-        total = _linear(micro_batch.logprobs, by_logprob, micro_batch.source)
-        return (
-            total
-            if by_entropy is None
-            else total + _linear(micro_batch.entropy, by_entropy, micro_batch.source)
-        )
-
-    execution.backward(policy, schedule, loss_of)
-    return measured
-
-
-def _linear(values: Tensor, gradient: Tensor | None, source: Tensor) -> Tensor:
-    """sum of gradient * values, with 0 for a non-finite value of gradient 0."""
-    if gradient is None:
-        return values.sum() * 0.0
-    gradient = gradient[source]
-    return (gradient * torch.where(gradient != 0, values, 0.0)).sum()
-
-
-def _logprob_dtype(policy: Policy) -> torch.dtype:
-    return torch.float64 if policy.model.dtype == torch.float64 else torch.float32

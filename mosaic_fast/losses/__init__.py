@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from mosaic_fast.errors import UserError
-from mosaic_fast.losses.batch import Loss, LossBatch, Normalisation, SumCount
+from mosaic_fast.losses.batch import Couples, Loss, LossBatch, Normalisation, SumCount
 from mosaic_fast.losses.credit import normalised_weights
 from mosaic_fast.losses.pairwise import PairwiseLoss
 from mosaic_fast.losses.surrogate import SurrogateLoss
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "LOSSES",
+    "Couples",
     "Loss",
     "LossBatch",
     "Normalisation",

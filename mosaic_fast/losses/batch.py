@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from mosaic_kernels import PackedForest
 
 Normalisation = Literal["token", "sequence", "constant"]
+Couples = Literal["token", "rollout", "pair", "step"]
+"""What of a step has a say in a token's gradient: itself alone, its rollout, those judged with it, or all."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,8 @@ class SumCount:
 class LossBatch:
     """What a loss reads beside the policy's log-probs, for N rollout tokens in flat order.
 
-    Coupled losses are given the whole step; the others may be given any part of it (`part`).
+    Coupled losses are given the whole step, in which maybe only some rollouts count (`of_rollouts`); the
+    others may be given any part of it (`part`).
 
     Two rollouts of [prompt, token, token] under `token` normalisation:
         cu_seqlens [0, 3, 6]   weights [0, 1/4, 1/4,  0, 1/4, 1/4]   pairs [[0, 1]]   preference [1.0]
@@ -51,6 +54,7 @@ class LossBatch:
     cu_seqlens: Tensor | None = None  # [R+1] int64, where rollouts begin; None in a part
     pairs: Tensor | None = None  # [P, 2] int64, judged pairs of rollouts; None in a part
     preference: Tensor | None = None  # [P] in [0, 1]: 1 if the first of the pair is better, 0.5 for a tie
+    step_pairs: int | None = None  # judged pairs of the whole step; None: P
 
     @property
     def counted(self) -> Tensor:  # [N] bool
@@ -64,6 +68,19 @@ class LossBatch:
             None if reference is None else reference[source],
             self.advantages[source],
             self.weights[source],
+        )
+
+    def of_rollouts(self, chosen: Tensor) -> LossBatch:
+        """The whole step, in which only the rollouts where `chosen` [R] is True count, and their pairs."""
+        batch = self.without(~chosen[self.rollout_of])
+        if self.pairs is None or self.preference is None:
+            return batch
+        both = chosen[self.pairs].all(dim=1)
+        return replace(
+            batch,
+            pairs=self.pairs[both],
+            preference=self.preference[both],
+            step_pairs=len(self.pairs) if self.step_pairs is None else self.step_pairs,
         )
 
     def without(self, dropped: Tensor) -> LossBatch:
@@ -139,12 +156,17 @@ class Loss(ABC):
         return "token"
 
     @property
-    def coupled(self) -> bool:
-        """True if a token's gradient depends on other tokens' log-probs: then it wants the whole step.
+    def couples(self) -> Couples:
+        """Whose log-probs a token's gradient depends on. Adding up the parts of a loss gives the whole.
 
-        Adding up the parts of a loss that is not coupled gives the whole.
+        A part holds what is coupled: any tokens, whole rollouts, or rollouts with all their pairs.
         """
-        return True
+        return "step"
+
+    @property
+    def coupled(self) -> bool:
+        """True if a token's gradient depends on other tokens' log-probs."""
+        return self.couples != "token"
 
     @property
     def needs_reference(self) -> bool:

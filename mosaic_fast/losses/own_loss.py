@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mosaic_fast.config import LossConfig
 from mosaic_fast.errors import UserError
-from mosaic_fast.losses.batch import Loss, LossBatch, Normalisation, SumCount
+from mosaic_fast.losses.batch import Couples, Loss, LossBatch, Normalisation, SumCount
 from mosaic_rollout.foreign import ForeignCode
 from mosaic_rollout.foreign.checks import finite_float, shown, yes_or_no
 from mosaic_rollout.foreign.code import get_member, import_named
@@ -79,8 +79,8 @@ class _OwnLoss(Loss):
         return self._normalisation
 
     @property
-    def coupled(self) -> bool:
-        return not self._token_wise
+    def couples(self) -> Couples:
+        return "token" if self._token_wise else "step"
 
     @property
     def needs_reference(self) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from mosaic_fast.losses.batch import Loss, LossBatch, SumCount
+from mosaic_fast.losses.batch import Couples, Loss, LossBatch, SumCount
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,6 +32,10 @@ class PairwiseLoss(Loss):
     beta: float = 0.1
     entropy_weight: float = 0.0
     backend: str = "auto"
+
+    @property
+    def couples(self) -> Couples:
+        return "pair"
 
     @property
     def needs_reference(self) -> bool:
@@ -79,15 +83,16 @@ class PairwiseLoss(Loss):
                 policy, reference, batch.counted, cu_seqlens, pairs, preference,
                 beta=self.beta, backend=self.backend,
             )  # fmt: skip
-        count = float(len(preference))
-        loss = losses.sum() / max(1.0, count) + batch.entropy_term(entropy, self.entropy_weight)
+        count, step_count = len(preference), batch.step_pairs
+        loss = losses.sum() / max(1, count if step_count is None else step_count)
+        loss = loss + batch.entropy_term(entropy, self.entropy_weight)
         h, decided = h.detach(), preference != 0.5
         agrees = ((h > 0) == (preference > 0.5)) & decided
         margin = (h * (2.0 * preference - 1.0)).sum()
         return loss, {
             **batch.token_metrics(policy_logprobs, entropy),
             "policy/pair_accuracy": SumCount(float(agrees.sum()), float(decided.sum())),
-            "policy/pair_margin": SumCount(float(margin), count),
+            "policy/pair_margin": SumCount(float(margin), float(count)),
             "policy/loss": SumCount(float(loss.detach()), 0.0),
         }
 

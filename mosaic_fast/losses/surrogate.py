@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from mosaic_fast.losses.batch import Loss, LossBatch, Normalisation, SumCount
+from mosaic_fast.losses.batch import Couples, Loss, LossBatch, Normalisation, SumCount
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,8 +37,8 @@ class SurrogateLoss(Loss):
     backend: str = "auto"
 
     @property
-    def coupled(self) -> bool:
-        return self.ratio == "sequence"
+    def couples(self) -> Couples:
+        return "rollout" if self.ratio == "sequence" else "token"
 
     @property
     def needs_reference(self) -> bool:

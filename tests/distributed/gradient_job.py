@@ -30,6 +30,7 @@ CPU = torch.device("cpu")
 CASES = {  # name -> (family, loss, penalised, tokens at once, what is special)
     "qwen2 grpo": ("qwen2", "grpo", True, 24, ""),
     "qwen3 gspo": ("qwen3", "gspo", True, 16, ""),
+    "gspo in one pass": ("qwen2", "gspo", False, 8192, ""),
     "phi3 dpo": ("phi3", "dpo", False, 16, ""),
     "llama dapo": ("llama", "dapo", False, 8192, ""),  # the group of ties is out of reach
     "checkpointing": ("qwen3", "grpo", True, 16, "checkpointing"),
@@ -142,6 +143,7 @@ def compare(name: str, world: World) -> dict[str, float]:
         "size": max(float(g.abs().max()) for g in alone.gradients.values()),
         "balance": figures.get("scale/balance", 0.0),
         "microbatches": figures["tree/microbatches"],
+        "one_pass": figures.get("tree/one_pass_frac", -1.0),
     }
 
 

@@ -50,6 +50,13 @@ def test_shares_are_even_where_there_is_enough_to_share(found: dict[int, Found],
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
+def test_a_coupled_loss_takes_one_pass_where_every_rank_holds_all_of_it(found: dict[int, Found], ranks: int):
+    assert found[ranks]["gspo in one pass"]["one_pass"] == 1.0
+    assert found[ranks]["phi3 dpo"]["one_pass"] == 0.0  # pairs lie on two ranks
+    assert found[ranks]["qwen2 grpo"]["one_pass"] == -1.0  # not coupled
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
 def test_a_resumed_update_is_the_uninterrupted_one(found: dict[int, Found], ranks: int, dtype: str):
     assert found[ranks]["checkpoint"][f"{dtype} resumed"] == 0.0

@@ -17,6 +17,7 @@ ROOT = Path(mosaic_fast.__file__).parent
 PATH = (
     "learner/learner.py",
     "learner/step_batch.py",
+    "learner/accumulate.py",
     "learner/execution/execution.py",
     "policy/policy.py",
     "policy/forward.py",

@@ -26,6 +26,7 @@ from mosaic_fast.learner.execution.cost import (
     shares,
     work_of,
 )
+from mosaic_fast.learner.execution.coupling import second_passes
 from mosaic_fast.learner.execution.schedule import PLANS, Forward, Schedule, cut, hold, unmerged, whole
 from mosaic_fast.policy import Policy
 from mosaic_fast.policy.attention import KeysAndValues
@@ -97,6 +98,10 @@ class MicroBatch:
     entropy: Tensor  # [N] differentiable, of the distribution that predicted the token
 
 
+FORWARD_SHARE = 1 / 3
+"""Of a forward and backward pass's time, the forward's: a backward pass has twice its multiply-adds."""
+
+
 class Execution:
     """Runs schedules. How a forest is run changes results by rounding only.
 
@@ -130,8 +135,11 @@ class Execution:
         self._figures: dict[str, float] = {}
         self._passes: list[Callable[[], float]] = []  # read the seconds of each pass of the last schedule
 
-    def schedule(self, forest: PackedForest) -> Schedule:
-        """Choose a plan. ValueError if a rollout alone exceeds the budget; it says the budget needed."""
+    def schedule(self, forest: PackedForest, unit_of: IntArray | None = None) -> Schedule:
+        """Choose a plan. ValueError if a rollout alone exceeds the budget; it says the budget needed.
+
+        unit_of: [R] of a coupled loss, which runs some forwards twice; see `Coupling`.
+        """
         own = self._own_share(forest)
         possible = {"cut": cut(own, self._budget)}
         if self.world.size == 1:
@@ -151,7 +159,12 @@ class Execution:
         predicted = {
             name: self._cost.predict(work_of(parts, self._shape)) for name, parts in possible.items()
         }
-        best = min(predicted, key=lambda name: (predicted[name], PLANS.index(name)))
+        seconds = dict(predicted)
+        if unit_of is not None and self.world.size == 1:
+            for name, parts in possible.items():
+                again = work_of(second_passes(parts, forest, unit_of), self._shape)
+                seconds[name] += FORWARD_SHARE * self._cost.predict(again)
+        best = min(seconds, key=lambda name: (seconds[name], PLANS.index(name)))
         parts = possible[best]
         if self.world.size > 1:
             parts = longest_first(parts, self._shape, self._cost)
@@ -167,6 +180,12 @@ class Execution:
         self._figures["tree/predicted_s"] = predicted[best]
         self._figures |= self._over_ranks(schedule, predicted[best])
         self._passes = []
+        return schedule
+
+    def supported(self, policy: Policy, schedule: Schedule) -> Schedule:
+        """The schedule, or a cut one where the policy's way of checkpointing cannot keep a prefix."""
+        if schedule.plan == "kept" and checkpoints_reentrantly(policy.model):
+            return self._cut_instead(schedule)
         return schedule
 
     def figures(self) -> dict[str, float]:
@@ -230,8 +249,7 @@ class Execution:
 
     def backward(self, policy: Policy, schedule: Schedule, loss_of: Callable[[MicroBatch], Tensor]) -> None:
         """Accumulate the gradient of the sum of `loss_of` over all micro-batches, each seen once."""
-        if schedule.plan == "kept" and checkpoints_reentrantly(policy.model):
-            schedule = self._cut_instead(schedule)
+        schedule = self.supported(policy, schedule)
         self._note_held(policy, schedule)
         stop = stopwatch(policy.model.device)
         stack: list[KeptPrefix] = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -32,6 +32,16 @@ class Forward:
     def num_nodes(self) -> int:
         return self.forest.num_nodes if self.nodes is None else len(self.nodes)
 
+    @property
+    def owned_tokens(self) -> IntArray:  # indices among the schedule's T rollout tokens
+        """The trained rollout tokens whose log-probs it gives: those that its nodes predict."""
+        forest, tokens = self.forest, np.flatnonzero(self.forest.trained)
+        if self.nodes is not None:
+            here = np.zeros(forest.num_nodes, np.bool_)
+            here[self.nodes] = True
+            tokens = tokens[here[forest.parent[forest.node_index[tokens]]]]
+        return tokens if forest.source is None else forest.source[tokens]
+
 
 @dataclass(frozen=True, eq=False)
 class Schedule:
@@ -50,6 +60,23 @@ class Schedule:
     def packed_tokens(self) -> int:
         """Positions forwarded by one pass, repeated context included."""
         return sum(part.num_nodes for part in self.parts)
+
+    def only(self, indices: Iterable[int]) -> Schedule:
+        """The forwards at these indices and those that they stand on, in their order."""
+        wanted: set[int] = set()
+        for index in indices:
+            while index >= 0 and index not in wanted:
+                wanted.add(index)
+                index = self.parts[index].parent
+        kept = sorted(wanted)
+        place = {-1: -1, **{index: number for number, index in enumerate(kept)}}
+        parts = [self.parts[index] for index in kept]
+        below = {part.parent for part in parts}
+        moved = [
+            replace(part, parent=place[part.parent], kept=part.kept and index in below)
+            for index, part in zip(kept, parts, strict=True)
+        ]
+        return replace(self, parts=tuple(moved))
 
 
 def whole(forest: PackedForest) -> tuple[Forward, ...]:

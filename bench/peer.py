@@ -29,7 +29,7 @@ class Peer:
     """A peer's process, with one batch loaded at a time. It waits while others are timed.
 
     The script answers each line of standard input by one line: `load KIND FOLDER`, `gradients`, which writes
-    them to the folder, and `step`, the seconds of one.
+    them to the folder, `step`, the seconds of one, and `peak`, the memory of one.
     """
 
     def __init__(self, python: Path, script: str, *arguments: str) -> None:
@@ -55,6 +55,10 @@ class Peer:
     def step(self) -> float:
         """One forward, backward and AdamW; the seconds it took in its own process."""
         return float(self._ask("step"))
+
+    def peak_gib(self) -> float:
+        """Most memory that PyTorch holds in a forward and backward pass, beyond what it held before."""
+        return float(self._ask("peak"))
 
     def end(self) -> None:
         self._process.kill()

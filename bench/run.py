@@ -59,7 +59,9 @@ def main() -> int:
     wanted: list[str] = []
     for name in arguments.cases:
         found = variants_of(name, arguments.quick)
-        if not found:
+        if not found and name in CASES:
+            problem = problem if arguments.cases == CASES else f"{name} has nothing for --quick"
+        elif not found:
             there = [variant for case in CASES for variant in load_case(case).VARIANTS]
             problem = f"no case {name}; there are {', '.join(there)}"
         wanted += [one for one in found if one not in wanted]

@@ -12,7 +12,7 @@ from mosaic_fast.cli import options
 from mosaic_fast.config.nearest import nearest
 from mosaic_fast.errors import UserError
 
-CASES = ("forest", "attention", "logprob", "preference", "step", "rollout", "train", "scaling")
+CASES = ("forest", "attention", "logprob", "preference", "step", "rollout", "train", "scaling", "trl")
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Arguments:
     """Measure this machine. Every case is checked for correctness before it is timed."""
 
     cases: Annotated[tuple[str, ...], tyro.conf.Positional] = CASES
-    """Cases (forest, attention, logprob, preference, step, rollout, train, scaling), or variants of them
+    """Cases (forest, attention, logprob, preference, step, rollout, train, scaling, trl), or variants of them
     (step:agent, scaling:sharing, step:all)."""
     quick: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Smaller sizes and fewer rounds, without peers."""

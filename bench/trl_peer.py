@@ -21,10 +21,10 @@ def installed() -> bool:
     return (ROOT / ".venv-trl" / ".installed").exists()
 
 
-@functools.lru_cache(maxsize=1)
-def _peer(threads: int) -> Peer:
-    """Importing TRL takes seconds, so one process serves all variants of a run."""
-    return Peer(PYTHON, "trl_step.py", str(threads))
+@functools.lru_cache(maxsize=2)
+def _peer(threads: int, shared: bool) -> Peer:
+    """Importing TRL takes seconds, so one process serves all variants of a run, and one the shared ones."""
+    return Peer(PYTHON, "trl_step.py", str(threads), *(["shared"] if shared else []))
 
 
 def join(
@@ -38,23 +38,36 @@ def join(
 
 
 @contextmanager
-def grpo(workload: Workload, weights: Tensor) -> Iterator[Peer]:
-    """GRPOTrainer with the loss -sum(advantage x ratio) / T; the advantages are per token, -weights [T]."""
+def grpo(workload: Workload, weights: Tensor, *, shared: bool = False) -> Iterator[Peer]:
+    """GRPOTrainer with the loss -sum(advantage x ratio) / T; the advantages are per token, -weights [T].
+
+    shared: with prefixes shared by mosaic_fast.integrations.trl, here and below.
+    """
     prompt = max(1, min(int(mask.argmax()) for mask in workload.trained if mask.any()))
-    with _loaded("grpo", workload, prompt=prompt, weights=weights.numpy()) as found:
+    with _loaded("grpo", workload, shared, prompt=prompt, weights=weights.numpy()) as found:
         yield found
 
 
 @contextmanager
-def dpo(workload: Workload, pairs: np.ndarray, reference: np.ndarray, beta: float) -> Iterator[Peer]:
+def dpo(
+    workload: Workload, pairs: np.ndarray, reference: np.ndarray, beta: float, *, shared: bool = False
+) -> Iterator[Peer]:
     """DPOTrainer, the first of each pair chosen. pairs: [P, 2]; reference: [R] summed log-probs."""
-    with _loaded("dpo", workload, pairs=pairs, reference=reference.astype(np.float32), beta=beta) as found:
+    arrays = {"pairs": pairs, "reference": reference.astype(np.float32), "beta": beta}
+    with _loaded("dpo", workload, shared, **arrays) as found:
         yield found
 
 
 @contextmanager
-def _loaded(kind: str, workload: Workload, **arrays: np.ndarray | float) -> Iterator[Peer]:
+def sft(workload: Workload, *, shared: bool = False) -> Iterator[Peer]:
+    """SFTTrainer with the mean negative log-prob of the trained tokens."""
+    with _loaded("sft", workload, shared) as found:
+        yield found
+
+
+@contextmanager
+def _loaded(kind: str, workload: Workload, shared: bool, **arrays: np.ndarray | float) -> Iterator[Peer]:
     with batch_folder(workload, **arrays) as folder:
-        found = _peer(torch.get_num_threads())
+        found = _peer(torch.get_num_threads(), shared)
         found.load(kind, folder)
         yield found

@@ -4,6 +4,7 @@ Commands, one a line, each answered by a line:
     load KIND FOLDER       make the step; FOLDER holds the model and the batch's arrays as .npy files
     gradients              write FOLDER/gradients.safetensors; answers with the loss
     step                   forward, backward and AdamW; answers with the seconds
+    peak                   forward and backward; answers with the most GiB that PyTorch held (CPU)
 Standard output carries answers only: whatever the libraries print goes to standard error.
 """
 
@@ -47,6 +48,12 @@ class PeerStep(ABC, Generic[Model]):
         self.model.zero_grad()
         return loss
 
+    def peak_gib(self) -> float:
+        sys.path.append(str(Path(__file__).parents[1]))
+        from device import CPU
+
+        return CPU.peak_gib(self.backward)
+
     def step(self) -> float:
         start = time.perf_counter()
         self.optimizer.zero_grad()
@@ -69,4 +76,5 @@ def serve(load: Callable[[str, Path], PeerStep]) -> None:
             print("loaded", file=_answers, flush=True)
             continue
         assert loaded is not None, f"{command} before load"
-        print(loaded.gradients() if command == "gradients" else loaded.step(), file=_answers, flush=True)
+        work = {"gradients": loaded.gradients, "step": loaded.step, "peak": loaded.peak_gib}
+        print(work[command](), file=_answers, flush=True)

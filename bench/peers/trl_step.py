@@ -1,12 +1,14 @@
-"""The step of a TRL trainer on given rollouts, driven over stdin: trl_step.py THREADS
+"""The step of a TRL trainer on given rollouts, driven over stdin: trl_step.py THREADS [shared]
 
 Runs in .venv-trl, on the CPU. The commands are those of served.py;
-`load` takes `grpo FOLDER` or `dpo FOLDER`.
+`load` takes `grpo FOLDER`, `dpo FOLDER` or `sft FOLDER`. shared: with prefixes shared by mosaic_fast.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
+import sys
 from pathlib import Path
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -19,7 +21,16 @@ import torch
 from datasets import Dataset  # pyrefly: ignore [missing-import]
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
-from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer  # pyrefly: ignore [missing-import]
+from trl import (  # pyrefly: ignore [missing-import]
+    DPOConfig,
+    DPOTrainer,
+    GRPOConfig,
+    GRPOTrainer,
+    SFTConfig,
+    SFTTrainer,
+)
+
+SHARED = sys.argv[2:] == ["shared"]
 
 
 class TrlStep(PeerStep[PreTrainedModel]):
@@ -28,11 +39,18 @@ class TrlStep(PeerStep[PreTrainedModel]):
     def __init__(self, kind: str, folder: Path) -> None:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
         batch = {file.stem: np.load(file) for file in folder.glob("*.npy")}
-        self.trainer, self.inputs = (grpo if kind == "grpo" else dpo)(model, batch, folder)
+        make = {"grpo": grpo, "dpo": dpo, "sft": sft}[kind]
+        self.trainer, self.inputs = make(model, batch, folder)
+        if SHARED:
+            root = Path(__file__).parents[2]
+            sys.path[:0] = [str(root), str(root / "kernels"), str(root / "rollout")]
+            from mosaic_fast.integrations.trl import share_prefixes
+
+            share_prefixes(self.trainer)
         super().__init__(self.trainer.model.train(), folder)
 
     def backward(self) -> float:
-        loss = self.trainer.compute_loss(self.model, self.inputs)
+        loss = self.trainer.compute_loss(self.model, dict(self.inputs))
         loss.backward()
         return float(loss)
 
@@ -52,7 +70,6 @@ def common(folder: Path) -> dict[str, object]:
         "bf16": False,
         "report_to": [],
         "gradient_checkpointing": False,
-        "disable_dropout": True,
         "save_strategy": "no",
     }
 
@@ -130,6 +147,27 @@ def dpo(
         "ref_rejected_logps": reference[pairs[:, 1]],
     }
     return trainer, inputs
+
+
+def sft(
+    model: PreTrainedModel, batch: dict[str, np.ndarray], folder: Path
+) -> tuple[SFTTrainer, dict[str, torch.Tensor]]:
+    """SFTTrainer's loss: the mean negative log-prob of the trained tokens, rows padded on the right."""
+    trainer = SFTTrainer(
+        model=model,
+        args=SFTConfig(**common(folder), max_length=None),
+        train_dataset=Dataset.from_dict({"input_ids": [[0, 0]]}),
+        processing_class=tokenizer(),
+    )
+    bounds = batch["cu_seqlens"]
+    shape = len(bounds) - 1, int(np.diff(bounds).max())
+    ids, real, labels = np.zeros(shape, np.int64), np.zeros(shape, np.int64), np.full(shape, -100)
+    for row, (start, stop) in enumerate(itertools.pairwise(bounds)):
+        tokens, trained = batch["tokens"][start:stop], batch["trained"][start:stop]
+        ids[row, : stop - start], real[row, : stop - start] = tokens, 1
+        labels[row, : stop - start] = np.where(trained, tokens, -100)
+    arrays = {"input_ids": ids, "attention_mask": real, "labels": labels}
+    return trainer, {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
 if __name__ == "__main__":

@@ -175,7 +175,7 @@ def test_every_output_is_the_same_in_every_place(tmp_path: Path):
     batch = {"input_ids": ids, "attention_mask": mask, "labels": labels, "fused_lm_head": True}
     model = trainer.model
     for scored in (None, torch.tensor(7.0)):
-        model.forward = integration_before(model)
+        model.forward = forward_of_trl(model)
         expected = model(**batch, num_items_in_batch=scored)
         vars(trainer).pop("mosaic_sharing", None)
         sharing = share_prefixes(trainer)
@@ -186,7 +186,23 @@ def test_every_output_is_the_same_in_every_place(tmp_path: Path):
             torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-5)
 
 
-def integration_before(model: Any) -> Any:
+def test_rotary_frequencies_are_those_of_the_padded_batch(tmp_path: Path):
+    """longrope changes them by the longest row, padding included: a short row beside a long one sees its."""
+    trainer = make("sft", tmp_path, tiny_model("longrope", torch.float32))
+    ids = torch.tensor([[5, 6, 7, 8, 0, 0, 0, 0], [5, 6, 7, 9, 4, 3, 8, 7]])
+    mask = (ids != 0).long()
+    for width in (4, 8):
+        batch = {"input_ids": ids[:, :width], "attention_mask": mask[:, :width]}
+        batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORED)
+        trainer.model.forward = forward_of_trl(trainer.model)
+        expected = trainer.model(**batch, fused_lm_head=True).log_probs
+        vars(trainer).pop("mosaic_sharing", None)
+        share_prefixes(trainer)
+        found = trainer.model(**batch, fused_lm_head=True).log_probs
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def forward_of_trl(model: Any) -> Any:
     """TRL's own forward again."""
     forward = model.forward
     cells = dict(zip(forward.__func__.__code__.co_freevars, forward.__func__.__closure__ or (), strict=True))
@@ -202,7 +218,7 @@ def test_what_is_no_forest_is_left_to_trl_and_said_once(tmp_path: Path, caplog: 
         batch = {**strange, "labels": ids.masked_fill(torch.tensor([1, 1, 1, 0]) == 1, IGNORED)}
         if "inputs_embeds" not in strange:
             batch["input_ids"] = ids
-        trainer.model.forward = integration_before(trainer.model)
+        trainer.model.forward = forward_of_trl(trainer.model)
         expected = trainer.model(**batch, fused_lm_head=True)
         vars(trainer).pop("mosaic_sharing", None)
         caplog.clear()

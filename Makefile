@@ -195,8 +195,12 @@ test-agentharm: $(VENV)/.agentharm  ## AgentHarm's 160 tools and 104 graders, wi
 test-verifiers: .venv-verifiers/.installed  ## environments of the library verifiers 0.1.14, in .venv-verifiers
 	MOSAIC_TEST_VERIFIERS=1 PYTHONPATH=.:rollout:kernels .venv-verifiers/bin/python -m pytest tests/rollout/environments/verifiers_env
 
-test-trl: .venv-trl/.installed  ## share_prefixes in TRL 1.16.0's trainers, in .venv-trl
+# TRL's own tests are in no distribution, only in its repository. Models of other modalities would be downloads.
+test-trl: .venv-trl/.installed  ## share_prefixes in TRL 1.16.0's trainers; TRL=CHECKOUT: its own tests of these too
 	MOSAIC_TEST_TRL=1 PYTHONPATH=.:rollout:kernels .venv-trl/bin/python -m pytest tests/integrations $(ARGS)
+	$(if $(TRL),cd $(TRL) && HF_HUB_OFFLINE=1 PYTHONPATH=$(CURDIR):$(CURDIR)/rollout:$(CURDIR)/kernels:$(CURDIR)/tests/integrations \
+		$(CURDIR)/.venv-trl/bin/python -m pytest -p trl_own_tests -c /dev/null --rootdir . -k "not vlm and not vision and not image" \
+		$(foreach kind,grpo rloo dpo kto sft,tests/test_$(kind)_trainer.py))
 
 test-report: $(STAMP)  ## the report page in a real browser (Debian: apt-get install chromium), by Playwright
 	$(PIP) install -q -c constraints.txt playwright

@@ -1,9 +1,9 @@
 """Benchmarks: python bench/run.py [case ...] [--device auto|cpu|cuda] [--quick] [--profile] [--json FILE]
 
 A case has variants: `step` runs those that fit a run of minutes, `step:agent` one, `step:all` every one,
-`scaling:sharing` those that begin so. Without names, every case runs. Each variant's contenders are checked
-for correctness before they are timed, in the same run. On a CUDA device cases have sizes of their own; what
-the embedded model and numpy do runs on the CPU there, too.
+`scaling:sharing` those that begin so. Without names, every case but `trl` runs. Each variant's contenders are
+checked for correctness before they are timed, in the same run. On a CUDA device cases have sizes of their
+own; what the embedded model and numpy do runs on the CPU there, too.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from output import (
 from peer import PeerError
 from profiling import profile_step
 from rich.console import Console
-from run_arguments import CASES, Arguments, parse
+from run_arguments import ALL_CASES, CASES, Arguments, parse
 from serving import sglang_installed
 
 from mosaic_fast.errors import UserError
@@ -59,10 +59,10 @@ def main() -> int:
     wanted: list[str] = []
     for name in arguments.cases:
         found = variants_of(name, arguments.quick)
-        if not found and name in CASES:
-            problem = problem if arguments.cases == CASES else f"{name} has nothing for --quick"
+        if not found and name in ALL_CASES:
+            problem = f"{name} has nothing for --quick"
         elif not found:
-            there = [variant for case in CASES for variant in load_case(case).VARIANTS]
+            there = [variant for case in ALL_CASES for variant in load_case(case).VARIANTS]
             problem = f"no case {name}; there are {', '.join(there)}"
         wanted += [one for one in found if one not in wanted]
     if arguments.profile and arguments.cases == CASES:
@@ -215,7 +215,7 @@ def seconds_of(name: str) -> int:
 def variants_of(name: str, quick: bool) -> list[str]:
     """What a name on the command line means; [] if there is nothing of that name."""
     case_name, _, rest = name.partition(":")
-    if case_name not in CASES:
+    if case_name not in ALL_CASES:
         return []
     case = load_case(case_name)
     if name == case_name:

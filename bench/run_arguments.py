@@ -12,7 +12,8 @@ from mosaic_fast.cli import options
 from mosaic_fast.config.nearest import nearest
 from mosaic_fast.errors import UserError
 
-CASES = ("forest", "attention", "logprob", "preference", "step", "rollout", "train", "scaling", "trl")
+CASES = ("forest", "attention", "logprob", "preference", "step", "rollout", "train", "scaling")
+ALL_CASES = (*CASES, "trl")  # with those that run by name only
 
 
 @dataclass(frozen=True)
@@ -20,8 +21,8 @@ class Arguments:
     """Measure this machine. Every case is checked for correctness before it is timed."""
 
     cases: Annotated[tuple[str, ...], tyro.conf.Positional] = CASES
-    """Cases (forest, attention, logprob, preference, step, rollout, train, scaling, trl), or variants of them
-    (step:agent, scaling:sharing, step:all)."""
+    """Cases (forest, attention, logprob, preference, step, rollout, train, scaling; trl by name only), or
+    variants of them (step:agent, scaling:sharing, step:all)."""
     quick: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Smaller sizes and fewer rounds, without peers."""
     device: str = "auto"
@@ -41,8 +42,8 @@ def parse() -> Arguments:
         arguments = options(Arguments, "python bench/run.py")
         for name in arguments.cases:
             case = name.partition(":")[0]
-            if case not in CASES and (close := nearest(case, CASES)):
-                raise UserError(f"no case {name}; did you mean {close}? There are {', '.join(CASES)}")
+            if case not in ALL_CASES and (close := nearest(case, ALL_CASES)):
+                raise UserError(f"no case {name}; did you mean {close}? There are {', '.join(ALL_CASES)}")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None

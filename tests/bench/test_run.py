@@ -40,7 +40,7 @@ def test_names() -> None:
         assert run.variants_of(nothing, quick=False) == []
     assert run.variants_of("step:agentdojo", quick=False) == ["step:agentdojo"]
     assert not any("agentdojo" in name for name in run.variants_of("step", quick=False))
-    for name in run.CASES:
+    for name in run.ALL_CASES:
         case = run.load_case(name)
         assert set(run.variants_of(name, quick=False)) <= set(case.VARIANTS)
         assert set(run.variants_of(name, quick=True)) <= set(case.VARIANTS)
@@ -52,6 +52,7 @@ def test_names() -> None:
         (["nothing"], "no case nothing; there are forest, attention"),
         (["forest", "--json", "results.txt"], "ends in .json"),
         (["forest", "--json", "no/where.json"], "there is no folder no"),
+        (["trl", "--quick"], "trl has nothing for --quick"),
         (["forest", "--threads", "0"], "--threads 0: this machine has"),
         (["forest", "--profile"], "--profile is of variants of step"),
     ],

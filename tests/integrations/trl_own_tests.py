@@ -94,7 +94,7 @@ def pytest_configure(config: pytest.Config) -> None:
     import huggingface_hub.constants
 
     huggingface_hub.constants.HF_HUB_CACHE = transformers.utils.hub.constants.HF_HUB_CACHE = str(hub)
-    zen = zen_of(Path(os.environ["MOSAIC_TRL_CHECKOUT"]))
+    zen = zen_of(Path.cwd())
 
     def load_dataset(
         path: str, name: str = "default", *, split: str | None = None, streaming: bool = False

@@ -21,9 +21,10 @@ from torch.autograd.function import once_differentiable
 from mosaic_kernels.dispatch import result_dtype
 from mosaic_kernels.fixed_order import add_up
 
+BUDGET_BYTES = 90 * 2**20
+"""What logits and probabilities may take at a time, beside numbers a row and the gradients: 96 MiB in all."""
 CHUNK_LOGITS = 2**22  # logits a chunk, 16 MiB in fp32
-CHUNK_ROWS = 128  # but never fewer rows than this: below, reading the weight outweighs the arithmetic
-KEPT_LOGITS = 2**26  # probabilities that a forward pass keeps for the backward pass, 256 MiB in fp32
+CHUNK_ROWS = 128  # but, where they fit, no fewer rows: below, reading the weight outweighs the arithmetic
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,19 +46,21 @@ def chunked_linear_logprob(
     softcap: float | None = None,
     *,
     chunk_rows: int | None = None,
-    kept_logits: int = KEPT_LOGITS,
+    kept_logits: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:  # [E], [N] or None
     """In fp32 or, for fp64 input, fp64. Without entropy, rows that no target needs are not computed.
 
-    chunk_rows None takes as many rows as CHUNK_LOGITS logits allow, and at least CHUNK_ROWS.
+    chunk_rows, kept_logits: rows a chunk, and probabilities that the forward pass keeps for the backward
+        pass; None takes what `memory_plan` allows.
     """
     dtype = result_dtype(hidden, weight)
     if not return_entropy:
         used, rows = torch.unique(rows, return_inverse=True)
         if len(used) < len(hidden):
             hidden = hidden.index_select(0, used)
-    size = chunk_rows or max(CHUNK_ROWS, CHUNK_LOGITS // max(len(weight), 1))
-    order, chunks = _chunks(targets, rows, len(hidden), size)
+    planned = memory_plan(len(hidden), len(weight), dtype.itemsize, softcap=softcap is not None)
+    order, chunks = _chunks(targets, rows, len(hidden), chunk_rows or planned[0])
+    kept_logits = planned[1] if kept_logits is None else kept_logits
     if not torch.is_grad_enabled():
         kept_logits = 0
     logprobs, entropy = _ChunkedLogprob.apply(
@@ -65,6 +68,18 @@ def chunked_linear_logprob(
         order, chunks, 1.0 / temperature, return_entropy, softcap, kept_logits,
     )  # fmt: skip
     return logprobs, entropy
+
+
+def memory_plan(rows: int, vocab: int, itemsize: int, *, softcap: bool = False) -> tuple[int, int]:
+    """Rows a chunk, and how many probabilities the forward pass may keep, within BUDGET_BYTES.
+
+    A chunk in work has two buffers, with a softcap three. A vocabulary of which they cannot hold one row is
+    taken a row at a time all the same.
+    """
+    buffers, numbers = (3 if softcap else 2), BUDGET_BYTES // itemsize
+    most = max(1, numbers // buffers // max(vocab, 1))
+    size = min(max(CHUNK_ROWS, CHUNK_LOGITS // max(vocab, 1)), most)
+    return size, numbers - buffers * min(size, max(rows, 1)) * vocab
 
 
 def _chunks(
@@ -181,14 +196,17 @@ class _ChunkedLogprob(torch.autograd.Function):
         grad_targets = None if grad_logprobs is None else grad_logprobs[ctx.order]
         alpha, softcap = ctx.inverse_temperature, ctx.softcap
         spare = hidden.new_empty(_rows(ctx.chunks), len(weight))
+        other = None  # a second one, for what is made of probabilities that are in the first
         for index, chunk in enumerate(ctx.chunks):
-            slope = None
+            slope, out = None, spare
+            if grad_entropy is not None and index >= len(kept):
+                out = other = torch.empty_like(spare) if other is None else other
             if index < len(kept):
                 probabilities = kept[index]  # not written to: it may be asked for again (retain_graph)
             else:
                 logits = _logits(hidden[chunk.rows], weight, bias, alpha, softcap, spare)
                 if softcap is not None:
-                    slope = 1 - (logits / (softcap * alpha)).square()
+                    slope = torch.div(logits, softcap * alpha).square_().neg_().add_(1)
                 probabilities = logits.sub_(lse[chunk.rows, None]).exp_()
             grad_logits = _grad_logits(
                 probabilities,
@@ -196,7 +214,7 @@ class _ChunkedLogprob(torch.autograd.Function):
                 None if grad_entropy is None else grad_entropy[chunk.rows],
                 None if grad_targets is None else grad_targets[chunk.edges],
                 chunk,
-                spare[: len(probabilities)],
+                out[: len(probabilities)],
             )
             if slope is not None:
                 grad_logits = grad_logits.mul_(slope)
@@ -216,7 +234,7 @@ def _grad_logits(
     grad_entropy: torch.Tensor | None,  # [C]
     grad_targets: torch.Tensor | None,  # [edges]
     chunk: _Chunk,
-    out: torch.Tensor,  # [C, V], where the result may go
+    out: torch.Tensor,  # [C, V], where the result goes: the probabilities' own place only without entropy
 ) -> torch.Tensor:  # [C, V]
     if grad_targets is None:
         of_row = probabilities.new_zeros(len(probabilities))
@@ -226,7 +244,8 @@ def _grad_logits(
         grad = torch.mul(probabilities, -of_row[:, None], out=out)
     else:
         # What is too small for a number has probability 0, whatever its logarithm.
-        grad = probabilities.clamp(min=torch.finfo(probabilities.dtype).tiny).log_().add_(entropy[:, None])
+        grad = torch.clamp(probabilities, min=torch.finfo(probabilities.dtype).tiny, out=out)
+        grad = grad.log_().add_(entropy[:, None])
         grad = grad.mul_(-grad_entropy[:, None]).sub_(of_row[:, None]).mul_(probabilities)
     if grad_targets is not None:
         grad.index_put_((chunk.row_in_chunk, chunk.targets), grad_targets, accumulate=True)

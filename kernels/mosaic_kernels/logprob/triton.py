@@ -1,5 +1,6 @@
 """linear_logprob by Triton kernels; its backward pass adds matrix products, a chunk of vocabulary each."""
 
+import functools
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -182,7 +183,7 @@ class _TritonLogprob(torch.autograd.Function):
             )  # fmt: skip
             chunk, part = grad_logits[:, :columns], slice(first, first + columns)
             if grad_hidden is not None:
-                grad_hidden += _product(chunk, weight[part])
+                add_product(grad_hidden, chunk, weight[part])
             if grad_weight is not None:
                 torch.mm(chunk.T, hidden, out=grad_weight[part])
             if grad_bias is not None:
@@ -217,13 +218,27 @@ def _splits(num_rows: int, tile: Tile, device: torch.device) -> int:
     return vocabulary_shares(num_rows, tile, torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a @ b in fp32: chunks are added up, and 16 bits would round each of them."""
+def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:  # fp32 [N, D]
+    """total += a @ b in fp32, inside the product: in 16 bits each chunk would be rounded."""
     if a.dtype == torch.float32:
-        return a @ b
-    if a.is_cuda and not emulated():
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()
+        total.addmm_(a, b)
+    elif not a.is_cuda or emulated():
+        total.addmm_(a.float(), b.float())
+    elif _adds_in_fp32(a.device):
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    else:
+        total += torch.mm(a, b, out_dtype=torch.float32)
+
+
+@functools.cache
+def _adds_in_fp32(device: torch.device) -> bool:
+    """Whether this PyTorch adds a product of 16-bit numbers to an fp32 matrix; tried, since some refuse."""
+    x = torch.zeros(16, 16, dtype=torch.bfloat16, device=device)
+    try:
+        torch.addmm(x.float(), x, x, out_dtype=torch.float32)
+    except (RuntimeError, TypeError):
+        return False
+    return True
 
 
 def _as(grad: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor | None:

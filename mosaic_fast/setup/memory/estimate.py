@@ -19,8 +19,7 @@ from mosaic_fast.learner.execution.cost import FLOAT32
 from mosaic_fast.setup.memory.layer import layer_memory, shape_of
 from mosaic_fast.setup.model_folder import device_of, model_folder
 from mosaic_kernels.forest.ideal import ModelShape, ModelSizes
-from mosaic_kernels.logprob.chunked import CHUNK_LOGITS as CPU_CHUNK_LOGITS
-from mosaic_kernels.logprob.chunked import CHUNK_ROWS, KEPT_LOGITS
+from mosaic_kernels.logprob.chunked import memory_plan
 
 GPU_CHUNK_LOGITS = 2**27  # mosaic_kernels.logprob.triton's, which cannot be imported without Triton
 PHASES = ("update", "rollouts", "checkpoint")
@@ -137,9 +136,13 @@ def _head(config: Config, model: PreTrainedModel, tokens: int, *, on_cpu: bool) 
     rows, size = tokens * width, model.dtype.itemsize
     gradient = _bytes([weight]) if weight.requires_grad else 0
     if on_cpu:
-        chunk = vocab * min(tokens, max(CHUNK_ROWS, CPU_CHUNK_LOGITS // vocab))
-        chunks = 1 if tokens * vocab <= KEPT_LOGITS else 2  # beside kept ones; of others both are made
-        logits = FLOAT32 * (min(KEPT_LOGITS, tokens * vocab) + chunks * chunk)
+        most, may_keep = memory_plan(tokens, vocab, FLOAT32)
+        chunk = vocab * min(tokens, most)
+        all_kept = tokens * vocab <= may_keep
+        kept = tokens * vocab if all_kept else may_keep // chunk * chunk
+        logits = FLOAT32 * (
+            kept + (1 if all_kept else 2) * chunk
+        )  # probabilities that are not kept have a place
         casts = (FLOAT32 * (rows + weight.numel()) if size < FLOAT32 else 0) + (
             FLOAT32 - size
         ) * gradient // size

@@ -70,7 +70,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _contradictions(self) -> Config:
-        if self.forest.tokens_per_microbatch < self.rollout.max_rollout_tokens:
+        if 0 < self.forest.tokens_per_microbatch < self.rollout.max_rollout_tokens:
             raise ValueError(
                 f"forest.tokens_per_microbatch ({self.forest.tokens_per_microbatch}) is below "
                 f"rollout.max_rollout_tokens ({self.rollout.max_rollout_tokens}): the longest rollout would "

@@ -98,7 +98,8 @@ def with_defaults_of_kind(values: object) -> object:
         defaults["rollout.max_rollout_tokens"] = min(defaults["rollout.max_rollout_tokens"], batch)
     longest = _count(_given(values, "rollout.max_rollout_tokens")) or defaults["rollout.max_rollout_tokens"]
     defaults["rollout.max_step_tokens"] = min(defaults["rollout.max_step_tokens"], longest)
-    defaults["forest.tokens_per_microbatch"] = max(defaults["forest.tokens_per_microbatch"], longest)
+    if defaults["forest.tokens_per_microbatch"]:  # 0 leaves it to the memory there is
+        defaults["forest.tokens_per_microbatch"] = max(defaults["forest.tokens_per_microbatch"], longest)
     filled = dict(values)
     for key, default in defaults.items():
         if _given(values, key) is None:

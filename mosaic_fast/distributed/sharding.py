@@ -9,6 +9,7 @@ everything gathered they are an ordinary model, which an engine may use or a fil
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import cast
@@ -45,6 +46,7 @@ class Sharding:
         """
         self.masters = False  # whether the sharded weights are fp32 copies of bfloat16 ones
         self._units: list[FSDPModule] = []
+        self._adds_up = False  # gradients of micro-batches, before they are spread
         if world.size == 1:
             return
         model = policy.model
@@ -73,6 +75,8 @@ class Sharding:
         for unit in self._units:
             unit.set_gradient_divide_factor(1.0)  # the sum: the loss is normalised by the global count
             unit.set_force_sum_reduction_for_comms(True)
+        numbers = sum(p.numel() for p in trained)
+        self._adds_up = not world.maximum(int(FLOAT32 * numbers > ROOM_FRAC * _memory_of(device)))
         policy.forward_in_parts = root
         with self.gathered():  # whether a weight is trained is settled when it is first gathered
             pass
@@ -95,10 +99,29 @@ class Sharding:
         finally:
             self.reshard()
 
+    def scatter_gradients(self, now: bool) -> None:
+        """Whether the coming backward pass spreads gradients over the ranks, or adds them up for a later one.
+
+        Added up they are whole on each rank, in fp32 or wider: where a GPU has no room for that, each pass
+        spreads its own.
+        """
+        for unit in self._units:
+            unit.set_requires_gradient_sync(now or not self._adds_up, recurse=False)
+
     def reshard(self) -> None:
         """Free the whole weights wherever they are gathered."""
         for unit in self._units:
             unit.reshard()
+
+
+FLOAT32 = 4  # bytes
+ROOM_FRAC = 0.2
+"""Share of a GPU's memory that whole gradients may take until the last micro-batch."""
+
+
+def _memory_of(device: torch.device) -> float:
+    """Bytes of the device's memory; a CPU has enough."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else math.inf
 
 
 class _Layer(nn.Module):

@@ -23,9 +23,11 @@ from mosaic_fast.distributed.sharding import Sharding
 from mosaic_fast.errors import UserError
 from mosaic_fast.learner.accumulate import accumulate
 from mosaic_fast.learner.execution import CostModel, Coupling, Execution, Schedule, coupling_of, units_of
+from mosaic_fast.learner.execution.execution import nothing
 from mosaic_fast.learner.optimizer import Optimizer
 from mosaic_fast.learner.step_batch import Pruned, StepBatch, prune
 from mosaic_fast.losses import Loss, LossBatch, SumCount, SurrogateLoss, build_loss, normalised_weights
+from mosaic_fast.losses.batch import read_metrics
 from mosaic_fast.losses.credit import assign_credit
 from mosaic_fast.losses.gate import Gates
 from mosaic_fast.losses.off_policy import importance, mismatch_figures
@@ -87,6 +89,7 @@ class Learner:
             policy.model.config,
             cost,
             world=world,
+            before_pass=nothing if sharding is None else sharding.scatter_gradients,
         )
 
     def learning_rate(self, step: int) -> float:
@@ -215,7 +218,7 @@ class Learner:
         """Each metric's sum over the ranks."""
         if self._world.size == 1:
             return dict(own)
-        pairs: JsonValue = {name: [value.sum, value.count] for name, value in own.items()}
+        pairs: JsonValue = {name: list(pair) for name, pair in read_metrics(own).items()}
         totals: dict[str, SumCount] = {}
         for one in cast(list[dict[str, list[float]]], self._world.gather(pairs)):
             _add(totals, {name: SumCount(*pair) for name, pair in one.items()})
@@ -227,8 +230,9 @@ class Learner:
         computed = float(prepared.pruned.forest.trained.sum())
         if "policy/clip_frac" in totals:
             totals["policy/clip_frac"] += SumCount(0.0, (prepared.counted_tokens - computed) * epochs)
-        counted = totals["policy/ratio"].count if "policy/ratio" in totals else 0.0
-        figures = {name: value.mean if value.count else value.sum / epochs for name, value in totals.items()}
+        read = read_metrics(totals)
+        figures = {name: total / count if count else total / epochs for name, (total, count) in read.items()}
+        counted = read["policy/ratio"][1] if "policy/ratio" in read else 0.0
         return {**figures, "policy/dropped_tokens": computed * epochs - counted}
 
     def _tree_figures(self, batch: StepBatch, prepared: _Prepared) -> dict[str, float]:

@@ -7,6 +7,7 @@ before the first micro-batch. `LossBatch` has the sums that several losses share
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -23,17 +24,27 @@ Couples = Literal["token", "rollout", "pair", "step"]
 
 @dataclass(frozen=True)
 class SumCount:
-    """A metric until the sink: a sum over `count` things, so that parts can be added."""
+    """A metric until the sink: a sum over `count` things, so that parts can be added.
 
-    sum: float
-    count: float
+    Either may be a number or a scalar on the policy's device, which nobody waits for before `read_metrics`.
+    """
+
+    sum: float | Tensor
+    count: float | Tensor
 
     def __add__(self, other: SumCount) -> SumCount:
         return SumCount(self.sum + other.sum, self.count + other.count)
 
-    @property
-    def mean(self) -> float:
-        return self.sum / self.count if self.count else 0.0
+
+def read_metrics(metrics: Mapping[str, SumCount]) -> dict[str, tuple[float, float]]:
+    """Sum and count of every metric as numbers, for which their device is waited for once."""
+    import torch
+
+    values = [value for one in metrics.values() for value in (one.sum, one.count)]
+    on_device = [value for value in values if isinstance(value, torch.Tensor)]
+    read = iter(torch.stack([value.double() for value in on_device]).tolist() if on_device else ())
+    numbers = iter([next(read) if isinstance(value, torch.Tensor) else value for value in values])
+    return {name: (next(numbers), next(numbers)) for name in metrics}
 
 
 @dataclass(frozen=True)
@@ -126,15 +137,18 @@ class LossBatch:
 
     def token_metrics(self, policy_logprobs: Tensor, entropy: Tensor | None) -> dict[str, SumCount]:
         """Ratio, KL and entropy: plain sums over the counted tokens."""
-        counted = self.counted
-        policy, count = policy_logprobs.detach()[counted], float(counted.sum())
-        ratio = (policy - self.old_logprobs[counted]).exp()
-        metrics = {"policy/ratio": SumCount(float(ratio.sum()), count)}
+        counted, policy = self.counted, policy_logprobs.detach()
+        count = counted.sum().double()
+
+        def total(values: Tensor) -> SumCount:
+            return SumCount(values.where(counted, 0.0).sum().double(), count)
+
+        metrics = {"policy/ratio": total((policy - self.old_logprobs).exp())}
         if entropy is not None:
-            metrics["policy/entropy"] = SumCount(float(entropy.detach()[counted].sum()), count)
+            metrics["policy/entropy"] = total(entropy.detach())
         if self.reference_logprobs is not None:
-            difference = self.reference_logprobs[counted] - policy
-            metrics["policy/kl"] = SumCount(float((difference.expm1() - difference).sum()), count)
+            difference = self.reference_logprobs - policy
+            metrics["policy/kl"] = total(difference.expm1() - difference)
         return metrics
 
 

@@ -169,7 +169,7 @@ class GatedLoss(Loss):
         """Scalar loss and metrics of the whole step. policy_logprobs, entropy: [N], differentiable."""
         weights, advantages = batch.weights.clone(), batch.advantages.clone()
         extra = policy_logprobs.new_zeros(())
-        opened, pushes = 0.0, 0.0
+        opened, pushes = (policy_logprobs.new_zeros((), dtype=torch.float64) for _ in range(2))
         for gate in self.gates:
             p = torch.exp(batch.old_logprobs[gate.tag].sum())
             size = gate.open_count + gate.skip_count
@@ -182,9 +182,9 @@ class GatedLoss(Loss):
                 weights[gate.blocks] = 0.0
                 extra = extra + self._decision(policy_logprobs, batch, gate)
                 extra = extra + self._blocks(policy_logprobs, batch, gate, block_weights)
-            opened += float(p)
+            opened = opened + p
             if gate.skip_count:
-                pushes += float(p * (1.0 - p)) * (gate.open_advantage - gate.skip_advantage)
+                pushes = pushes + (p * (1.0 - p)).double() * (gate.open_advantage - gate.skip_advantage)
         changed = replace(batch, weights=weights, advantages=advantages)
         loss, metrics = self.inner(policy_logprobs, changed, entropy)
         loss = loss + extra
@@ -193,7 +193,7 @@ class GatedLoss(Loss):
             **metrics,
             "policy/gate_open": SumCount(opened, count),
             "policy/gate_push": SumCount(pushes, count),  # on the logit of p, above 0 towards the check
-            "policy/loss": SumCount(float(loss.detach()), 0.0),
+            "policy/loss": SumCount(loss.detach().double(), 0.0),
         }
 
     def _decision(self, policy_logprobs: Tensor, batch: LossBatch, gate: _GateTokens) -> Tensor:

@@ -102,7 +102,7 @@ class _OwnLoss(Loss):
             + batch.entropy_term(entropy, self._config.entropy_weight)
         )
         own = batch.token_metrics(policy_logprobs, entropy)
-        return value, {**own, **metrics, "policy/loss": SumCount(float(value.detach()), 0.0)}
+        return value, {**own, **metrics, "policy/loss": SumCount(value.detach().double(), 0.0)}
 
     def _value(
         self, policy_logprobs: Tensor, batch: LossBatch, entropy: Tensor | None

@@ -91,9 +91,9 @@ class PairwiseLoss(Loss):
         margin = (h * (2.0 * preference - 1.0)).sum()
         return loss, {
             **batch.token_metrics(policy_logprobs, entropy),
-            "policy/pair_accuracy": SumCount(float(agrees.sum()), float(decided.sum())),
-            "policy/pair_margin": SumCount(float(margin), float(count)),
-            "policy/loss": SumCount(float(loss.detach()), 0.0),
+            "policy/pair_accuracy": SumCount(agrees.sum().double(), decided.sum().double()),
+            "policy/pair_margin": SumCount(margin.double(), count),
+            "policy/loss": SumCount(loss.detach().double(), 0.0),
         }
 
 

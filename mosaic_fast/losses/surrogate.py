@@ -91,7 +91,11 @@ class SurrogateLoss(Loss):
             ).sum()
         loss = main + batch.entropy_term(entropy, self.entropy_weight)
         clipped = self._clipped(policy_logprobs.detach(), batch)
-        return loss, {**own, "policy/clip_frac": clipped, "policy/loss": SumCount(float(loss.detach()), 0.0)}
+        return loss, {
+            **own,
+            "policy/clip_frac": clipped,
+            "policy/loss": SumCount(loss.detach().double(), 0.0),
+        }
 
     def _detached(self, policy_logprobs: Tensor, batch: LossBatch) -> Tensor:
         ratio = (policy_logprobs.detach() - batch.old_logprobs).where(batch.counted, 0.0).exp()
@@ -101,15 +105,14 @@ class SurrogateLoss(Loss):
 
     def _clipped(self, policy_logprobs: Tensor, batch: LossBatch) -> SumCount:
         """The tokens whose term the clip changes; under `detached`, whose gradient it changes."""
-        counted = batch.counted
-        ratio = (policy_logprobs[counted] - batch.old_logprobs[counted]).exp()
-        advantages = batch.advantages[counted]
+        ratio, advantages = (policy_logprobs - batch.old_logprobs).exp(), batch.advantages
         low, high = ratio < 1.0 - self.clip_low, ratio > 1.0 + self.clip_high
         if self.ratio == "detached":
             outside = (low | high) & (advantages != 0)
         else:
             outside = (low & (advantages < 0)) | (high & (advantages > 0))
-        return SumCount(float(outside.sum()), float(len(ratio)))
+        outside = outside & batch.counted
+        return SumCount(outside.sum().double(), batch.counted.sum().double())
 
 
 def sequence_drift(policy_logprobs: Tensor, batch: LossBatch) -> Tensor:

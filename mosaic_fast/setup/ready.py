@@ -28,6 +28,7 @@ from mosaic_fast.setup.build import Setup, build_reference, build_setup
 from mosaic_fast.setup.engine import why_shorter
 from mosaic_fast.setup.given import Given
 from mosaic_fast.setup.gpus import why_slow
+from mosaic_fast.setup.memory import microbatch_tokens
 from mosaic_fast.setup.model_folder import model_folder
 
 
@@ -42,6 +43,22 @@ class ReadyRun:
     judge: Judge | None  # of the first rank
     progress: Progress
     notes: list[str]  # to tell the user before the first step
+
+
+def with_microbatches(config: Config, world: World) -> Config:
+    """The configuration with the size of a micro-batch that the first rank's memory decides, if it is 0."""
+    if config.forest.tokens_per_microbatch:
+        return config
+    tokens = world.from_first(microbatch_tokens(config) if world.is_first else None)
+    return config.model_copy(
+        update={"forest": config.forest.model_copy(update={"tokens_per_microbatch": tokens})}
+    )
+
+
+def _microbatches_in_words(config: Config, sized: Config) -> str | None:
+    if config.forest.tokens_per_microbatch:
+        return None
+    return f"micro-batches of {sized.forest.tokens_per_microbatch} tokens, by the memory there is (--dry-run)"
 
 
 def ready_run(
@@ -68,10 +85,16 @@ def ready_run(
     )  # fmt: skip
     cost = cost_model_of_run(folder.path, config.forest.cost_model)
     reference = build_reference(config, initial, setup)
-    learner = Learner(setup.policy, reference, config, cost, world, setup.sharding)
+    sized = with_microbatches(config, world)
+    learner = Learner(setup.policy, reference, sized, cost, world, setup.sharding)
     torch.manual_seed(config.seed)  # nothing draws from it today; a checkpoint holds its state all the same
     progress = load_training_state(checkpoint, learner.optimizer) if checkpoint else Progress()
-    notes = [defaults_in_words(config), why_shorter(config, setup.policy), why_slow(config)]
+    notes = [
+        _microbatches_in_words(config, sized),
+        defaults_in_words(config),
+        why_shorter(config, setup.policy),
+        why_slow(config),
+    ]
     if checkpoint is not None:
         notes.append(other_versions(checkpoint))
     if world.is_first:

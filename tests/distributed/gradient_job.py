@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer, models
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from mosaic_fast.config import ModelConfig
@@ -65,8 +67,9 @@ class Run:
             reference = Reference(self.policy, self.lora.off)
         self.learner = Learner(self.policy, reference, self.config, None, world, self.sharding)
         self.learner._execution = Execution(
-            budget, self.config.rollout.temperature, self.model.config, world=world
-        )
+            budget, self.config.rollout.temperature, self.model.config,
+            world=world, before_pass=self.sharding.scatter_gradients,
+        )  # fmt: skip
         self.gradients: dict[str, Tensor] = {}
         self.learner.optimizer.adamw.register_step_pre_hook(self._record)
         self.batch = batch_of(special)
@@ -114,6 +117,22 @@ def batch_of(special: str) -> StepBatch:
     return case.batch()
 
 
+class Scatters(TorchDispatchMode):
+    """Counts the collectives that spread gradients over the ranks."""
+
+    count = 0
+
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., object],
+        types: Iterable[type],
+        args: tuple[object, ...] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
+        self.count += "reduce_scatter" in str(func)
+        return func(*args, **(kwargs or {}))
+
+
 def furthest(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
     """The largest difference, relative to the largest value of the tensor and 1."""
     assert ours.keys() == theirs.keys()
@@ -126,7 +145,8 @@ def furthest(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
 def compare(name: str, world: World) -> dict[str, float]:
     """An update of two epochs, sharded and alone: gradient of the second, weights after it, metrics."""
     sharded = Run(name, world)
-    figures = sharded.learner.update(sharded.batch, 0)
+    with Scatters() as scatters:
+        figures = sharded.learner.update(sharded.batch, 0)
     weights = sharded.weights()
     alone = Run(name, ALONE)
     expected = alone.learner.update(alone.batch, 0)
@@ -144,6 +164,7 @@ def compare(name: str, world: World) -> dict[str, float]:
         "balance": figures.get("scale/balance", 0.0),
         "microbatches": figures["tree/microbatches"],
         "one_pass": figures.get("tree/one_pass_frac", -1.0),
+        "scatters": float(scatters.count),
     }
 
 

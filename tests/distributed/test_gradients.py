@@ -43,6 +43,16 @@ def test_the_gradient_is_that_of_one_process(found: dict[int, Found], ranks: int
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("name", CASES)
+def test_gradients_are_spread_once_an_update(found: dict[int, Found], ranks: int, name: str):
+    """At the last micro-batch, for each of two layers and what is around them, in both epochs."""
+    case = found[ranks][name]
+    assert case["scatters"] == (0 if name == "ties" else 4 if name == "lora" else 6)
+    if name == "checkpointing":
+        assert case["microbatches"] > ranks
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
 def test_shares_are_even_where_there_is_enough_to_share(found: dict[int, Found], ranks: int):
     assert found[ranks]["qwen2 grpo"]["balance"] > 0.6
     assert found[ranks]["one rollout"]["balance"] == pytest.approx(1 / ranks)

@@ -149,7 +149,7 @@ def test_turning_a_pair_round_changes_nothing(kind):
         }
         policy, batch = whole_step([4, 6], **labels)
         value, metrics = PairwiseLoss(kind, beta=0.5)(policy, batch)
-        values.append((float(value.detach()), metrics["policy/pair_accuracy"].sum))
+        values.append((float(value.detach()), float(metrics["policy/pair_accuracy"].sum)))
     assert values[0] == pytest.approx(values[1], abs=1e-14)
 
 

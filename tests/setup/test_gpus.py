@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
+import mosaic_kernels
 from mosaic_fast.config import Config
 from mosaic_fast.distributed import ALONE, World
 from mosaic_fast.errors import UserError
+from mosaic_fast.losses import LossBatch, build_loss
+from mosaic_fast.policy import attention as policy_attention
+from mosaic_fast.policy import forward as policy_forward
 from mosaic_fast.setup import gpus
 from mosaic_fast.setup.build import build_setup
 from mosaic_fast.setup.gpus import check_backends, server_gpus, why_slow
+from mosaic_fast.setup.model_folder import load_policy, model_folder
+from mosaic_kernels import pack_forest
 from mosaic_rollout.engine.sglang.server import ServerOptions, ServerProcess
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -147,3 +154,36 @@ def test_fp32_on_a_gpu_says_that_it_is_slow(machine: pytest.MonkeyPatch) -> None
     assert "model.dtype = 'bfloat16'" in slow
     assert why_slow(config()) is None
     assert why_slow(Config()) is None  # the embedded model stays on the CPU
+
+
+def test_a_run_computes_by_the_backends_it_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the configuration to the ops, which are asked by name."""
+    asked: list[object] = []
+
+    def noting(module: ModuleType, op: str) -> None:
+        computed = getattr(module, op)
+
+        def run(*arguments: Any, **options: Any) -> object:
+            asked.append(f"{op}: {options['backend']}")
+            return computed(*arguments, **options)
+
+        monkeypatch.setattr(module, op, run)
+
+    noting(policy_attention, "tree_attention")
+    noting(policy_forward, "linear_logprob")
+    noting(mosaic_kernels, "clipped_surrogate")
+    chosen = Config.model_validate(
+        {
+            "model": {"attention": "reference", "lm_head": "chunked"},
+            "loss": {"backend": "reference"},
+        }
+    )
+    policy = load_policy(chosen, model_folder("embedded"))
+    logprobs = policy.logprobs(pack_forest([[5, 6, 7], [5, 6, 8]]))
+    zeros = torch.zeros_like(logprobs)
+    build_loss(chosen.loss)(logprobs, LossBatch(zeros, zeros, zeros, zeros))
+    assert set(asked) == {
+        "tree_attention: reference",
+        "linear_logprob: chunked",
+        "clipped_surrogate: reference",
+    }

@@ -85,6 +85,10 @@ class KeptPrefix:
 logger = logging.getLogger("mosaic_fast")
 
 
+def nothing(last: bool) -> None:
+    """What one process does before a backward pass."""
+
+
 @dataclass(frozen=True)
 class MicroBatch:
     """What one forward gives: log-probs of the rollout tokens that it owns.
@@ -124,11 +128,13 @@ class Execution:
         *,
         plan: str = "auto",  # or one of PLANS
         world: World = ALONE,
+        before_pass: Callable[[bool], None] = nothing,  # told whether a pass is an update's last one
     ) -> None:
         if plan not in ("auto", *PLANS):
             raise ValueError(f"plan must be 'auto' or one of {', '.join(PLANS)}, got {plan!r}")
         self._budget, self._temperature, self._shape = tokens_per_microbatch, temperature, shape
         self._cost, self._plan, self.world = cost or default_cost_model(), plan, world
+        self._before_pass = before_pass
         self._tensors: WeakKeyDictionary[Forward, ForestTensors] = WeakKeyDictionary()
         self._cuts: WeakKeyDictionary[Schedule, Schedule] = WeakKeyDictionary()
         self._one_token: ForestTensors | None = None
@@ -251,9 +257,13 @@ class Execution:
         """Accumulate the gradient of the sum of `loss_of` over all micro-batches, each seen once."""
         schedule = self.supported(policy, schedule)
         self._note_held(policy, schedule)
+        for part in schedule.parts:  # indices go to the device before it has work that they would wait for
+            self._prepared(schedule, part, policy.model.device)
         stop = stopwatch(policy.model.device)
         stack: list[KeptPrefix] = []
+        passes = len(schedule.parts) + schedule.idle
         for index, part in enumerate(schedule.parts):
+            self._before_pass(index + 1 == passes)
             _finish(stack, part.parent)
             forward, micro_batch = self._forward(policy, schedule, part, [held.leaves for held in stack])
             loss = None if micro_batch is None else loss_of(micro_batch)
@@ -264,7 +274,8 @@ class Execution:
                 for held in stack:
                     held.collect()
         _finish(stack, -1)
-        for _ in range(schedule.idle):
+        for index in range(schedule.idle):
+            self._before_pass(len(schedule.parts) + index + 1 == passes)
             (self._idle(policy) * 0.0).backward()
         self._passes.append(stop())
 

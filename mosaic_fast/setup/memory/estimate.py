@@ -6,6 +6,7 @@ Not counted: PyTorch's own context, fragmentation of its allocator, and index ar
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -23,6 +24,9 @@ from mosaic_kernels.logprob.chunked import memory_plan
 
 GPU_CHUNK_LOGITS = 2**27  # mosaic_kernels.logprob.triton's, which cannot be imported without Triton
 PHASES = ("update", "rollouts", "checkpoint")
+SPARE_FRAC = 0.1
+"""Share of a device that an estimate should leave: context, fragmentation, indices."""
+USUAL_TOKENS, MOST_TOKENS = 8192, 65_536  # of a micro-batch: on a CPU, and beyond which nothing is gained
 
 
 @dataclass(frozen=True)
@@ -58,14 +62,55 @@ class Estimate:
 def estimate_memory(config: Config) -> Estimate:
     """Estimate a run's memory from its model's config.json. UserError where that is missing or refused."""
     model = shape_of(model_folder(config.model.path), config)
-    device = "cuda" if config.model.device == "cuda" else device_of(config).type
-    step_tokens = (
-        config.rollout.prompts_per_step * config.rollout.group_size * config.rollout.max_rollout_tokens
-    )
-    tokens = min(config.forest.tokens_per_microbatch, step_tokens)
+    return _estimate(config, model, min(_microbatch_tokens(config, model), _step_tokens(config)))
+
+
+def microbatch_tokens(config: Config) -> int:
+    """Tokens of a micro-batch: as configured; for 0, what the memory of the policy's device has room for."""
+    configured = config.forest.tokens_per_microbatch
+    return configured or _microbatch_tokens(config, shape_of(model_folder(config.model.path), config))
+
+
+def device_memory(device: str) -> tuple[str, int] | None:
+    """Name and size of the device's memory; None for a GPU that is not here."""
+    if device == "cpu":
+        return "this machine's memory", os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if not torch.cuda.is_available():
+        return None
+    return torch.cuda.get_device_name(), torch.cuda.mem_get_info()[1]
+
+
+def _microbatch_tokens(config: Config, model: PreTrainedModel) -> int:
+    """A multiple of 1,024 whose update leaves SPARE_FRAC of a GPU free, at least the longest rollout."""
+    configured, least = config.forest.tokens_per_microbatch, config.rollout.max_rollout_tokens
+    found = device_memory("cuda") if _device(config) == "cuda" else None
+    if configured or found is None:
+        return configured or max(USUAL_TOKENS, least)
+    room = found[1] * (1 - SPARE_FRAC)
+    low, high = 0, min(MOST_TOKENS, _step_tokens(config)) // 1024 + 1  # in 1,024 tokens: fits, does not
+    while high - low > 1:
+        middle = (low + high) // 2
+        fits = _estimate(config, model, 1024 * middle).total("update") <= room
+        low, high = (middle, high) if fits else (low, middle)
+    return max(1024 * low, least)
+
+
+def _device(config: Config) -> str:
+    return "cuda" if config.model.device == "cuda" else device_of(config).type
+
+
+def _step_tokens(config: Config) -> int:
+    rollout = config.rollout
+    return rollout.prompts_per_step * rollout.group_size * rollout.max_rollout_tokens
+
+
+def _estimate(config: Config, model: PreTrainedModel, tokens: int) -> Estimate:
+    """The estimate with micro-batches of a size."""
+    device = _device(config)
+    cut = _step_tokens(config) > tokens
     parts = [
         *_weights(config, model),
-        *_update(config, model, tokens, on_cpu=device == "cpu", cut=step_tokens > tokens),
+        *_update(config, model, tokens, on_cpu=device == "cpu", cut=cut),
         *_engine(config, model),
     ]
     return Estimate(

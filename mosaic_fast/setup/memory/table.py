@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import os
-
-import torch
 from rich.table import Table
 
 from mosaic_fast.cli import plain_console
 from mosaic_fast.config import Config
 from mosaic_fast.config.kinds import defaults_in_words
-from mosaic_fast.setup.memory.estimate import PHASES, Estimate, estimate_memory
+from mosaic_fast.setup.memory.estimate import (
+    PHASES,
+    SPARE_FRAC,
+    Estimate,
+    device_memory,
+    estimate_memory,
+)
 
 GIB = 2**30
-SPARE_FRAC = 0.1
-"""Share of a device that an estimate should leave: context, fragmentation, indices."""
 
 
 def dry_run(config: Config) -> int:
@@ -52,7 +53,7 @@ def memory_table(config: Config, estimate: Estimate) -> Table:
 
 def verdict(estimate: Estimate) -> list[str]:
     """The peak against the memory of the device, if there is one here."""
-    found = _device_bytes(estimate.device)
+    found = device_memory(estimate.device)
     need = f"{_gib(estimate.peak)} GiB at its peak"
     if found is None:
         return [f"{need}; PyTorch finds no GPU here to compare with"]
@@ -68,13 +69,13 @@ def verdict(estimate: Estimate) -> list[str]:
 
 def _notes(config: Config, estimate: Estimate) -> list[str]:
     """Options that take less memory, where the run may not fit; none where it fits."""
-    found = _device_bytes(estimate.device)
+    found = device_memory(estimate.device)
     if found is not None and estimate.peak <= found[1] * (1 - SPARE_FRAC):
         return []
     options = []
     if not config.model.activation_checkpointing:
         options.append("model.activation_checkpointing = true")
-    if config.forest.tokens_per_microbatch > config.rollout.max_rollout_tokens:
+    if estimate.tokens > config.rollout.max_rollout_tokens:
         options.append(f"forest.tokens_per_microbatch down to {config.rollout.max_rollout_tokens}")
     if not config.model.lora_rank:
         options.append("model.lora_rank = 32")
@@ -93,15 +94,6 @@ def _title(config: Config, estimate: Estimate) -> str:
 def _differs(estimate: Estimate, phase: str) -> bool:
     """Whether some part is there in this phase and not in every other one."""
     return any(phase in part.phases and part.phases != PHASES for part in estimate.components)
-
-
-def _device_bytes(device: str) -> tuple[str, int] | None:
-    """Name and size of the device's memory; None for a GPU that is not here."""
-    if device == "cpu":
-        return "this machine's memory", os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if not torch.cuda.is_available():
-        return None
-    return torch.cuda.get_device_name(), torch.cuda.mem_get_info()[1]
 
 
 def _gib(count: int) -> str:

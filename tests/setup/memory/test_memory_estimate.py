@@ -17,6 +17,7 @@ from mosaic_fast.config.read import load_config, parse_train_command
 from mosaic_fast.errors import UserError
 from mosaic_fast.learner.execution import Execution
 from mosaic_fast.policy import Policy, StockDecoder
+from mosaic_fast.setup.memory import estimate as memory
 from mosaic_fast.setup.memory import estimate_memory
 from mosaic_fast.setup.memory.estimate import PHASES
 from mosaic_fast.setup.memory.table import verdict
@@ -255,3 +256,34 @@ def test_a_mixture_of_experts_is_refused_by_every_way_in(tmp_path: Path):
     (tmp_path / "config.json").write_text(json.dumps({**described, "num_local_experts": 8}))
     with pytest.raises(UserError, match=r"mixture of experts.*use a dense model"):
         Policy.from_pretrained(tmp_path)
+
+
+def test_micro_batches_are_as_large_as_a_gpus_memory_allows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The largest multiple of 1,024 that is estimated to fit; a rollout always does; on a CPU the usual."""
+    config = Variant("qwen3").config(tmp_path)
+
+    def sized(tokens: int, device: str) -> Config:
+        values = config.model_dump()
+        values["forest"]["tokens_per_microbatch"], values["model"]["device"] = tokens, device
+        values["rollout"] |= {"prompts_per_step": 64, "max_rollout_tokens": 512, "max_step_tokens": 72}
+        return Config.model_validate(values)
+
+    def room(gib: float) -> None:
+        monkeypatch.setattr(memory, "device_memory", lambda device: ("a GPU", int(gib * GIB)))
+
+    def need(tokens: int) -> float:
+        return estimate_memory(sized(tokens, "cuda")).total("update") / (1 - memory.SPARE_FRAC)
+
+    room(0.5)
+    found = memory.microbatch_tokens(sized(0, "cuda"))
+    assert found % 1024 == 0
+    assert need(found) <= 0.5 * GIB < need(found + 1024)
+    assert estimate_memory(sized(0, "cuda")).tokens == found
+    room(0.001)
+    assert memory.microbatch_tokens(sized(0, "cuda")) == 512
+    room(100.0)
+    assert memory.microbatch_tokens(sized(0, "cuda")) == memory.MOST_TOKENS
+    assert memory.microbatch_tokens(sized(0, "cpu")) == 8192
+    assert memory.microbatch_tokens(sized(2048, "cuda")) == 2048

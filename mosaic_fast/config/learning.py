@@ -194,8 +194,8 @@ class ForestConfig(Section):
     """How rollouts are packed for the update."""
 
     tokens_per_microbatch: CountOrZero = 8192
-    """Tokens forwarded and held at once; a forest above it is cut, exactly. At least those of a rollout.
-    0: as many as the GPU has room for by the estimate of --dry-run; on a CPU 8192."""
+    """Tokens forwarded and held at once, at least those of a rollout; a larger forest is cut, exactly.
+    0: what the GPU's memory allows (--dry-run), on a CPU 8192."""
     cost_model: str = "default"
     """File of `python -m mosaic_fast.learner.calibrate`: what work costs, to choose how a forest is run."""
     credit: Literal["sum", "mean", "first", "subtree"] = "sum"

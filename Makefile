@@ -16,7 +16,7 @@ SGLANG_STAMP := .venv-sglang/.installed-$(SGLANG)
 SGLANG_CPU := rollout/mosaic_rollout/engine/sglang/server_side/requirements-cpu.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help help-all venv train test quick sglang test-sglang soak fuzz test-workshop test-fresh test-interpreter test-work test-ttsem mutants lint types bench bench-peers bench-peers-cuda bench-chart bench-agentdojo verify gpu warmstart evaluate train-agentdojo test-agentdojo test-report clean bfcl asb agent-safetybench agentharm test-bfcl test-asb test-agent-safetybench test-agentharm test-verifiers test-trl
+.PHONY: help help-all venv train test quick sglang test-sglang soak fuzz test-workshop test-fresh test-interpreter test-work test-ttsem mutants lint types bench bench-peers bench-peers-cuda bench-chart bench-agentdojo verify gpu warmstart evaluate train-agentdojo test-agentdojo test-report clean bfcl asb agent-safetybench agentharm test-bfcl test-asb test-agent-safetybench test-agentharm test-verifiers test-trl test-families
 
 # `###` marks what most people need, `##` the rest.
 help:
@@ -191,6 +191,9 @@ test-agentharm: $(VENV)/.agentharm  ## AgentHarm's 160 tools and 104 graders, wi
 	.venv-verifiers/bin/python -c 'import pathlib, site, sys; pathlib.Path(site.getsitepackages()[0], "main.pth").write_text(sys.argv[1])' "$$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])')"
 	.venv-verifiers/bin/pip --disable-pip-version-check install -q verifiers==0.1.14
 	touch $@
+
+test-families: $(STAMP)  ## every family of the table of models: exactness, engine, adapters, memory, two ranks
+	MOSAIC_TEST_FAMILIES=1 $(BIN)/python -m pytest tests/families $(ARGS)
 
 test-verifiers: .venv-verifiers/.installed  ## environments of the library verifiers 0.1.14, in .venv-verifiers
 	MOSAIC_TEST_VERIFIERS=1 PYTHONPATH=.:rollout:kernels .venv-verifiers/bin/python -m pytest tests/rollout/environments/verifiers_env

@@ -3,8 +3,9 @@
 `fully_shard` gathers a module's weights when the module is called, and frees them after it. Policy calls a
 model's parts, of the last layer even the projections, so what is sharded are small modules of our own: one
 around each layer, whose call is what Policy does with the layer, and a root that holds these and the rest of
-the model, whose call is the whole forward. The model's own modules stay as they are, without hooks: with
-everything gathered they are an ordinary model, which an engine may use or a file be written from.
+the model, whose call is the whole forward. A model whose layers cannot be called one by one is one module,
+gathered as a whole. The model's own modules stay as they are, without hooks: with everything gathered they
+are an ordinary model, which an engine may use or a file be written from.
 """
 
 from __future__ import annotations
@@ -24,8 +25,17 @@ from mosaic_fast.distributed.world import World
 from mosaic_fast.errors import UserError
 from mosaic_fast.policy import Policy
 from mosaic_fast.policy.attention import TreeForward
-from mosaic_fast.policy.forward import Arguments, LayerCall, layer_calls, run_in_parts
-from mosaic_fast.policy.layout import decoder_of, has_known_layout
+from mosaic_fast.policy.forward import (
+    WAYS,
+    Arguments,
+    ForwardInParts,
+    LayerCall,
+    Way,
+    layer_calls,
+    run_in_parts,
+    run_model,
+)
+from mosaic_fast.policy.layout import decoder_of, has_hooks, has_stock_forward
 
 
 class Sharding:
@@ -50,11 +60,12 @@ class Sharding:
         if world.size == 1:
             return
         model = policy.model
-        if not has_known_layout(model):
+        if not has_stock_forward(model) or has_hooks(model.get_decoder()):
             raise UserError(
                 f"{type(model).__name__} has hooks or a forward of its own: several ranks run models as "
                 "transformers has them; remove the hooks, or train in one process"
             )
+        way = WAYS[world.maximum(WAYS.index(policy.admission.way))]  # rounding may differ between machines
         trained = [p for p in model.parameters() if p.requires_grad]
         self.masters = master_weights and bool(trained) and all(p.dtype == torch.bfloat16 for p in trained)
         if self.masters:
@@ -66,9 +77,11 @@ class Sharding:
             cast_forward_inputs=False,
         )
         mesh = world.mesh(device)
-        decoder = decoder_of(model)
-        layers = [_Layer(call, layer) for call, layer in zip(layer_calls(model), decoder.layers, strict=True)]
-        root = _Root(model, layers)
+        layers: list[_Layer] = []
+        if way in ("parts", "layers"):
+            calls = zip(layer_calls(model, way), decoder_of(model).layers, strict=True)
+            layers = [_Layer(call, layer) for call, layer in calls]
+        root: nn.Module = _Root(model, layers) if layers else _Whole(model, way)
         for unit in (*layers, root):
             fully_shard(unit, mesh=mesh, mp_policy=precision)
             self._units.append(cast(FSDPModule, unit))
@@ -77,7 +90,7 @@ class Sharding:
             unit.set_force_sum_reduction_for_comms(True)
         numbers = sum(p.numel() for p in trained)
         self._adds_up = not world.maximum(int(FLOAT32 * numbers > ROOM_FRAC * _memory_of(device)))
-        policy.forward_in_parts = root
+        policy.forward_in_parts = cast(ForwardInParts, root)
         with self.gathered():  # whether a weight is trained is settled when it is first gathered
             pass
 
@@ -151,6 +164,19 @@ class _Root(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         calls = [cast(LayerCall, layer) for layer in self.layers]
         return run_in_parts(vars(self)["model"], calls, tree, longest_alone, temperature, return_entropy)
+
+
+class _Whole(nn.Module):
+    """The forward of a model whose layers cannot be called one by one: gathered as a whole for its time."""
+
+    def __init__(self, model: PreTrainedModel, way: Way) -> None:
+        super().__init__()
+        self.model, self._way = model, way
+
+    def forward(
+        self, tree: TreeForward, longest_alone: int, temperature: float, return_entropy: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        return run_model(self.model, self._way, tree, longest_alone, temperature, return_entropy)
 
 
 def local_part(weight: Tensor) -> Tensor:

@@ -139,10 +139,11 @@ def _models_of(trainer: Trainer) -> list[PreTrainedModel]:
 
 
 def _check_model(model: PreTrainedModel, *, trained: bool) -> None:
-    Policy(model)
-    if not has_known_decoder(model):
+    if not has_known_decoder(model) or Policy(model).admission.way not in ("parts", "layers"):
         decoder = type(model.get_decoder()).__name__
-        raise UserError(f"{decoder} of {type(model).__name__} has hooks, or is not transformers' own")
+        raise UserError(
+            f"{decoder} of {type(model).__name__} has hooks, or its layers cannot be called one by one"
+        )
     try:
         check_modules(model, to_be_trained=trained)
     except UserError as error:

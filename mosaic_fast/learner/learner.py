@@ -32,6 +32,7 @@ from mosaic_fast.losses.credit import assign_credit
 from mosaic_fast.losses.gate import Gates
 from mosaic_fast.losses.off_policy import importance, mismatch_figures
 from mosaic_fast.policy import Policy
+from mosaic_fast.policy.shape import Shape
 from mosaic_fast.policy.support import depends_on_length
 from mosaic_kernels import ideal_speedup
 from mosaic_rollout.types import JsonValue
@@ -83,10 +84,11 @@ class Learner:
         self._world, self._sharding = world, sharding
         masters = sharding is not None and sharding.masters
         self.optimizer = Optimizer(policy.model, config.optim, world, sharded_masters=masters)
+        self._shape = Shape.of(policy.model.config)
         self._execution = Execution(
             config.forest.tokens_per_microbatch,
             config.rollout.temperature,
-            policy.model.config,
+            self._shape,
             cost,
             world=world,
             before_pass=nothing if sharding is None else sharding.scatter_gradients,
@@ -241,7 +243,7 @@ class Learner:
             "tree/raw_tokens": float(forest.num_tokens),
             "tree/unique_tokens": float(forest.num_nodes),
             "tree/sharing": forest.num_tokens / max(1, forest.num_nodes),
-            "tree/ideal_speedup": ideal_speedup(forest, self.policy.model.config),
+            "tree/ideal_speedup": ideal_speedup(forest, self._shape),
             "tree/pruned_frac": pruned.pruned_frac,
             "tree/pruned_edge_frac": pruned.pruned_edge_frac,
             **self._execution.figures(),

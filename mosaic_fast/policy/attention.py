@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import cast
 
 import torch
@@ -17,7 +17,8 @@ from mosaic_kernels import tree_attention
 from mosaic_rollout.engine.attention import chunk_of, tempered
 
 ATTENTION_NAME = "mosaic_tree_attention"
-
+_OF_NO_CONCERN = {"position_ids", "use_cache", "cache_position", "is_causal", "output_attentions"}
+"""Keywords that say nothing of what a token sees beyond what the forest says."""
 
 KeysAndValues = dict[int, tuple[Tensor, Tensor]]
 """Layer -> rotated keys [U, Hkv, D] and values [U, Hkv, V] of a forward's nodes."""
@@ -32,7 +33,8 @@ class TreeForward:
     kept: KeysAndValues | None = None  # filled with the forward's own, with their graph, where asked for
     attention: str = "auto"  # backend of tree_attention
     lm_head: str = "auto"  # backend of linear_logprob
-    attention_calls: int = 0  # counted, so that a model that bypasses the attention interface is noticed
+    attended: set[int] = field(default_factory=set)  # layers that called the attention interface
+    keywords: set[str] = field(default_factory=set)  # what they handed to it that is not read
 
     def with_held(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Keys [C + U, Hkv, D] and values [C + U, Hkv, V] of a layer: its own behind the held ones."""
@@ -66,14 +68,13 @@ def forest_attention(
         raise UserError(f"{ATTENTION_NAME} runs inside a Policy's forward only: choose another attention")
     if dropout:
         raise UserError(f"attention_dropout is {dropout}: an exact forest forward needs 0")
-    if unused.get("position_bias") is not None:
-        raise UserError(f"{type(module).__name__} uses position_bias, which tree attention does not support")
-    tree.attention_calls += 1
     if torch.is_autocast_enabled(query.device.type):  # norms and rotations leave it in part, SDPA enters it
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     forest = tree.forest
     layer = cast(int, module.layer_idx)
+    tree.attended.add(layer)
+    tree.keywords |= {name for name, value in unused.items() if value is not None} - _OF_NO_CONCERN
     keys, values = tree.with_held(layer, key[0].transpose(0, 1), value[0].transpose(0, 1))
     # A window or a chunk as long as the longest rollout hides nothing.
     window, chunk = (

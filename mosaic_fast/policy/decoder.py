@@ -1,4 +1,4 @@
-"""A stock Llama, Qwen2 or Qwen3 computed from its weights without calling its modules, for sampling.
+"""A stock decoder such as Llama's computed from its weights without calling its modules, for sampling.
 
 For a small model a module costs more than its arithmetic. Same operations in the same order; fused where
 PyTorch has a fused one. The weights are the model's own tensors, nothing is copied.
@@ -24,8 +24,8 @@ from mosaic_fast.policy.layout import (
     has_stock_norm,
     is_plain_linear,
     mlp_weights,
+    window_of,
 )
-from mosaic_fast.policy.support import DECODED_BY_LAYER
 from mosaic_rollout.engine.adapter import Attend
 from mosaic_rollout.engine.attention import Scores
 
@@ -142,7 +142,7 @@ class StockDecoder:
 
 def is_stock(model: PreTrainedModel) -> bool:
     """Whether the model is, module for module, what `StockDecoder` computes."""
-    if model.config.model_type not in DECODED_BY_LAYER or not has_known_layout(model):
+    if not has_known_layout(model):
         return False
     decoder = decoder_of(model)
     if any(has_hooks(module) for module in (model, *model.modules())) or not all(
@@ -163,13 +163,14 @@ def is_stock(model: PreTrainedModel) -> bool:
 
 
 def _is_stock_layer(model: PreTrainedModel, layer: nn.Module) -> bool:
+    if not has_known_layer(model, layer) or not has_known_attention(model, _part(layer, "self_attn")):
+        return False
     attention = _part(layer, "self_attn")
     norms = [_part(layer, "input_layernorm"), _part(layer, "post_attention_layernorm")]
     norms += [part for name, part in attention.named_children() if name.endswith("_norm")]
     linears = [part for name, part in attention.named_children() if name.endswith("_proj")]
     return (
-        has_known_layer(model, layer)
-        and has_known_attention(model, attention)
+        hasattr(attention, "q_proj")  # each projection a module of its own
         and all(has_stock_norm(model, norm) for norm in norms)
         and all(is_plain_linear(linear) for linear in linears)
         and mlp_weights(model, _part(layer, "mlp")) is not None
@@ -192,9 +193,7 @@ def _layer_of(layer: nn.Module) -> _Layer:
         gate=_linear(mlp, "gate_proj"),
         up=_linear(mlp, "up_proj"),
         down=_linear(mlp, "down_proj"),
-        scores=Scores(
-            cast(float, attention.scaling), cast("int | None", getattr(attention, "sliding_window", None))
-        ),
+        scores=Scores(cast(float, attention.scaling), window_of(attention)),
     )
 
 

@@ -1,14 +1,15 @@
-"""A forward over a forest: layers, final norm and LM head, down to the log-probs of the trained edges.
+"""A forward over a forest, in one of several ways, down to the log-probs of the trained edges.
 
-The last layer, the norm and the head run on the rows that predict a trained token, and an edge that several
-rollouts share is computed once.
+Where the model's parts may be called one by one, the last layer, the norm and the head run on the rows that
+predict a trained token. An edge that several rollouts share is computed once. Which way is right for a model
+is shown by `admission.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TypeAlias
+from typing import Literal, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,13 @@ from mosaic_fast.errors import UserError
 from mosaic_fast.policy.attention import TreeForward
 from mosaic_fast.policy.forest_tensors import ForestTensors
 from mosaic_fast.policy.layer import Arguments, run_layer, run_norm
-from mosaic_fast.policy.layout import decoder_of, has_known_layer, is_plain_linear
+from mosaic_fast.policy.layout import (
+    decoder_of,
+    has_known_layer,
+    has_known_layout,
+    has_stock_forward,
+    is_plain_linear,
+)
 from mosaic_fast.policy.support import depends_on_length, rope_type
 from mosaic_kernels import linear_logprob
 
@@ -30,10 +37,65 @@ ForwardInParts: TypeAlias = Callable[[TreeForward, int, float, bool], tuple[Tens
 """(tree, longest_alone, temperature, return_entropy) -> log-probs of the edges [E], entropies of rows [N]."""
 
 
-def layer_calls(model: PreTrainedModel) -> list[LayerCall]:
+Way = Literal["parts", "layers", "decoder", "model"]
+"""How much of a model is called as a whole.
+
+parts: projections, norms and MLP of each layer, on a CPU in fewer operations; layers: each layer; decoder:
+all but the LM head; model: its own forward, which makes all logits of the rows at once.
+"""
+WAYS: tuple[Way, ...] = ("parts", "layers", "decoder", "model")
+
+
+def way_of(model: PreTrainedModel, shown: Way) -> Way:
+    """The way in which the model is run now, where `shown` was shown to be right for its classes.
+
+    A model or a decoder that somebody has put a hook or another forward on is called as a whole.
+    """
+    if shown in ("parts", "layers") and not has_known_layout(model):
+        return "model"
+    return "model" if shown == "decoder" and not has_stock_forward(model) else shown
+
+
+def run_model(
+    model: PreTrainedModel,
+    way: Way,
+    tree: TreeForward,
+    longest_alone: int,
+    temperature: float,
+    return_entropy: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """The forward of a model; with its first two arguments given, a `ForwardInParts`."""
+    if way in ("parts", "layers"):
+        calls = layer_calls(model, way)
+        return run_in_parts(model, calls, tree, longest_alone, temperature, return_entropy)
+    forest = tree.forest
+    if longest_alone != forest.longest and depends_on_length(model):
+        raise UserError(
+            f"RoPE type {rope_type(model)!r} of a hooked or replaced model cannot be shown the length of a "
+            "rollout that was cut: raise the token budget, or remove the hooks of the model and its decoder"
+        )
+    if way == "decoder":
+        output = model.get_decoder()(
+            input_ids=forest.tokens, position_ids=forest.positions, use_cache=False, tree=tree
+        )
+        hidden = output.last_hidden_state[0].index_select(0, forest.rows)
+        return _edges(model, hidden, tree, temperature, return_entropy)
+    output = model(
+        input_ids=forest.tokens,
+        position_ids=forest.positions,
+        use_cache=False,
+        logits_to_keep=forest.rows,
+        tree=tree,
+    )
+    return logprobs_from_logits(output.logits[0], forest.targets, forest.edge_rows, temperature)
+
+
+def layer_calls(model: PreTrainedModel, way: Way) -> list[LayerCall]:
     """The layers of a model of known layout, in order."""
     layers = decoder_of(model).layers[: model.config.num_hidden_layers]
-    return [partial(_call, model, layer) for layer in layers[:-1]] + [partial(_call_last, model, layers[-1])]
+    apart = way == "parts"
+    calls: list[LayerCall] = [partial(_call, model, layer, apart) for layer in layers[:-1]]
+    return [*calls, partial(_call_last, model, layers[-1], apart)]
 
 
 def run_in_parts(
@@ -44,16 +106,30 @@ def run_in_parts(
     temperature: float,
     return_entropy: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """The forward of a model of known layout; with its first two arguments given, a `ForwardInParts`."""
+    """The forward of a model of known layout."""
     hidden = final_hidden(model, tree, longest_alone, layers)
+    return _edges(model, hidden, tree, temperature, return_entropy)
+
+
+def _edges(
+    model: PreTrainedModel,
+    hidden: Tensor,  # [N, D] normed
+    tree: TreeForward,
+    temperature: float,
+    return_entropy: bool,
+) -> tuple[Tensor, Tensor | None]:
     if not len(tree.forest.rows):
         return hidden.new_zeros(0), None
+    config = model.config
+    scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
     return head_logprobs(
-        model.lm_head,
+        cast(nn.Module, model.get_output_embeddings()),
         hidden,
         tree.forest,
-        vocab_size=model.config.vocab_size,
+        vocab_size=config.vocab_size,
         temperature=temperature,
+        scale=scale,
+        softcap=getattr(config, "final_logit_softcapping", None),
         return_entropy=return_entropy,
         backend=tree.lm_head,
     )
@@ -68,6 +144,9 @@ def final_hidden(
     """
     forest, decoder = tree.forest, decoder_of(model)
     hidden = decoder.embed_tokens(forest.tokens)
+    multiplier = getattr(model.config, "embedding_multiplier", None)
+    if multiplier is not None:
+        hidden = hidden * multiplier
     arguments: Arguments = {
         "attention_mask": None,
         "position_ids": forest.positions,
@@ -79,24 +158,6 @@ def final_hidden(
     for layer in layers:
         hidden = layer(hidden, tree, arguments)
     return run_norm(model, decoder.norm, hidden, _in_fewer_operations(hidden))[0]
-
-
-def final_logits(model: PreTrainedModel, tree: TreeForward, longest_alone: int) -> Tensor:  # [N, V]
-    """Call a model of any layout as a whole: its own forward keeps the logits of the N rows."""
-    forest = tree.forest
-    if longest_alone != forest.longest and depends_on_length(model):
-        raise UserError(
-            f"RoPE type {rope_type(model)!r} of a hooked or replaced model cannot be shown the length of a "
-            "rollout that was cut: raise the token budget, or remove the hooks of the model and its decoder"
-        )
-    output = model(
-        input_ids=forest.tokens,
-        position_ids=forest.positions,
-        use_cache=False,
-        logits_to_keep=forest.rows,
-        tree=tree,
-    )
-    return output.logits[0]
 
 
 def _rotary(
@@ -112,19 +173,29 @@ def _rotary(
 
 
 def _call(
-    model: PreTrainedModel, layer: nn.Module, hidden: Tensor, tree: TreeForward, arguments: Arguments
+    model: PreTrainedModel,
+    layer: nn.Module,
+    apart: bool,
+    hidden: Tensor,
+    tree: TreeForward,
+    arguments: Arguments,
 ) -> Tensor:
-    fewer = _in_fewer_operations(hidden)
+    fewer = apart and _in_fewer_operations(hidden)
     if fewer and has_known_layer(model, layer) and not _is_checkpointed(layer):
         return run_layer(model, layer, hidden, tree, arguments, None, fewer=fewer)
     return layer(hidden, **arguments)
 
 
 def _call_last(
-    model: PreTrainedModel, layer: nn.Module, hidden: Tensor, tree: TreeForward, arguments: Arguments
+    model: PreTrainedModel,
+    layer: nn.Module,
+    apart: bool,
+    hidden: Tensor,
+    tree: TreeForward,
+    arguments: Arguments,
 ) -> Tensor:
     rows = tree.forest.rows
-    if has_known_layer(model, layer):
+    if apart and has_known_layer(model, layer):
         return run_layer(model, layer, hidden, tree, arguments, rows, fewer=_in_fewer_operations(hidden))
     return layer(hidden, **arguments).index_select(1, rows)
 
@@ -150,6 +221,8 @@ def head_logprobs(
     *,
     vocab_size: int,
     temperature: float,
+    scale: float = 1.0,
+    softcap: float | None = None,
     return_entropy: bool,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:  # [E], [N]
@@ -157,26 +230,21 @@ def head_logprobs(
 
     A chunk's logits are computed again in the backward pass, so hooks on the head run twice in training.
     backend: of `linear_logprob`, which a head that has to be called does without.
+
+    scale, softcap: of the logits, before the temperature divides them, as of `linear_logprob`.
     """
     if is_plain_linear(head):
-        matrix, targets, rows = head.weight, forest.targets, forest.edge_rows
-        if return_entropy:
-            return linear_logprob(
-                hidden,
-                matrix,
-                targets,
-                rows=rows,
-                bias=head.bias,
-                temperature=temperature,
-                return_entropy=True,
-                backend=backend,
-            )
-        return linear_logprob(
-            hidden, matrix, targets, rows=rows, bias=head.bias, temperature=temperature, backend=backend
-        ), None
+        one = partial(
+            linear_logprob, hidden, head.weight, forest.targets, rows=forest.edge_rows, bias=head.bias,
+            temperature=temperature, scale=scale, softcap=softcap, backend=backend,
+        )  # fmt: skip
+        return one(return_entropy=True) if return_entropy else (one(return_entropy=False), None)
 
     def run(rows: Tensor, targets: Tensor, edge_rows: Tensor) -> tuple[Tensor, Tensor]:
-        return logprobs_from_logits(head(rows[None])[0], targets, edge_rows, temperature)
+        logits = head(rows[None])[0] * scale
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        return logprobs_from_logits(logits, targets, edge_rows, temperature)
 
     chunk = max(1, MAX_LOGITS // vocab_size)
     if len(hidden) <= chunk:

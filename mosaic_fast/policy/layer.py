@@ -12,7 +12,13 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from mosaic_fast.policy.attention import TreeForward, forest_attention
 from mosaic_fast.policy.elementwise import rms_norm, rotate
-from mosaic_fast.policy.layout import DecoderLayer, has_known_attention, has_stock_norm, mlp_weights
+from mosaic_fast.policy.layout import (
+    DecoderLayer,
+    has_known_attention,
+    has_stock_norm,
+    mlp_weights,
+    window_of,
+)
 from mosaic_fast.policy.projections import can_be_joined, gated_mlp, joined, rows_a_block
 
 Rotate = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -83,10 +89,6 @@ def _attention(
     cos, sin = cast(tuple[Tensor, Tensor], position_embeddings)
     query, key, value = _projections(model, attention, hidden, rows, fewer)
     query, key = _rotated(attention, query, key, (_picked(cos, rows), _picked(sin, rows)), (cos, sin), fewer)
-    config = cast(PreTrainedConfig, attention.config)
-    window = getattr(attention, "sliding_window", None)
-    if config.model_type == "phi3":  # keeps it in its configuration, for all layers
-        window = getattr(config, "sliding_window", None)
     attended, _ = attend(
         attention,
         query.transpose(1, 2),
@@ -96,7 +98,7 @@ def _attention(
         tree=tree,
         on_rows=rows is not None,
         scaling=cast(float, attention.scaling),
-        sliding_window=window,
+        sliding_window=window_of(attention),
     )
     output = cast(nn.Module, attention.o_proj)
     return output(attended.flatten(2))

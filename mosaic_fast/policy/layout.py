@@ -1,15 +1,17 @@
-"""Whether a model's parts may be called one by one, and its LM head replaced by its weight."""
+"""What a model is made of: whether its parts look as if they could be called one by one.
+
+That they may be called so is shown by `admission.py`.
+"""
 
 from __future__ import annotations
 
 from typing import Protocol, TypeGuard, cast
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.activations import SiLUActivation
 
-from mosaic_fast.policy.support import SUPPORTED_FAMILIES
-
+_DECODER_PARTS = {"embed_tokens", "rotary_emb", "layers", "norm"}
 _LAYER_PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 _ATTENTION_PARTS = [
     {"q_proj", "k_proj", "v_proj", "o_proj"},
@@ -51,33 +53,34 @@ def has_stock_forward(module: nn.Module) -> bool:
 
 
 def has_known_layout(model: PreTrainedModel) -> bool:
-    """True if embed_tokens, layers, norm and lm_head, called in order, are the whole model.
+    """True if embed_tokens, layers, norm and lm_head are all of the model's parts, and nobody changed it.
 
-    That is so for the causal LM and decoder classes of the supported families in transformers itself, as long
-    as nobody has put a hook or another forward on these two.
+    So it looks for classes of transformers itself without a hook or another forward on these two. That
+    calling the parts in order is the whole model is for `admission.py` to show.
     """
     return has_known_decoder(model) and has_stock_forward(model)
 
 
 def has_known_decoder(model: PreTrainedModel) -> bool:
-    """True if embed_tokens, layers and norm are the whole decoder, whatever became of the model's forward."""
-    prefix = SUPPORTED_FAMILIES[model.config.model_type]
+    """`has_known_layout`, whatever became of the model's forward."""
     decoder = model.get_decoder()
     return (
-        _is_class(model, model, f"{prefix}ForCausalLM")
-        and _is_class(model, decoder, f"{prefix}Model")
+        _is_class(model, model, "ForCausalLM")
+        and type(decoder).__module__ == type(model).__module__
+        and {name for name, _ in decoder.named_children()} == _DECODER_PARTS
+        and {name for name, _ in model.named_children()} == {"model", "lm_head"}
         and has_stock_forward(decoder)
     )
 
 
 def has_known_layer(model: PreTrainedModel, layer: nn.Module) -> bool:
-    """True if the layer is attention and MLP, each behind a norm and added to the residual, and unhooked.
+    """True if the layer is attention and MLP, each behind a norm, and unhooked.
 
     A hook anywhere inside expects to see all positions. Phi-3's dropouts do nothing where Policy runs at all.
     """
     parts = {name for name, part in layer.named_children() if not isinstance(part, nn.Dropout)}
     return (
-        _is_class(model, layer, f"{SUPPORTED_FAMILIES[model.config.model_type]}DecoderLayer")
+        _is_class(model, layer, "DecoderLayer")
         and parts == _LAYER_PARTS
         and has_stock_forward(layer)
         and not any(has_hooks(module) for module in layer.modules())
@@ -87,7 +90,7 @@ def has_known_layer(model: PreTrainedModel, layer: nn.Module) -> bool:
 def has_known_attention(model: PreTrainedModel, attention: nn.Module) -> bool:
     """True if the attention of a known layer is projections, rotary embedding and the attention function."""
     return (
-        _is_class(model, attention, f"{SUPPORTED_FAMILIES[model.config.model_type]}Attention")
+        _is_class(model, attention, "Attention")
         and {name for name, _ in attention.named_children()} in _ATTENTION_PARTS
         and has_stock_forward(attention)
     )
@@ -95,9 +98,16 @@ def has_known_attention(model: PreTrainedModel, attention: nn.Module) -> bool:
 
 def has_stock_norm(model: PreTrainedModel, norm: nn.Module) -> bool:
     """True if the norm is the family's RMSNorm and calling it runs that and nothing else."""
-    return _is_class(
-        model, norm, f"{SUPPORTED_FAMILIES[model.config.model_type]}RMSNorm"
-    ) and has_stock_forward(norm)
+    return _is_class(model, norm, "RMSNorm") and has_stock_forward(norm) and hasattr(norm, "variance_epsilon")
+
+
+def window_of(attention: nn.Module) -> int | None:
+    """Tokens that the attention of a known layer sees, itself included; None: all before it.
+
+    Some families keep it in their configuration, for all layers.
+    """
+    config = cast(PreTrainedConfig, attention.config)
+    return cast("int | None", getattr(attention, "sliding_window", getattr(config, "sliding_window", None)))
 
 
 def mlp_weights(model: PreTrainedModel, mlp: nn.Module) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -108,7 +118,7 @@ def mlp_weights(model: PreTrainedModel, mlp: nn.Module) -> tuple[Tensor, Tensor,
     parts = dict(mlp.named_children())
     activation = parts.pop("act_fn", None) or parts.pop("activation_fn", None)
     if (
-        not _is_class(model, mlp, f"{SUPPORTED_FAMILIES[model.config.model_type]}MLP")
+        not _is_class(model, mlp, "MLP")
         or not has_stock_forward(mlp)
         or not isinstance(activation, nn.SiLU | SiLUActivation)
         or not has_stock_forward(activation)
@@ -164,8 +174,11 @@ def has_hooks(module: nn.Module) -> bool:
     )
 
 
-def _is_class(model: PreTrainedModel, module: nn.Module, name: str) -> bool:
-    family = model.config.model_type
-    return type(module).__qualname__ == name and (
-        type(module).__module__ == f"transformers.models.{family}.modeling_{family}"
+def _is_class(model: PreTrainedModel, module: nn.Module, kind: str) -> bool:
+    """Whether a module is of transformers' class of that kind in the model's own family."""
+    family, where = type(model).__qualname__.removesuffix("ForCausalLM"), type(model).__module__
+    return (
+        where.startswith("transformers.models.")
+        and type(module).__module__ == where
+        and type(module).__qualname__ == family + kind
     )

@@ -15,18 +15,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mosaic_fast.errors import UserError
+from mosaic_fast.policy.admission import Admission, admit, check_attended
 from mosaic_fast.policy.attention import KeysAndValues, TreeForward, tree_attention_selected
 from mosaic_fast.policy.checkpoint import load_model, save_model
 from mosaic_fast.policy.forest_tensors import ForestTensors, forest_tensors
-from mosaic_fast.policy.forward import (
-    ForwardInParts,
-    final_hidden,
-    final_logits,
-    layer_calls,
-    logprobs_from_logits,
-    run_in_parts,
-)
-from mosaic_fast.policy.layout import has_known_layout
+from mosaic_fast.policy.forward import ForwardInParts, final_hidden, layer_calls, run_model, way_of
 from mosaic_fast.policy.support import check_model, check_modules, check_rope_lengths
 from mosaic_kernels import PackedForest
 from mosaic_kernels.fixed_order import pick
@@ -42,7 +35,7 @@ class ForwardResult:
 
 
 class Policy:
-    """A causal LM of the Qwen2, Qwen3, Phi-3/Phi-4 or Llama family that is run on forests.
+    """A causal LM of transformers that is run on forests, if its kind has shown to be exact there.
 
     The model's classes, weights and modules stay as they are, and its attention setting changes only while
     `logprobs` runs, so an inference engine may share the model. Every module is called as a module: hooks,
@@ -64,6 +57,7 @@ class Policy:
         attention, lm_head: backends of `tree_attention` and `linear_logprob`.
         """
         check_model(model)
+        self.admission: Admission = admit(model)
         self.model, self._attention, self._lm_head = model, attention, lm_head
         self.forward_in_parts: ForwardInParts | None = None
         self._prepared: WeakKeyDictionary[PackedForest, ForestTensors] = WeakKeyDictionary()
@@ -164,17 +158,11 @@ class Policy:
         model = self.model
         check_modules(model)
         tree = TreeForward(forest, held, {} if keep else None, self._attention, self._lm_head)
-        row_entropy = None
         with tree_attention_selected(model):
-            if has_known_layout(model):
-                forward = self.forward_in_parts or partial(run_in_parts, model, layer_calls(model))
-                edge_logprobs, row_entropy = forward(tree, longest_alone, temperature, return_entropy)
-            else:
-                logits = final_logits(model, tree, longest_alone)
-                edge_logprobs, row_entropy = logprobs_from_logits(
-                    logits, forest.targets, forest.edge_rows, temperature
-                )
-        _check_attention_calls(model, tree)
+            way = way_of(model, self.admission.way)
+            forward = self.forward_in_parts or partial(run_model, model, way)
+            edge_logprobs, row_entropy = forward(tree, longest_alone, temperature, return_entropy)
+        check_attended(model, tree)
         return ForwardResult(edge_logprobs, row_entropy, tree.kept or {})
 
     def hidden(self, forest: ForestTensors, *, longest_alone: int) -> Tensor:  # [N, D]
@@ -185,8 +173,10 @@ class Policy:
         check_modules(self.model)
         tree = TreeForward(forest)
         with tree_attention_selected(self.model):
-            hidden = final_hidden(self.model, tree, longest_alone, layer_calls(self.model))
-        _check_attention_calls(self.model, tree)
+            hidden = final_hidden(
+                self.model, tree, longest_alone, layer_calls(self.model, self.admission.way)
+            )
+        check_attended(self.model, tree)
         return hidden
 
     def _tensors(self, forest: PackedForest) -> ForestTensors:
@@ -213,14 +203,6 @@ class Policy:
         known = forest.source is None or uncut is not None
         check_rope_lengths(self.model, int(lengths.min()), int(lengths.max()), lengths_known=known)
         return int(lengths.max())
-
-
-def _check_attention_calls(model: PreTrainedModel, tree: TreeForward) -> None:
-    if tree.attention_calls < model.config.num_hidden_layers:
-        raise UserError(
-            f"{type(model).__name__} called transformers' attention {tree.attention_calls} times "
-            f"in {model.config.num_hidden_layers} layers: its own attention cannot run on a forest"
-        )
 
 
 def spread(values: Tensor, index: Tensor, tensors: ForestTensors) -> Tensor:

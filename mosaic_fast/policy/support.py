@@ -1,4 +1,4 @@
-"""What Policy refuses, by name: anything it would compute wrongly."""
+"""What Policy refuses by name, before a model proves itself and at every forward."""
 
 from __future__ import annotations
 
@@ -7,57 +7,61 @@ from collections.abc import Mapping
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 from transformers import PreTrainedModel
+from transformers import __version__ as transformers_version
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+)
 
 from mosaic_fast.errors import UserError
 
-SUPPORTED_FAMILIES = {"qwen2": "Qwen2", "qwen3": "Qwen3", "phi3": "Phi3", "llama": "Llama"}
-"""config.model_type -> prefix of the class names in transformers. Phi-4 has the Phi-3 architecture."""
-DECODED_BY_LAYER = ("llama", "qwen2", "qwen3")
-"""Those whose layers the local engine may run itself, a token at a time."""
-
-_LAYER_TYPES = {"full_attention", "sliding_attention"}
-_STATIC_ROPE = {"default", "linear", "yarn", "llama3", "proportional"}
 _LENGTH_DEPENDENT_ROPE = {"longrope", "dynamic"}
-
-
-_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
-"""Keys of a configuration, one of which every mixture of experts has."""
+_SEEING = tuple(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
+_ENCODING = tuple(MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES)
 
 
 def check_family(config: Mapping[str, object]) -> None:
-    """UserError unless the model of a config.json is one whose forward is known to be exact on a forest."""
+    """UserError for a config.json that is not of a causal LM which transformers itself can make.
+
+    Whether such a model is run is not decided by its name: it has to prove itself (`admission.py`).
+    """
     family = config.get("model_type")
-    if any(config.get(key) for key in _EXPERTS):
+    shown = f"model family {family!r:.80}"
+    known = isinstance(family, str) and family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    if isinstance(config.get("text_config"), Mapping) or (not known and family in _SEEING):
         raise UserError(
-            f"model family {family!r} is a mixture of experts, which is not supported yet: use a dense model "
-            "of qwen2 (Qwen2, Qwen2.5), qwen3, phi3 (Phi-3, Phi-4) or llama"
+            f"{shown} sees or hears as well, which is not trained: load its language model alone (the class "
+            "that transformers has for its text_config), save_pretrained that, and name its folder"
         )
-    if not isinstance(family, str) or family not in SUPPORTED_FAMILIES:
+    if config.get("is_encoder_decoder") or (not known and family in _ENCODING):
         raise UserError(
-            f"model family {family!r:.80} is not supported: Policy is exact for "
-            "qwen2 (Qwen2, Qwen2.5), qwen3, phi3 (Phi-3, Phi-4) and llama"
+            f"{shown} is an encoder-decoder, whose prompt is no prefix: take a decoder-only model "
+            "(a causal LM, such as Qwen3, Llama or Mistral)"
+        )
+    if not known:
+        mend = "take a model that AutoModelForCausalLM makes"
+        if config.get("auto_map"):
+            mend = (
+                "its folder brings code of its own (auto_map), which is never run: convert the weights to a "
+                "family that transformers has, or wait for a version that has this one"
+            )
+        raise UserError(
+            f"{shown} is not supported: transformers {transformers_version} has no causal LM of that name; "
+            f"{mend}"
         )
 
 
 def check_model(model: nn.Module) -> None:
-    """UserError for models that a forest forward would get wrong. Called once."""
+    """UserError for what is no causal LM of transformers. Called once."""
     if not isinstance(model, PreTrainedModel):
         raise UserError(
             f"Policy needs a transformers causal LM, got {type(model).__name__}; "
             "of a wrapper (PEFT, DDP, torch.compile) pass the model inside, for PEFT get_base_model()"
         )
-    config = model.config
-    check_family(config.to_dict())
+    check_family(model.config.to_dict())
     if model.get_output_embeddings() is None:
         raise UserError(f"{type(model).__name__} has no LM head: load it with AutoModelForCausalLM")
-    for layer_type in getattr(config, "layer_types", None) or ():
-        if layer_type not in _LAYER_TYPES:
-            raise UserError(f"layer type {layer_type!r} is not supported, only {sorted(_LAYER_TYPES)}")
-    rope = rope_type(model)
-    if rope not in _STATIC_ROPE | _LENGTH_DEPENDENT_ROPE:
-        raise UserError(
-            f"RoPE type {rope!r} is not supported, only {sorted(_STATIC_ROPE | _LENGTH_DEPENDENT_ROPE)}"
-        )
 
 
 def check_modules(model: PreTrainedModel, *, to_be_trained: bool = False) -> None:
@@ -84,9 +88,11 @@ def check_modules(model: PreTrainedModel, *, to_be_trained: bool = False) -> Non
 
 
 def rope_type(model: PreTrainedModel) -> str:
-    """The kind of rotary embedding, as transformers names it."""
+    """The kind of rotary embedding, as transformers names it; of several, one that depends on the length."""
     parameters = getattr(model.config, "rope_parameters", None) or {}
-    return str(parameters.get("rope_type", "default"))
+    nested = [one for one in parameters.values() if isinstance(one, Mapping)]  # one for each kind of layer
+    types = [str(one.get("rope_type", "default")) for one in nested or [parameters]]
+    return next((one for one in types if one in _LENGTH_DEPENDENT_ROPE), types[0])
 
 
 def depends_on_length(model: PreTrainedModel) -> bool:

@@ -13,9 +13,10 @@ import torch
 from mosaic_fast.config import Config
 from mosaic_fast.errors import UserError
 from mosaic_fast.learner.lora import Lora
-from mosaic_fast.policy import Policy, StockDecoder
+from mosaic_fast.policy import Policy
 from mosaic_fast.policy.checkpoint import in_one_line, is_tied
 from mosaic_fast.policy.support import depends_on_length, longest_exact, rope_type
+from mosaic_fast.setup.engine_proof import prove_engine
 from mosaic_rollout.engine import LocalEngine
 from mosaic_rollout.types import ManagedEngine
 
@@ -38,12 +39,13 @@ def build_engine(
     """
     engine = config.engine
     if engine.kind == "local":
+        decoder_of, _ = prove_engine(policy.model)
         try:
             return LocalEngine(
                 policy.model,
                 max_batch=engine.max_batch,
                 max_cached_tokens=engine.max_cached_tokens,
-                decoder_of=StockDecoder.of,
+                decoder_of=decoder_of,
             )
         except Exception as error:  # it tries the model on a token: a wrong value of config.json shows there
             raise UserError(f"model.path: the model cannot be sampled from: {in_one_line(error)}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 
 import torch
@@ -21,11 +22,13 @@ from mosaic_fast.learner.learner import Learner
 from mosaic_fast.losses import check_loss
 from mosaic_fast.preferences import Judge, build_judge, keep_judge_record, probe_judge
 from mosaic_fast.preferences.reward import build_reward
+from mosaic_fast.run import durable
 from mosaic_fast.run.folder import RunFolder
 from mosaic_fast.run.interrupt import Interrupt
 from mosaic_fast.run.trackers import require_trackers
 from mosaic_fast.setup.build import Setup, build_reference, build_setup
 from mosaic_fast.setup.engine import why_shorter
+from mosaic_fast.setup.engine_proof import proof_rows
 from mosaic_fast.setup.given import Given
 from mosaic_fast.setup.gpus import why_slow
 from mosaic_fast.setup.memory import microbatch_tokens
@@ -89,10 +92,12 @@ def ready_run(
     learner = Learner(setup.policy, reference, sized, cost, world, setup.sharding)
     torch.manual_seed(config.seed)  # nothing draws from it today; a checkpoint holds its state all the same
     progress = load_training_state(checkpoint, learner.optimizer) if checkpoint else Progress()
+    policy = setup.policy
     notes = [
         _microbatches_in_words(config, sized),
         defaults_in_words(config),
-        why_shorter(config, setup.policy),
+        policy.admission.in_words(),
+        why_shorter(config, policy),
         why_slow(config),
     ]
     if checkpoint is not None:
@@ -106,6 +111,9 @@ def ready_run(
             given.keep(folder.path)
         with folder.writing("cost.toml"):
             keep_cost_model(cost, folder.path)
+        with folder.writing("proof.json"):
+            table = json.dumps(proof_rows(policy, config), indent=1)
+            durable.write_text(folder.path / "proof.json", table + "\n")
         with folder.writing("judge.json"):
             keep_judge_record(judge, folder.path)
     told = [note for note in notes if note]

@@ -75,8 +75,8 @@ def test_a_gguf_file_is_refused_with_what_makes_a_folder_of_it(tmp_path: Path) -
 
 def test_bad_config(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "model_type": "mamba"}))
-    with pytest.raises(UserError, match="'mamba' is not supported"):
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "unheard"}))
+    with pytest.raises(UserError, match="'unheard' is not supported"):
         Policy.from_pretrained(folder)
     (folder / "config.json").write_text("{")
     with pytest.raises(UserError, match="not valid JSON"):

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import PreTrainedModel
 
 import mosaic_fast.policy.forward as head_module
 from mosaic_fast.errors import UserError
@@ -101,18 +101,9 @@ def test_attention_setting_comes_back() -> None:
     assert model.config._attn_implementation == "eager"
 
 
-def test_registered_at_the_first_forward() -> None:
-    """Other users of transformers in the process see our attention only once a policy has run."""
-    AttentionInterface._global_mapping.pop(ATTENTION_NAME, None)
-    policy = Policy(tiny_model("llama"))
-    assert ATTENTION_NAME not in AttentionInterface().valid_keys()
-    policy.logprobs(example_rollouts().pack())
-    assert ATTENTION_NAME in AttentionInterface().valid_keys()
-
-
 def test_model_without_the_attention_interface_is_noticed() -> None:
     model, data = tiny_model("qwen2"), example_rollouts()
     for layer in decoder(model).layers:
         layer.self_attn.forward = lambda hidden_states, **_: (hidden_states, None)
-    with pytest.raises(UserError, match="0 times in 2 layers"):
+    with pytest.raises(UserError, match="layer 0 mixes positions outside attention"):
         Policy(model).logprobs(data.pack())

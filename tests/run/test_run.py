@@ -80,6 +80,7 @@ def test_a_finished_run_holds_everything(finished: Path):
             ".lock",
             "config.toml",
             "cost.toml",
+            "proof.json",
             "metrics.jsonl",
             "trajectories",
             "checkpoints",

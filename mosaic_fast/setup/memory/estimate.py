@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +16,10 @@ from transformers import PreTrainedModel
 
 from mosaic_fast.config import Config
 from mosaic_fast.learner.execution.cost import FLOAT32
+from mosaic_fast.policy.shape import Shape
 from mosaic_fast.setup.memory.layer import layer_memory, shape_of
 from mosaic_fast.setup.model_folder import device_of, model_folder
-from mosaic_kernels.forest.ideal import ModelShape, ModelSizes
+from mosaic_kernels.forest.ideal import ModelSizes
 from mosaic_kernels.logprob.chunked import memory_plan
 
 GPU_CHUNK_LOGITS = 2**27  # mosaic_kernels.logprob.triton's, which cannot be imported without Triton
@@ -152,23 +152,21 @@ def _update(
     config: Config, model: PreTrainedModel, tokens: int, *, on_cpu: bool, cut: bool
 ) -> list[Component]:
     """What a forward and backward pass over a full micro-batch adds, at its peak."""
-    layers = model.config.num_hidden_layers
     layer = layer_memory(model, tokens, on_cpu=on_cpu, checkpointed=config.model.activation_checkpointing)
     head, head_about = _head(config, model, tokens, on_cpu=on_cpu)
     embedding = _matrix(model.get_input_embeddings())
     matrix = _bytes([embedding]) if embedding.requires_grad else 0
     tied = matrix if model.config.tie_word_embeddings else 0  # the head's gradient waits for the embedding's
-    if config.model.activation_checkpointing:  # the last layer runs on some rows, and is never checkpointed
-        kept, about = layers * layer.input + layer.kept, "checkpointed: inputs of layers, and one layer"
-    else:
-        kept, about = layers * layer.kept + layer.input, "kept for the backward pass"
+    about = "kept for the backward pass"
+    if config.model.activation_checkpointing:
+        about = "checkpointed: inputs of layers, and one layer"
     after_layers = 2 * matrix + (FLOAT32 * embedding.numel() if _has_master(embedding, config) else 0)
-    working = max(layer.norm + head, tied + layer.backward, after_layers - kept)
+    working = max(layer.norm + head, tied + layer.backward, after_layers - layer.kept)
     key_values = _key_value_numbers(model)
     copies = 2 if config.model.activation_checkpointing else 1  # else the keys are activations already
     held = tokens * key_values * (copies * model.dtype.itemsize + FLOAT32) if cut else 0
     return [
-        Component(f"activations, {tokens:,} tokens", kept, ("update",), about),
+        Component(f"activations, {tokens:,} tokens", layer.kept, ("update",), about),
         Component("LM head and working space", working, ("update",), head_about),
         Component("held prefixes", held, ("update",), "at most: keys, values, their gradients"),
     ]
@@ -243,7 +241,7 @@ def _has_master(weight: Tensor, config: Config) -> bool:
 
 def _key_value_numbers(model: PreTrainedModel) -> int:
     """Numbers in a token's keys and values of all layers."""
-    sizes = ModelSizes.of(cast(ModelShape, model.config))
+    sizes = ModelSizes.of(Shape.of(model.config))
     return 2 * sizes.keys * sizes.layers
 
 

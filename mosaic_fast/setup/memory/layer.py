@@ -9,6 +9,7 @@ part and the fp32 copies of a norm included.
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -20,15 +21,24 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from mosaic_fast.config import Config
 from mosaic_fast.errors import UserError
 from mosaic_fast.learner.lora import Lora
+from mosaic_fast.policy.admission import admit
 from mosaic_fast.policy.checkpoint import in_one_line
 from mosaic_fast.policy.folder import check_config
+from mosaic_fast.policy.forward import Way, way_of
 from mosaic_fast.policy.layer import run_layer, run_norm
-from mosaic_fast.policy.layout import decoder_of, has_known_layer
+from mosaic_fast.policy.layout import checkpoint_activations, decoder_of, has_known_layer
+from mosaic_fast.policy.small_copy import kinds_of_layers
 from mosaic_fast.policy.support import check_model
 
 
@@ -90,7 +100,11 @@ def shape_of(folder: Path, config: Config) -> PreTrainedModel:
             model = AutoModelForCausalLM.from_config(described, dtype=getattr(torch, config.model.dtype))
     except Exception as error:  # noqa: BLE001  a value of config.json can break any line of transformers
         raise UserError(f"model.path: {folder / 'config.json'}: {in_one_line(error)}") from None
-    check_model(model)
+    try:
+        check_model(model)
+        admit(model)
+    except UserError as error:
+        raise UserError(f"model.path: {folder}: {error}") from None
     if config.model.lora_rank:
         Lora(model, config.model, config.seed)
     return model.train()
@@ -101,35 +115,56 @@ _NAME = "mosaic_attention_shapes"
 
 @dataclass(frozen=True)
 class LayerMemory:
-    """Bytes of a layer for a number of tokens."""
+    """Bytes of a decoder's layers for a number of tokens."""
 
-    input: int  # the hidden states that enter it: all that checkpointing keeps
-    kept: int  # from its forward pass to its backward pass
-    backward: int  # more, at the peak of its backward pass
+    kept: int  # from the forward pass to the backward pass, by all layers
+    backward: int  # more, at the peak of the backward pass
     norm: int  # what the final norm keeps, and its output
 
 
 def layer_memory(
     model: PreTrainedModel, tokens: int, *, on_cpu: bool, checkpointed: bool = False
 ) -> LayerMemory:
-    """Run two layers of a model on the meta device; the second one is what is measured.
+    """Run a model's layers on the meta device as Policy does: of each kind two, and the second is measured.
+
+    Where layers cannot be called one by one, the whole decoder runs.
 
     on_cpu: attention computes in fp32 whatever the dtype, as its CPU backend does, and a layer that is not
         checkpointed is run in fewer operations, which keep less.
     """
-    decoder = decoder_of(model)
-    layer = decoder.layers[0]
-    hidden = torch.empty(
-        1, tokens, model.config.hidden_size, dtype=model.dtype, device="meta", requires_grad=True
-    )
-    positions = torch.empty(1, tokens, dtype=torch.int64, device="meta")
-    rotary = decoder.rotary_emb(hidden, position_ids=positions)
     for (
         parameter
     ) in model.parameters():  # those of earlier micro-batches are there, and are counted elsewhere
         parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
+    AttentionInterface.register(_NAME, _attention)
+    for module in model.modules():
+        config = vars(module).get("config")
+        if isinstance(config, PreTrainedConfig):
+            config._attn_implementation = _NAME
+    positions = torch.empty(1, tokens, dtype=torch.int64, device="meta")
+    way = way_of(model, admit(model).way)
+    if way in ("parts", "layers"):
+        found = _by_layer(model, way, positions, on_cpu=on_cpu, checkpointed=checkpointed)
+    else:
+        found = _by_decoder(model, positions, on_cpu=on_cpu, checkpointed=checkpointed)
+    for parameter in model.parameters():
+        parameter.grad = None
+    return found
+
+
+def _there(model: PreTrainedModel) -> list[Tensor]:
     grads = [p.grad for p in model.parameters() if p.grad is not None]
-    known = [hidden, positions, *rotary, *grads, *model.parameters(), *model.buffers()]
+    return [*grads, *model.parameters(), *model.buffers()]
+
+
+def _by_layer(
+    model: PreTrainedModel, way: Way, positions: Tensor, *, on_cpu: bool, checkpointed: bool
+) -> LayerMemory:
+    decoder = decoder_of(model)
+    width = model.config.hidden_size
+    hidden = torch.empty(1, positions.shape[1], width, dtype=model.dtype, device="meta", requires_grad=True)
+    rotary = decoder.rotary_emb(hidden, position_ids=positions)
+    known = [hidden, positions, *rotary, *_there(model)]
     arguments: dict[str, object] = {
         "attention_mask": None,
         "position_ids": positions,
@@ -138,30 +173,50 @@ def layer_memory(
         "position_embeddings": rotary,
         "on_cpu": on_cpu,
     }
-    AttentionInterface.register(_NAME, _attention)
-    model.config._attn_implementation = _NAME
 
-    def run(hidden: Tensor) -> Tensor:
-        if on_cpu and not checkpointed and has_known_layer(model, layer):
+    def run(layer: nn.Module, hidden: Tensor) -> Tensor:
+        if way == "parts" and on_cpu and not checkpointed and has_known_layer(model, layer):
             attend = partial(_attention, on_cpu=True)
             return run_layer(model, layer, hidden, None, arguments, None, fewer=True, attend=attend)
         return layer(hidden, **arguments)
 
-    with LiveBytes(known) as live:
-        out = run(hidden)
-        one = live.now - out.nbytes
-        out = run(out)
-        two = live.now - out.nbytes
-        before_norm = live.now
-        normed = run_norm(model, decoder.norm, out, on_cpu)
-        norm = live.now - before_norm
+    counts = Counter(kinds_of_layers(model))
+    kept, largest, backward, norm = 0, 0, 0, 0
+    for first, count in counts.items():
+        layer = decoder.layers[first]
+        with LiveBytes(known) as live:
+            out = run(layer, hidden)
+            one = live.now - out.nbytes
+            out = run(layer, out)
+            two = live.now - out.nbytes
+            before_norm = live.now
+            normed = run_norm(model, decoder.norm, out, on_cpu and way == "parts")
+            norm = live.now - before_norm
+            live.peak = live.now
+            before = live.now
+            normed.backward(torch.empty_like(normed))
+            backward = max(backward, live.peak - before)
+        kept += count * (two - one)
+        largest = max(largest, two - one)
+    inputs = model.config.num_hidden_layers * hidden.nbytes
+    # With checkpointing the last layer runs on some rows, and is never checkpointed.
+    return LayerMemory(inputs + largest if checkpointed else kept + hidden.nbytes, backward, norm)
+
+
+def _by_decoder(
+    model: PreTrainedModel, positions: Tensor, *, on_cpu: bool, checkpointed: bool
+) -> LayerMemory:
+    if checkpointed:
+        checkpoint_activations(model)
+    tokens = torch.zeros_like(positions)
+    with LiveBytes([tokens, positions, *_there(model)]) as live:
+        out = model.get_decoder()(
+            input_ids=tokens, position_ids=positions, use_cache=False, on_cpu=on_cpu
+        ).last_hidden_state
+        kept = live.now
         live.peak = live.now
-        before = live.now
-        normed.backward(torch.empty_like(normed))
-        backward = live.peak - before
-    for parameter in model.parameters():
-        parameter.grad = None
-    return LayerMemory(hidden.nbytes, two - one, backward, norm)
+        out.backward(torch.empty_like(out))
+        return LayerMemory(kept, live.peak - kept, out.nbytes)
 
 
 def _attention(

@@ -17,7 +17,7 @@ class ModelConfig(Section):
     """The policy."""
 
     path: str = "embedded"
-    """Folder of a Hugging Face causal LM (Qwen2, Qwen3, Phi-3/Phi-4, Llama); `embedded`: the one shipped."""
+    """Folder of a Hugging Face causal LM (docs/method.md, Models); `embedded`: the one shipped."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of weights and activations. bfloat16 is meant for GPUs; on a CPU it is much slower."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

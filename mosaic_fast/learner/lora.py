@@ -36,21 +36,27 @@ class Lora:
             from peft import LoraConfig, get_peft_model
         except ImportError:
             raise UserError("model.lora_rank needs peft: pip install 'mosaic-fast[lora]'") from None
-        targets = config.lora_targets
+        targets, head = config.lora_targets, model.get_output_embeddings()
+        linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+        # A router may be a Linear whose forward gives more than a product: it takes no adapter.
+        plain = [name for name, m in linears.items() if type(m).forward is nn.Linear.forward]
+        if targets == ("all-linear",) and len(plain) < len(linears):
+            targets = tuple(name for name in plain if linears[name] is not head)
         settings = LoraConfig(
             r=config.lora_rank,
             lora_alpha=2 * config.lora_rank if config.lora_alpha is None else config.lora_alpha,
             target_modules="all-linear" if targets == ("all-linear",) else list(targets),
             lora_dropout=0.0,
         )
-        linear = {name.rsplit(".", 1)[-1] for name, m in model.named_modules() if isinstance(m, nn.Linear)}
-        absent = [name for name in targets if name != "all-linear" and name not in linear]
+        linear = {name.rsplit(".", 1)[-1] for name in plain}
+        absent = [name for name in config.lora_targets if name not in ("all-linear", *linear)]
         if absent:
+            experts = {name.rsplit(".", 1)[-1] for name, p in model.named_parameters() if p.ndim == 3}
+            why = " (matrices of experts take no adapter)" if experts & set(absent) else ""
             raise UserError(
-                f"model.lora_targets: {', '.join(absent)} names no linear module of this model; there are "
-                f"{', '.join(sorted(linear))}"
+                f"model.lora_targets: {', '.join(absent)} names no linear module of this model{why}; there "
+                f"are {', '.join(sorted(linear))}"
             )
-        head = model.get_output_embeddings()
         if is_tied(model) and any(
             module is head and name.rsplit(".", 1)[-1] in targets for name, module in model.named_modules()
         ):
@@ -61,6 +67,7 @@ class Lora:
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             # peft asks transformers for a name that transformers has deprecated
             warnings.simplefilter("ignore", FutureWarning)
+            warnings.filterwarnings("ignore", ".*_pattern keys did not match", RuntimeWarning)  # of experts
             torch.manual_seed(seed)
             self._wrapper: PeftModel = get_peft_model(model, settings)
         self._model = model

@@ -75,7 +75,7 @@ def run_model(
             "rollout that was cut: raise the token budget, or remove the hooks of the model and its decoder"
         )
     if way == "decoder":
-        output = model.get_decoder()(
+        output = cast(nn.Module, decoder_of(model))(
             input_ids=forest.tokens, position_ids=forest.positions, use_cache=False, tree=tree
         )
         hidden = output.last_hidden_state[0].index_select(0, forest.rows)

@@ -39,8 +39,9 @@ class DecoderLayer(Protocol):
 
 
 def decoder_of(model: PreTrainedModel) -> Decoder:
-    """The decoder of a model for which `has_known_layout`."""
-    return cast(Decoder, model.get_decoder())
+    """The model inside the causal LM; its parts are those named where it `has_known_layout`."""
+    found = model.get_decoder()
+    return cast(Decoder, getattr(model, "model", found) if found is model else found)
 
 
 def has_stock_forward(module: nn.Module) -> bool:

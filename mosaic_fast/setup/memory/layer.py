@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -210,7 +210,7 @@ def _by_decoder(
         checkpoint_activations(model)
     tokens = torch.zeros_like(positions)
     with LiveBytes([tokens, positions, *_there(model)]) as live:
-        out = model.get_decoder()(
+        out = cast(nn.Module, decoder_of(model))(
             input_ids=tokens, position_ids=positions, use_cache=False, on_cpu=on_cpu
         ).last_hidden_state
         kept = live.now

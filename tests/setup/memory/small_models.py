@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, Phi3Config, PreTrainedConfig, Qwen2Config, Qwen3Config
@@ -18,10 +19,13 @@ from mosaic_fast.learner.step_batch import StepBatch, judged_pairs
 from mosaic_fast.losses.credit import find_forks
 from mosaic_fast.policy import Policy
 from mosaic_fast.policy.layout import checkpoint_activations
+from mosaic_fast.setup.memory import estimate_memory
+from mosaic_fast.setup.memory.estimate import PHASES
 from mosaic_kernels import pack_forest
 
 ROLLOUTS, LENGTH = 4, 160
-_SIZES: dict[str, object] = {
+TOLERANCE = 0.05
+SIZES: dict[str, object] = {
     "vocab_size": 1500,
     "hidden_size": 96,
     "intermediate_size": 256,
@@ -34,9 +38,9 @@ _SIZES: dict[str, object] = {
     "eos_token_id": None,
 }
 SHAPES: dict[str, PreTrainedConfig] = {
-    "qwen2": Qwen2Config.from_dict(_SIZES),
-    "qwen3": Qwen3Config.from_dict({**_SIZES, "head_dim": 32, "tie_word_embeddings": True}),
-    "phi3": Phi3Config.from_dict(_SIZES),
+    "qwen2": Qwen2Config.from_dict(SIZES),
+    "qwen3": Qwen3Config.from_dict({**SIZES, "head_dim": 32, "tie_word_embeddings": True}),
+    "phi3": Phi3Config.from_dict(SIZES),
 }
 
 
@@ -126,3 +130,24 @@ def peak_bytes(work: Callable[[], object]) -> int:
         live += event.nbytes()  # pyrefly: ignore [missing-attribute]  # torch's stub lacks it
         peak = max(peak, live)
     return peak
+
+
+def update_is_as_estimated(variant: Variant, folder: Path) -> None:
+    """Weights, copies and averages to the byte; the height of an update over micro-batches to 5%."""
+    config = variant.config(folder)
+    estimate = estimate_memory(config)
+    learner = learner_of(variant, config)
+    always = sum(part.bytes for part in estimate.components if part.phases == PHASES)
+    model, adamw = learner.policy.model, learner.optimizer.adamw
+    there = [*model.parameters(), *learner.optimizer._masters.values()]
+    there += [t for state in adamw.state.values() for t in state.values() if t.ndim]
+    if learner.reference is not None and not variant.lora_rank:
+        there += learner.reference.policy.model.parameters()
+    assert always == sum(tensor.nbytes for tensor in there)
+    assert estimate.parameters == sum(p.numel() for p in model.parameters())
+    assert estimate.trained == sum(p.numel() for p in learner.optimizer.weights)
+
+    held = sum(part.bytes for part in estimate.components if part.name == "held prefixes")
+    expected = estimate.total("update") - always - held  # nothing is held where nothing is shared
+    batch = step(shared=0)
+    assert peak_bytes(lambda: learner.update(batch, 1)) == pytest.approx(expected, rel=TOLERANCE)

@@ -22,10 +22,18 @@ from mosaic_fast.setup.memory.table import verdict
 from mosaic_rollout.engine import LocalEngine
 from mosaic_rollout.types import Request, SamplingParams
 from tests.rollout.engine.helpers import tokens_held
-from tests.setup.memory.small_models import LENGTH, ROLLOUTS, SHAPES, Variant, learner_of, peak_bytes, step
+from tests.setup.memory.small_models import (
+    LENGTH,
+    ROLLOUTS,
+    SHAPES,
+    Variant,
+    learner_of,
+    peak_bytes,
+    step,
+    update_is_as_estimated,
+)
 
 CONFIGS = Path(__file__).parents[3] / "configs"
-TOLERANCE = 0.05
 GIB = 2**30
 
 # The published shapes and parameter counts.
@@ -93,23 +101,7 @@ VARIANTS = [
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_the_estimate_of_an_update_is_what_it_takes(variant: Variant, tmp_path: Path):
     """Weights, copies and averages to the byte; the height of an update over two micro-batches to 5%."""
-    config = variant.config(tmp_path)
-    estimate = estimate_memory(config)
-    learner = learner_of(variant, config)
-    always = sum(part.bytes for part in estimate.components if part.phases == PHASES)
-    model, adamw = learner.policy.model, learner.optimizer.adamw
-    there = [*model.parameters(), *learner.optimizer._masters.values()]
-    there += [t for state in adamw.state.values() for t in state.values() if t.ndim]
-    if learner.reference is not None and not variant.lora_rank:
-        there += learner.reference.policy.model.parameters()
-    assert always == sum(tensor.nbytes for tensor in there)
-    assert estimate.parameters == sum(p.numel() for p in model.parameters())
-    assert estimate.trained == sum(p.numel() for p in learner.optimizer.weights)
-
-    held = sum(part.bytes for part in estimate.components if part.name == "held prefixes")
-    expected = estimate.total("update") - always - held  # nothing is held where nothing is shared
-    batch = step(shared=0)
-    assert peak_bytes(lambda: learner.update(batch, 1)) == pytest.approx(expected, rel=TOLERANCE)
+    update_is_as_estimated(variant, tmp_path)
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])

@@ -60,7 +60,8 @@ class LiveBytes(TorchDispatchMode):
         args: tuple[object, ...] = (),
         kwargs: Mapping[str, object] | None = None,
     ) -> object:
-        result = func(*args, **(kwargs or {}))
+        grouped = func is torch.ops.aten._grouped_mm.default
+        result = _grouped_product(*args, **(kwargs or {})) if grouped else func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self._count(leaf.untyped_storage())
@@ -78,6 +79,17 @@ class LiveBytes(TorchDispatchMode):
     def _free(self, key: int, size: int) -> None:
         self._known.discard(key)
         self.now -= size
+
+
+def _grouped_product(a: Tensor, b: Tensor, offs: Tensor, **unused: object) -> Tensor:
+    """The result of experts' products, which the meta device has for bfloat16 alone."""
+    match a.ndim, b.ndim:
+        case 2, 3:  # [S, K], [E, K, N]
+            return a.new_empty(a.shape[0], b.shape[2])
+        case 2, 2:  # [K, S], [S, N]: a gradient of the weights
+            return a.new_empty(len(offs), a.shape[0], b.shape[1])
+        case _:  # [E, M, K], [K, S]
+            return a.new_empty(a.shape[1], b.shape[1])
 
 
 def shape_of(folder: Path, config: Config) -> PreTrainedModel:

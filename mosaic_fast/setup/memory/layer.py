@@ -211,8 +211,11 @@ def _by_layer(
         kept += count * (two - one)
         largest = max(largest, two - one)
     inputs = model.config.num_hidden_layers * hidden.nbytes
-    # With checkpointing the last layer runs on some rows, and is never checkpointed.
-    return LayerMemory(inputs + largest if checkpointed else kept + hidden.nbytes, backward, norm)
+    if not checkpointed:
+        return LayerMemory(kept + hidden.nbytes, backward, norm)
+    if way == "parts" and has_known_layer(model, decoder.layers[-1]):
+        return LayerMemory(inputs + largest, backward, norm)  # the last one, on some rows, never is
+    return LayerMemory(inputs, largest + backward, norm)
 
 
 def _by_decoder(

@@ -171,8 +171,8 @@ def _kept(stock: Callable[..., Tensor], name: str) -> Callable[..., Tensor]:
     return function
 
 
-REPRESENTATIVES = ("gemma4_text", "gpt_oss", "lfm2", "phimoe")
-"""Layers of several kinds with shared keys, experts with sinks, short convolutions, random routing."""
+REPRESENTATIVES = ("gemma4_text", "mixtral", "lfm2", "phimoe")
+"""Layers of several kinds with shared keys, experts, short convolutions, random routing."""
 
 
 def shown(families: Mapping[str, object]) -> list[str]:

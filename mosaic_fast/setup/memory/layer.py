@@ -60,8 +60,10 @@ class LiveBytes(TorchDispatchMode):
         args: tuple[object, ...] = (),
         kwargs: Mapping[str, object] | None = None,
     ) -> object:
-        grouped = func is torch.ops.aten._grouped_mm.default
-        result = _grouped_product(*args, **(kwargs or {})) if grouped else func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._grouped_mm.default:
+            result: object = _grouped_product(*args, **(kwargs or {}))
+        else:
+            result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self._count(leaf.untyped_storage())
@@ -81,7 +83,7 @@ class LiveBytes(TorchDispatchMode):
         self.now -= size
 
 
-def _grouped_product(a: Tensor, b: Tensor, offs: Tensor, **unused: object) -> Tensor:
+def _grouped_product(a: Any, b: Any, offs: Any, *unused: object, **more: object) -> Tensor:
     """The result of experts' products, which the meta device has for bfloat16 alone."""
     match a.ndim, b.ndim:
         case 2, 3:  # [S, K], [E, K, N]

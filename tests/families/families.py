@@ -33,7 +33,7 @@ _WINDOWS: dict[str, object] = {
 }
 _EXPERTS: dict[str, object] = {"moe_intermediate_size": 16, "num_experts_per_tok": 2, "num_experts": 4}
 _ROPE: dict[str, object] = {"rope_type": "default", "rope_theta": 100.0}
-_OWN_HEADS = ("glm4_moe_lite", "deepseek_v3")
+_OWN_HEADS = ("glm4_moe_lite", "deepseek_v3", "olmoe")
 _MLA: dict[str, object] = {
     "q_lora_rank": 12, "kv_lora_rank": 12, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 6,
     "num_key_value_heads": 4, "moe_intermediate_size": 16, "num_experts_per_tok": 2,

@@ -240,12 +240,12 @@ def _attention(
     module: nn.Module,
     query: Tensor,  # [1, Hq, U, D]
     key: Tensor,  # [1, Hkv, U, D]
-    value: Tensor,  # [1, Hkv, U, D]
+    value: Tensor,  # [1, Hkv, U, V]
     attention_mask: Tensor | None,
     *,
     on_cpu: bool,
     **unused: object,
-) -> tuple[Tensor, None]:  # [1, U, Hq, D]
+) -> tuple[Tensor, None]:  # [1, U, Hq, V]
     heads = (x[0].transpose(0, 1) for x in (query, key, value))
     out = _Attention.apply(*(x.float() if on_cpu else x for x in heads))
     return out.to(query.dtype)[None], None
@@ -262,7 +262,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-        out = q.new_empty(q.shape)
+        out = q.new_empty(*q.shape[:2], v.shape[2])
         ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:2], dtype=torch.float32))
         return out
 

@@ -14,11 +14,11 @@ MIB = 2**20
 
 
 @pytest.mark.parametrize("softcap", [None, 20.0])
-@pytest.mark.parametrize(("rows", "vocab"), [(300, 60_000), (70, 262_144), (60_000, 400)])
+@pytest.mark.parametrize(("rows", "vocab"), [(300, 60_000), (70, 262_144)])
 def test_the_cpus_path_holds_at_most_96_mib_beside_its_gradients(
     rows: int, vocab: int, softcap: float | None
 ) -> None:
-    """Where all logits would be 69 to 92 MiB, with entropies and gradients of both results."""
+    """Where all logits would be 69 and 70 MiB, with entropies and gradients of both results."""
     generator = torch.Generator().manual_seed(0)
     hidden, weight = (torch.randn(n, 4, generator=generator).requires_grad_() for n in (rows, vocab))
     targets = torch.randint(vocab, (rows,), generator=generator)

@@ -51,7 +51,7 @@ def sorting(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("sorting")
-@pytest.mark.parametrize("name", ["grpo", "gspo", "dpo", "dpo_norm"])
+@pytest.mark.parametrize("name", ["gspo", "dpo_norm"])
 def test_an_update_adds_at_no_repeated_index(name: str) -> None:
     model = tiny_model("qwen3")
     policy = Policy(model, attention="reference")

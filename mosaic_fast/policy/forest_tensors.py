@@ -39,6 +39,7 @@ class ForestTensors:
     targets: Tensor  # [E] token id of each edge
     edge_rows: Tensor  # [E] index into rows, ascending
     trained_tokens: Tensor  # [M] which of the T rollout tokens are trained
+    uncut_tokens: Tensor  # [M] the same among the tokens of the forest that this one was cut from, if it was
     token_edges: Tensor  # [M] the edge of each
     token_rows: Tensor  # [M] index into rows: where each is predicted
     num_tokens: int  # T
@@ -91,6 +92,7 @@ def forest_tensors(
             targets=move(forest.tokens[children]),
             edge_rows=move(edge_rows),
             trained_tokens=move(trained_tokens),
+            uncut_tokens=move(trained_tokens if forest.source is None else forest.source[trained_tokens]),
             token_edges=move(token_edges),
             token_rows=move(edge_rows[token_edges]),
             num_tokens=forest.num_tokens,

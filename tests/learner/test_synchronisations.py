@@ -10,6 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mosaic_fast.config import OptimConfig
+from mosaic_fast.learner.execution import Execution, MicroBatch
 from mosaic_fast.learner.learner import Learner, Reference
 from mosaic_fast.learner.optimizer import Optimizer
 from mosaic_fast.policy import Policy
@@ -96,6 +97,27 @@ def test_no_micro_batch_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (one, several > 3) == (1, True)
     assert many == few
     assert few == 2 + 1 + 5, "two optimiser steps, the metrics, the mismatch to the engine"
+
+
+def test_nothing_is_copied_to_the_device_between_micro_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy from ordinary memory waits until the device has done all it was given."""
+    model, forest = tiny_model("qwen3"), forked_case().batch().forest
+    execution = Execution(14, 1.0, model.config, plan="cut")
+    schedule = execution.schedule(forest)
+    assert any(part.forest.source is not None for part in schedule.parts)
+    done: list[str] = []
+    made = torch.from_numpy
+    monkeypatch.setattr(torch, "from_numpy", lambda array: done.append("copy") or made(array))
+
+    def loss_of(micro_batch: MicroBatch) -> torch.Tensor:
+        done.append("micro-batch")
+        return micro_batch.logprobs.sum()
+
+    policy = Policy(model, attention="reference", lm_head="reference")
+    execution.backward(policy, schedule, loss_of)
+    first = done.index("micro-batch")
+    assert set(done[:first]) == {"copy"}
+    assert done[first:] == ["micro-batch"] * len(schedule.parts)
 
 
 def test_an_optimisers_step_waits_once(monkeypatch: pytest.MonkeyPatch) -> None:

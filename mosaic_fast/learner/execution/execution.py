@@ -310,11 +310,8 @@ class Execution:
         )
         if result.row_entropy is None or not len(tensors.trained_tokens):
             return result, None
-        source = tensors.trained_tokens
-        if part.forest.source is not None:
-            source = torch.from_numpy(part.forest.source).to(source.device)[source]
         return result, MicroBatch(
-            source,
+            tensors.uncut_tokens,
             pick(result.edge_logprobs, tensors.token_edges),
             pick(result.row_entropy, tensors.token_rows),
         )

@@ -86,8 +86,10 @@ class Bends:
 
 PLAIN = Bends()
 BENDS = {  # head size of the tile -> what models of that size have
+    64: (Bends(window=True), Bends(window=True, sinks=True)),  # gpt-oss
     96: (Bends(window=True),),  # Phi-3
-    128: (Bends(window=True),),  # Mistral
+    128: (Bends(window=True), Bends(softcap=True)),  # Mistral, Gemma 2 27B
+    256: (Bends(window=True, softcap=True), Bends(head_dims=(192, 128))),  # Gemma 2, DeepSeek
 }
 
 

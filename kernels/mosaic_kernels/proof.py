@@ -67,7 +67,7 @@ class Sizes:
 
 
 SMALL, LARGE = Sizes(12, 61), Sizes(140, 61)
-ON_DEVICE = Sizes(300, 1009, ((4, 2, 64), (8, 2, 128), (3, 3, 96), (2, 1, 256), (4, 1, 32)))
+ON_DEVICE = Sizes(300, 1009, ((4, 2, 64), (8, 2, 128), (3, 3, 96), (2, 1, 256), (4, 1, 32), (2, 1, 512)))
 
 
 class AttentionOptions(TypedDict):

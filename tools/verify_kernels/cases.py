@@ -107,7 +107,9 @@ def attention_cases() -> Iterator[CompileCase]:
     for (arch, head_dim), tiles in attention_tiles.HALF.items():
         yield from attention_tile_cases(arch, head_dim, tiles, torch.bfloat16)
         for bends in BENDS.get(head_dim, ()):
-            yield from attention_tile_cases(arch, head_dim, tiles, torch.bfloat16, bends)
+            bent = bends.softcap or bends.head_dims is not None
+            own = attention_tiles.tiles_for(arch, head_dim, torch.bfloat16, bent=bent)
+            yield from attention_tile_cases(arch, head_dim, own, torch.bfloat16, bends)
         yield from attention_tile_cases(arch, head_dim, tiles, torch.float16)
     for table, precision in ((attention_tiles.SINGLE, "ieee"), (attention_tiles.TF32, "tf32")):
         for (arch, head_dim), tiles in table.items():

@@ -4,7 +4,7 @@ Every entry compiles without spills, within shared memory and to tensor-core ins
 (`python -m mosaic_kernels.verify --layer compile`; docs/lab/compiled.md). What has no such entry is absent.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -119,6 +119,9 @@ TF32 = {  # fp32 where torch allows TF32
     ("sm_120", 64): _tiles((32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2)),
 }
 
+# What takes more registers with a softcap, or with values of another size than keys, in 16 bits.
+BENT = {("sm_80", 256): {"forward": Tile(64, 32, 8, 2)}}
+
 # Small, odd-sided tiles let a small forest have many blocks, and show a swapped block size.
 EMULATED = Tiles(Tile(32, 16, 4, 2), Tile(16, 32, 4, 2), Tile(32, 16, 4, 2))
 
@@ -138,9 +141,10 @@ def architecture_of(device: torch.device) -> str:
     return f"sm_{major}{minor}"
 
 
-def tiles_for(arch: str, head_dim: int, dtype: torch.dtype) -> Tiles:
+def tiles_for(arch: str, head_dim: int, dtype: torch.dtype, *, bent: bool = False) -> Tiles:
     """The table's entry for a head size, or for the next larger one that it has.
 
+    bent: with a softcap, or values of another size than keys.
     ValueError, naming the backends that can, where there is none.
     """
     if missing := missing_tile(arch, head_dim, dtype):
@@ -150,7 +154,8 @@ def tiles_for(arch: str, head_dim: int, dtype: torch.dtype) -> Tiles:
     if arch == "emulated":
         return EMULATED
     table = _table(dtype)
-    return table[arch, min(size for one, size in table if one == arch and size >= head_dim)]
+    key = (arch, min(size for one, size in table if one == arch and size >= head_dim))
+    return replace(table[key], **BENT[key]) if bent and table is HALF and key in BENT else table[key]
 
 
 def missing_tile(arch: str, head_dim: int, dtype: torch.dtype) -> str:

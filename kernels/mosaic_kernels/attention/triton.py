@@ -46,7 +46,7 @@ def triton_tree_attention(
         q.shape[1] // k.shape[1], (window, chunk) != (None, None),
         value_dim=v.shape[2], softcap=softcap is not None, sinks=sinks is not None,
     )  # fmt: skip
-    tiles = tiles_for(architecture_of(q.device), max(q.shape[2], v.shape[2]), q.dtype)
+    tiles = _tiles(variant, q.device)
     check_once("tree_attention", q.device, variant, deviations)
     tree = tree_for(subtree_end, queries, positions, window, chunk)
     return attend(q, k, v, tree, scale, tiles, softcap, sinks)
@@ -64,6 +64,12 @@ class Variant:
     value_dim: int
     softcap: bool = False
     sinks: bool = False
+
+
+def _tiles(variant: Variant, device: torch.device) -> Tiles:
+    size, value_size = variant.head_dim, variant.value_dim
+    bent = variant.softcap or size != value_size
+    return tiles_for(architecture_of(device), max(size, value_size), variant.dtype, bent=bent)
 
 
 def attend(
@@ -227,7 +233,7 @@ def deviations(device: torch.device, variant: Hashable) -> Mapping[str, Deviatio
         leaves = [x.to(dtype, copy=True).requires_grad_() for x in inputs]
         options = {"scale": scale, "softcap": softcap, "sinks": leaves[3] if variant.sinks else None}
         if triton_kernels:
-            tiles = tiles_for(architecture_of(device), max(size, value_size), dtype)
+            tiles = _tiles(variant, device)
             out = attend(*leaves[:3], tree=tree_for(end, None, positions, window), tiles=tiles, **options)
         else:
             out = reference_tree_attention(

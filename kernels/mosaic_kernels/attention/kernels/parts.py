@@ -38,5 +38,5 @@ def score_tile(products, scale, softcap, SOFTCAP: tl.constexpr):
 @triton.jit
 def score_slope(scores, softcap):
     """The softcap's derivative 1 - tanh^2 at scores in base 2."""
-    bent = scores / (softcap * LOG2_E)
+    bent = scores * (1 / (softcap * LOG2_E))
     return 1 - bent * bent

@@ -25,7 +25,7 @@ NARROW = "(q_depth[:, None] < limit[None, :])"
 LOAD_END = "tl.load(end_ptr + keys, mask=keys < num_keys, other=0)"
 
 SLOPE = "    if SOFTCAP:\n        d_scores *= score_slope(scores, softcap)\n"
-BENT_HEADS = f"{TREE}::test_keys_and_values_of_different_size[torch.float32]"
+BENT = f"{TREE}::test_all_that_bends_attention_at_once"
 
 ATTENTION = (
     Mutant(
@@ -170,70 +170,70 @@ ATTENTION = (
         BACKWARD,
         (("q_depth[None, :] < limit[:, None]", "q_depth[None, :] <= limit[:, None]"),),
         INTERPRETER,
-        BENT_HEADS,
+        BENT,
     ),
     Mutant(
         "a chunk is taken for a window of its size",
         "attention/blocks.py",
         (("return (positions // chunk + 1) * chunk", "return positions + chunk"),),
         INTERPRETER,
-        BENT_HEADS,
+        BENT,
     ),
     Mutant(
         "a block of keys whose chunks end within the block of queries is taken for a full one",
         "attention/blocks.py",
         (("full &= deepest_q < lowest_limit", "full &= shallowest_q < lowest_limit"),),
         INTERPRETER,
-        f"{TREE}::test_a_chunk_ends_within_a_block_of_queries",
+        BENT,
     ),
     Mutant(
         "the softcap of scores has no derivative in dQ",
         BACKWARD,
         ((f"(d_weights - delta[:, None])\n{SLOPE}", "(d_weights - delta[:, None])\n"),),
         INTERPRETER,
-        BENT_HEADS,
+        BENT,
     ),
     Mutant(
         "the softcap of scores has no derivative in dK",
         BACKWARD,
         ((f"(d_weights - delta[None, :])\n{SLOPE}", "(d_weights - delta[None, :])\n"),),
         INTERPRETER,
-        BENT_HEADS,
+        BENT,
     ),
     Mutant(
         "the softcap bends scores before they are scaled",
         PARTS,
         (("tanh(products * (scale / softcap))", "tanh(products / softcap)"),),
         INTERPRETER,
-        BENT_HEADS,
+        BENT,
     ),
     Mutant(
         "a sink is not counted in the softmax",
         FORWARD,
         (("total += 1.0", "total += 0.0"),),
         INTERPRETER,
-        BENT_HEADS,
+        BENT,
     ),
     Mutant(
         "sinks are taken for logits in base 2",
         FORWARD,
         (("tl.load(sinks_ptr + head) * LOG2_E", "tl.load(sinks_ptr + head)"),),
         INTERPRETER,
-        BENT_HEADS,
+        BENT,
     ),
     Mutant(
         "the gradient of a sink has the other sign",
         "attention/triton.py",
         (("d_sinks = -(torch.exp2", "d_sinks = (torch.exp2"),),
         INTERPRETER,
-        BENT_HEADS,
+        BENT,
     ),
     Mutant(
         "values are as wide as keys",
         FORWARD,
         (("v_row_stride, num_keys, V)", "v_row_stride, num_keys, D)"),),
         TTSEM,
-        BENT_HEADS,
+        BENT,
     ),
 )  # fmt: skip
 

@@ -10,7 +10,7 @@ from triton.runtime.jit import JITFunction
 
 from mosaic_kernels.attention import kernels as attention_kernels
 from mosaic_kernels.attention import tiles as attention_tiles
-from mosaic_kernels.attention.triton import DELTA_BLOCK, padded_size
+from mosaic_kernels.attention.triton import DELTA_BLOCK, delta_warps, padded_size
 from mosaic_kernels.gather_sum import gather_sum_kernel
 from mosaic_kernels.logprob import kernels as logprob_kernels
 from mosaic_kernels.logprob import tiles as logprob_tiles
@@ -107,8 +107,7 @@ def attention_cases() -> Iterator[CompileCase]:
     for (arch, head_dim), tiles in attention_tiles.HALF.items():
         yield from attention_tile_cases(arch, head_dim, tiles, torch.bfloat16)
         for bends in BENDS.get(head_dim, ()):
-            bent = bends.softcap or bends.head_dims is not None
-            own = attention_tiles.tiles_for(arch, head_dim, torch.bfloat16, bent=bent)
+            own = attention_tiles.tiles_for(arch, head_dim, torch.bfloat16, bent=True)
             yield from attention_tile_cases(arch, head_dim, own, torch.bfloat16, bends)
         yield from attention_tile_cases(arch, head_dim, tiles, torch.float16)
     for table, precision in ((attention_tiles.SINGLE, "ieee"), (attention_tiles.TF32, "tf32")):
@@ -171,7 +170,7 @@ def attention_tile_cases(
     yield case("dq", tiles.dq, (*backward[0], dtype, *backward[1]), **blocks(tiles.dq))
     yield case("dkv", tiles.dkv, (*backward[0], dtype, dtype, *backward[1]), **blocks(tiles.dkv))
     if precision == "ieee" and not (bends.window or bends.softcap):
-        delta = attention_tiles.Tile(DELTA_BLOCK, 0, 4, 3)
+        delta = attention_tiles.Tile(DELTA_BLOCK, 0, delta_warps(value_dim), 3)
         yield case("delta", delta, (dtype, dtype, FP32, 4097, 8, *value_strides), BLOCK_Q=DELTA_BLOCK)
 
 

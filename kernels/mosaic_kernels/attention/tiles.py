@@ -119,8 +119,13 @@ TF32 = {  # fp32 where torch allows TF32
     ("sm_120", 64): _tiles((32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2)),
 }
 
-# What takes more registers with a softcap, or with values of another size than keys, in 16 bits.
-BENT = {("sm_80", 256): {"forward": Tile(64, 32, 8, 2)}}
+# What takes more registers with a limit, a softcap or values of another size than keys, in 16 bits.
+BENT = {
+    ("sm_80", 256): {"forward": Tile(64, 32, 8, 2)},
+    ("sm_100", 256): {"forward": Tile(128, 32, 8, 2)},
+    ("gfx942", 96): {"dkv": Tile(16, 64, 8, 1)},
+    ("gfx942", 128): {"dkv": Tile(16, 64, 8, 1)},
+}
 
 # Small, odd-sided tiles let a small forest have many blocks, and show a swapped block size.
 EMULATED = Tiles(Tile(32, 16, 4, 2), Tile(16, 32, 4, 2), Tile(32, 16, 4, 2))
@@ -144,7 +149,7 @@ def architecture_of(device: torch.device) -> str:
 def tiles_for(arch: str, head_dim: int, dtype: torch.dtype, *, bent: bool = False) -> Tiles:
     """The table's entry for a head size, or for the next larger one that it has.
 
-    bent: with a softcap, or values of another size than keys.
+    bent: with a limit, a softcap, or values of another size than keys.
     ValueError, naming the backends that can, where there is none.
     """
     if missing := missing_tile(arch, head_dim, dtype):

@@ -68,7 +68,7 @@ class Variant:
 
 def _tiles(variant: Variant, device: torch.device) -> Tiles:
     size, value_size = variant.head_dim, variant.value_dim
-    bent = variant.softcap or size != value_size
+    bent = variant.limit or variant.softcap or size != value_size
     return tiles_for(architecture_of(device), max(size, value_size), variant.dtype, bent=bent)
 
 
@@ -138,7 +138,8 @@ class _TreeAttention(torch.autograd.Function):
         launch(
             kernels.delta_kernel, triton.cdiv(num_queries, DELTA_BLOCK) * num_heads,
             out, grad, delta, num_queries, num_heads, *_strides(grad),
-            V=value_dim, BLOCK_Q=DELTA_BLOCK, BLOCK_V=padded_size(value_dim), num_warps=4,
+            V=value_dim, BLOCK_Q=DELTA_BLOCK, BLOCK_V=padded_size(value_dim),
+            num_warps=delta_warps(value_dim),
         )  # fmt: skip
         inputs = (q, k, v, grad, lse, delta)
         if dq is not None:
@@ -160,6 +161,11 @@ class _TreeAttention(torch.autograd.Function):
         if needs_sinks:  # a key of value 0 whose gradient of the weight is 0
             d_sinks = -(torch.exp2(sinks[:, None] * LOG2_E - lse) * delta).sum(1)
         return dq, dk if needs_k else None, dv if needs_v else None, d_sinks, None, None, None, None
+
+
+def delta_warps(value_dim: int) -> int:
+    """Warps of the delta kernel, whose programs hold DELTA_BLOCK rows at once."""
+    return 4 if value_dim <= 256 else 8
 
 
 def padded_size(head_dim: int) -> int:

@@ -144,22 +144,11 @@ def test_every_head_size(head_dim: int, dtype: torch.dtype) -> None:
     check(forest, list(Heads(2, 1, head_dim).draw_qkv(forest.num_nodes, 0, dtype)), window=window)
 
 
-@pytest.mark.parametrize("dtype", machine().dtypes, ids=str)
-def test_keys_and_values_of_different_size(dtype: torch.dtype) -> None:
-    """With sinks, a softcap and chunks: a model's layers may have all of it."""
-    forest, larger_keys = small_forest(), dtype == torch.float32
-    shape = (
-        Heads(2, 1, 48, value_dim=32, sinks=True)
-        if larger_keys
-        else Heads(1, 1, 16, value_dim=40, sinks=True)
-    )
-    check(forest, shape.draw(forest.num_nodes, 0, dtype), bends=Bends(chunk=10, softcap=2.0))
-
-
-def test_a_chunk_ends_within_a_block_of_queries() -> None:
-    """Keys that the first of them see all of are hidden from the last."""
-    forest = pack_forest([np.arange(70)])
-    check(forest, list(Heads(1, 1, 16).draw_qkv(70, 0, torch.float32)), bends=Bends(chunk=40))
+def test_all_that_bends_attention_at_once() -> None:
+    """A chunk ends within a block of queries, whose first ones see all of the keys before it."""
+    forest = pack_forest([np.arange(70), [*range(50), 99, 98]])
+    qkv = Heads(2, 1, 48, value_dim=24, sinks=True).draw(forest.num_nodes, 0, torch.float32)
+    check(forest, qkv, bends=Bends(chunk=40, softcap=2.0))
 
 
 @pytest.mark.parametrize("count", [0, 1, 2])

@@ -141,7 +141,12 @@ LOG_PROBS = (
     Mutant(
         "chunks of the vocabulary overwrite the gradient of hidden",
         "logprob/triton.py",
-        (("grad_hidden += _product", "grad_hidden = _product"),),
+        (
+            (
+                "add_product(grad_hidden, chunk, weight[part])",
+                "grad_hidden = torch.mm(chunk.float(), weight[part].float())",
+            ),
+        ),
         INTERPRETER,
         ODD,
     ),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from unittest.mock import patch
 
@@ -175,7 +175,7 @@ REPRESENTATIVES = ("gemma4_text", "mixtral", "lfm2", "phimoe")
 """Layers of several kinds with shared keys, experts, short convolutions, random routing."""
 
 
-def shown(families: Mapping[str, object]) -> list[str]:
+def shown(families: Mapping[str, object], always: Sequence[str] = REPRESENTATIVES) -> list[str]:
     """The families that are tested: with MOSAIC_TEST_FAMILIES all, else one of each kind."""
     every = bool(os.environ.get("MOSAIC_TEST_FAMILIES"))
-    return [family for family in families if every or family in REPRESENTATIVES]
+    return [family for family in families if every or family in always]

@@ -21,7 +21,7 @@ _BENT = ("gemma2", "gemma3_text", "gemma4_text", "gpt_oss")
 """With softcaps or sinks, for which the CPU's attention and LM head take more than is estimated."""
 
 
-@pytest.mark.parametrize("family", [family for family in shown(PROVED) if family not in _BENT])
+@pytest.mark.parametrize("family", [family for family in shown(PROVED, ["mixtral"]) if family not in _BENT])
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_an_update_takes_what_is_estimated(
     family: str, checkpointed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

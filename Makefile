@@ -16,7 +16,7 @@ SGLANG_STAMP := .venv-sglang/.installed-$(SGLANG)
 SGLANG_CPU := rollout/mosaic_rollout/engine/sglang/server_side/requirements-cpu.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help help-all venv train test quick sglang test-sglang soak fuzz test-workshop test-fresh test-interpreter test-work test-ttsem mutants lint types bench bench-peers bench-peers-cuda bench-chart bench-agentdojo verify gpu warmstart evaluate train-agentdojo test-agentdojo test-report clean bfcl asb agent-safetybench agentharm test-bfcl test-asb test-agent-safetybench test-agentharm test-verifiers test-trl test-families
+.PHONY: help help-all venv train test quick sglang test-sglang soak fuzz test-workshop test-long test-fresh test-interpreter test-work test-ttsem mutants lint types bench bench-peers bench-peers-cuda bench-chart bench-agentdojo verify gpu warmstart evaluate train-agentdojo test-agentdojo test-report clean bfcl asb agent-safetybench agentharm test-bfcl test-asb test-agent-safetybench test-agentharm test-verifiers test-trl test-families
 
 # `###` marks what most people need, `##` the rest.
 help:
@@ -31,7 +31,7 @@ $(STAMP): pyproject.toml constraints.txt Makefile
 	$(PIP) install -q --no-compile $(TORCH_ARGS) torch==2.13.0
 	$(PIP) install -q --no-compile -c constraints.txt -e '.[dev]'
 	$(PIP) install -q --no-compile --no-deps --ignore-requires-python ttsem==0.1.0
-	$(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null 2>&1 || true  # pip has one core do it
+	env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -c 'import mosaic_fast.train, hypothesis, pytest, triton'  # compiled once; pip compiles all of 12,000 files
 	touch $@
 
 venv: $(STAMP)  ## the environment of everything below
@@ -49,14 +49,21 @@ quick: $(STAMP) lint types  ### lint, types and the tests of what matters, withi
 # What no user of the trainer calls: the benchmark, the tools, compiling for GPUs that are not here.
 WORKSHOP := tests/bench tests/tools tests/kernels/test_compile.py tests/kernels/test_mutants.py
 
+# Whole runs that are killed, meet faults or are spread over ranks; every kind of model; what a run's memory is estimated at.
+LONG := tests/faults tests/distributed/test_runs.py tests/distributed/test_silence.py tests/evaluate/test_resume.py \
+	tests/families tests/integrations tests/setup/memory
+
 # The emulated kernels run beside the other tests, which wait for processes of theirs now and then; what fails there fails the whole.
 test: $(STAMP) lint types  ### lint, types and tests, within 10 minutes
 	@$(MAKE) --no-print-directory ARGS= test-ttsem >$(VENV)/ttsem.log 2>&1 & pid=$$!; \
 	trap 'kill $$pid 2>/dev/null' INT TERM; \
 	echo "the Triton kernels' emulated tests run beside these, into $(VENV)/ttsem.log"; failed=0; \
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(WORKSHOP:%=--ignore=%) $(ARGS) || failed=$$?; \
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(patsubst %,--ignore=%,$(WORKSHOP) $(LONG)) $(ARGS) || failed=$$?; \
 	wait $$pid || failed=1; \
 	if [ $$failed = 0 ]; then tail -n 3 $(VENV)/ttsem.log; else cat $(VENV)/ttsem.log; fi; exit $$failed
+
+test-long: $(STAMP)  ## whole runs under faults and on several ranks, every kind of model: what make test leaves out
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(LONG) $(ARGS)
 
 test-workshop: $(STAMP)  ## the tests of bench/ and tools/, which make test leaves out
 	$(BIN)/python -m pytest -n $(WORKERS) $(WORKSHOP) $(ARGS)

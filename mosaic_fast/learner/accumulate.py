@@ -48,12 +48,10 @@ def accumulate(
         execution.backward(policy, schedule, loss_of)
         return execution.world.sum(measured)
 
-    one_pass = torch.from_numpy(coupling.one_pass).to(measured.device)
-    in_one_pass = one_pass[batch_at(measured, None).rollout_of]
-    in_rest = _in_two_passes(execution, policy, coupling, loss, batch_at, report, measured, one_pass)
-    whole = _in_one_pass(coupling, loss, batch_at, report, measured)
+    in_rest = _in_two_passes(execution, policy, coupling, loss, batch_at, report, measured)
+    in_one = _in_one_pass(coupling, loss, batch_at, report, measured)
     execution.backward(
-        policy, schedule, lambda part: (whole if in_one_pass[part.source[0]] else in_rest)(part)
+        policy, schedule, lambda part: (in_one if part.forward in coupling.rollouts else in_rest)(part)
     )
     return measured if coupling.has_rest else execution.world.sum(measured)
 
@@ -62,16 +60,16 @@ def _in_one_pass(
     coupling: Coupling, loss: Loss, batch_at: BatchAt, report: Report, measured: Tensor
 ) -> LossOf:
     """The loss of a forward that holds all that is coupled with its tokens; fills `measured` [T]."""
-    unit_of = torch.from_numpy(coupling.unit_of).to(measured.device)
+    step = batch_at(measured, None)
+    here = {part: step.selection(rollouts) for part, rollouts in coupling.rollouts.items()}
 
     def loss_of(micro_batch: MicroBatch) -> Tensor:
         source, own = micro_batch.source, torch.zeros_like(measured)
         logprobs = own.index_copy(0, source, micro_batch.logprobs)
         entropy = own.index_copy(0, source, micro_batch.entropy)
         measured[source] = micro_batch.logprobs.detach()
-        batch = batch_at(logprobs.detach(), None)
-        here = torch.isin(unit_of, unit_of[batch.rollout_of[source]])
-        value, metrics = loss(logprobs, batch.of_rollouts(here), entropy)
+        batch = batch_at(logprobs.detach(), None).of_rollouts(here[micro_batch.forward])
+        value, metrics = loss(logprobs, batch, entropy)
         report(metrics)
         return value if value.requires_grad else _nothing_of(micro_batch)
 
@@ -86,7 +84,6 @@ def _in_two_passes(
     batch_at: BatchAt,
     report: Report,
     measured: Tensor,
-    one_pass: Tensor,
 ) -> LossOf:
     """The loss of the other forwards, of which a first pass without gradient fills `measured` [T].
 
@@ -94,13 +91,14 @@ def _in_two_passes(
     sum(g * logp), one micro-batch after the other.
     """
     entropy = torch.zeros_like(measured)
-    if one_pass.all():
+    if coupling.one_pass.all():
         return _nothing_of
     if coupling.has_rest:
         logprobs, entropy = execution.logprobs(policy, coupling.rest)
         measured.copy_(logprobs)
     leaves = measured.clone().requires_grad_(), entropy.clone().requires_grad_()
-    value, metrics = loss(leaves[0], batch_at(measured, None).of_rollouts(~one_pass), leaves[1])
+    batch = batch_at(measured, None)
+    value, metrics = loss(leaves[0], batch.of_rollouts(batch.selection(~coupling.one_pass)), leaves[1])
     if execution.world.is_first:  # every rank has computed all of it
         report(metrics)
     by_logprob: Tensor | None = None

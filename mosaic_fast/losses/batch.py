@@ -48,6 +48,14 @@ def read_metrics(metrics: Mapping[str, SumCount]) -> dict[str, tuple[float, floa
 
 
 @dataclass(frozen=True)
+class Selection:
+    """Some rollouts of a step."""
+
+    tokens: Tensor  # [N] bool, theirs
+    pairs: Tensor  # [p] int64, the judged pairs of which both are among them
+
+
+@dataclass(frozen=True)
 class LossBatch:
     """What a loss reads beside the policy's log-probs, for N rollout tokens in flat order.
 
@@ -81,16 +89,23 @@ class LossBatch:
             self.weights[source],
         )
 
-    def of_rollouts(self, chosen: Tensor) -> LossBatch:
-        """The whole step, in which only the rollouts where `chosen` [R] is True count, and their pairs."""
-        batch = self.without(~chosen[self.rollout_of])
+    def selection(self, rollouts: np.ndarray) -> Selection:  # [R] bool
+        """What `of_rollouts` takes, found before the first forward, as it waits for the device."""
+        import torch
+
+        chosen = torch.from_numpy(rollouts).to(self.weights.device)
+        both = chosen[:0] if self.pairs is None else chosen[self.pairs].all(dim=1)
+        return Selection(chosen[self.rollout_of], both.nonzero()[:, 0])
+
+    def of_rollouts(self, selected: Selection) -> LossBatch:
+        """The whole step, in which only some rollouts count, and the pairs of them."""
+        batch = self.without(~selected.tokens)
         if self.pairs is None or self.preference is None:
             return batch
-        both = chosen[self.pairs].all(dim=1)
         return replace(
             batch,
-            pairs=self.pairs[both],
-            preference=self.preference[both],
+            pairs=self.pairs[selected.pairs],
+            preference=self.preference[selected.pairs],
             step_pairs=len(self.pairs) if self.step_pairs is None else self.step_pairs,
         )
 

@@ -95,7 +95,7 @@ def test_one_pass_gives_the_gradient_and_metrics_of_two(
     once, figures, runs, schedule = updated(name, plan, monkeypatch)
 
     def all_twice(schedule: Schedule, unit_of: np.ndarray, *_: object) -> Coupling:
-        return Coupling(unit_of, np.zeros(len(unit_of), np.bool_), schedule)
+        return Coupling(np.zeros(len(unit_of), np.bool_), {}, schedule)
 
     monkeypatch.setattr(learner_module, "coupling_of", all_twice)
     twice, expected, most, _ = updated(name, plan, monkeypatch)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -25,8 +25,8 @@ class Coupling:
     lie in one forward, and so do those of every unit there, the forward needs one pass.
     """
 
-    unit_of: IntArray  # [R]
     one_pass: BoolArray  # [R] rollouts in forwards that need one pass
+    rollouts: Mapping[Forward, BoolArray]  # [R] of each such forward of this rank
     rest: Schedule  # the forwards that need two, with those that they stand on
 
     def figures(self, schedule: Schedule) -> dict[str, float]:
@@ -70,15 +70,20 @@ def coupling_of(schedule: Schedule, unit_of: IntArray, world: World = ALONE) -> 
     first, last = _owners(owned, unit_of_token, forest.num_rollouts, world)
     complete = first >= last  # in one forward, or without a trained token
     if world.size > 1:
-        every = bool(complete.all())
-        rest = replace(schedule, parts=(), idle=0) if every else schedule
-        return Coupling(unit_of, np.full(len(unit_of), every) & (last >= 0)[unit_of], rest)
-    alone = [bool(complete[unit_of_token[tokens]].all()) for tokens in owned]
-    one_pass = np.zeros(len(unit_of), np.bool_)
-    for tokens, ready in zip(owned, alone, strict=True):
-        if ready:
-            one_pass |= np.isin(unit_of, unit_of_token[tokens])
-    return Coupling(unit_of, one_pass, schedule.only(i for i, ready in enumerate(alone) if not ready))
+        alone = [bool(complete.all())] * len(owned)
+        rest = replace(schedule, parts=(), idle=0) if complete.all() else schedule
+        one_pass = (last >= 0)[unit_of] & complete.all()
+    else:
+        alone = [bool(complete[unit_of_token[tokens]].all()) for tokens in owned]
+        rest = schedule.only(i for i, ready in enumerate(alone) if not ready)
+        ready_units = [unit_of_token[tokens] for tokens, ready in zip(owned, alone, strict=True) if ready]
+        one_pass = np.isin(unit_of, np.concatenate([*ready_units, np.zeros(0, np.int64)]))
+    rollouts = {
+        part: np.isin(unit_of, unit_of_token[tokens])
+        for part, tokens, ready in zip(schedule.parts, owned, alone, strict=True)
+        if ready
+    }
+    return Coupling(one_pass, rollouts, rest)
 
 
 def _owners(

@@ -97,6 +97,7 @@ class MicroBatch:
     none.
     """
 
+    forward: Forward
     source: Tensor  # [N] int64, index of each owned token among the forest's T
     logprobs: Tensor  # [N] differentiable
     entropy: Tensor  # [N] differentiable, of the distribution that predicted the token
@@ -311,6 +312,7 @@ class Execution:
         if result.row_entropy is None or not len(tensors.trained_tokens):
             return result, None
         return result, MicroBatch(
+            part,
             tensors.uncut_tokens,
             pick(result.edge_logprobs, tensors.token_edges),
             pick(result.row_entropy, tensors.token_rows),

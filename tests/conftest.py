@@ -7,12 +7,18 @@ was drawn, with the line that draws it again. No deadlines: no test depends on t
 """
 
 import os
+import signal
 
 import pytest
 from hypothesis import Phase, settings
 
 _SETTINGS = "_hypothesis_internal_use_settings"  # of a test with @given
 FRESH = int(os.environ.get("MOSAIC_FRESH_EXAMPLES") or 0)
+
+if (
+    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+):  # as in the background of a script, and children inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 settings.register_profile(
     "mosaic",

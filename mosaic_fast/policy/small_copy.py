@@ -108,7 +108,8 @@ def _changes(config: dict[str, object], layers: int, *, widths: bool) -> dict[st
     if isinstance(shared, int) and shared:  # the last ones read keys of earlier ones
         changes["num_kv_shared_layers"] = max(0, layers - (whole - shared))
     for key, value in config.items():
-        if isinstance(value, list | tuple | str) and len(value) == whole and whole > 2:
+        by_layer = isinstance(value, list | tuple) or (isinstance(value, str) and "pattern" in key)
+        if by_layer and len(value) == whole and whole > 2:
             changes[key] = value[:layers]
         elif key.endswith(("dropout", "pdrop")) and isinstance(value, float):
             changes[key] = 0.0  # refused where it is switched on, at every forward

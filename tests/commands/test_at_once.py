@@ -26,6 +26,7 @@ COMMANDS = {  # a command: an option that is almost one of its own, and what is 
     "tools.verify_kernels": ("--arhc", "--arch"),
     "tools.configuration_page": ("--x", ""),
     "tools.draw_forest": ("--x", ""),
+    "tools.gpu": ("--x", ""),
     "tools.replay_agentdojo": ("--x", ""),
     "tools.replay_bfcl": ("--x", ""),
     "tests.fuzz": ("--sed", "--seed"),
@@ -75,7 +76,7 @@ def said(*commands: Sequence[str]) -> list[tuple[int, str]]:
 
 def test_every_command_is_here():
     """Whatever is run by its name; what is only ever started by another program is not."""
-    started = {"mosaic_rollout.engine.sglang.server_side.launch"}
+    started = {"mosaic_rollout.engine.sglang.server_side.launch", "tools.gpu.parts"}
     found = set()
     for folder, root in (("mosaic_fast", ""), ("tools", ""), ("kernels", "kernels"), ("rollout", "rollout")):
         for path in (ROOT / folder).rglob("*.py"):

@@ -75,7 +75,9 @@ def test_stock_mlps_alone_are_run_in_blocks(family: str, monkeypatch: pytest.Mon
     monkeypatch.setattr(layer_module, "gated_mlp", counted)
     model, forest = tiny_model(family, torch.float32), example_rollouts().pack()
     layers = decoder(model).layers
-    Policy(model).logprobs(forest)
+    policy = Policy(model)  # which proves itself first
+    calls.clear()
+    policy.logprobs(forest)
     assert len(calls) == len(layers)
     mlp = layers[0].mlp
     replaced = type(mlp).forward
@@ -90,8 +92,9 @@ def test_stock_mlps_alone_are_run_in_blocks(family: str, monkeypatch: pytest.Mon
     assert mlp_weights(model, mlp) is not None
     mlp.down_proj.bias = torch.nn.Parameter(torch.zeros(len(mlp.down_proj.weight)))
     assert mlp_weights(model, mlp) is None
+    policy = Policy(tiny_model(family, torch.bfloat16))
     calls.clear()
-    Policy(tiny_model(family, torch.bfloat16)).logprobs(forest)
+    policy.logprobs(forest)
     assert not calls
 
 

@@ -8,10 +8,12 @@ import torch
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers import (
+    AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     Qwen2Config,
     Qwen2Model,
+    Qwen3Config,
 )
 
 from mosaic_fast.errors import UserError
@@ -138,3 +140,11 @@ def test_dynamic_rope() -> None:
     )
     with pytest.raises(UserError, match=r"'dynamic'.*at most 7 tokens"):
         policy.logprobs(pack_forest([np.arange(8)]))
+
+
+def test_a_word_as_long_as_the_model_has_layers_is_no_list_of_layers():
+    """The configuration's hidden_act is "silu", and four layers would be cut to two."""
+    described = tiny_model("qwen3").config.to_dict() | {"num_hidden_layers": 4, "layer_types": None}
+    config = Qwen3Config.from_dict(described)
+    assert config.hidden_act == "silu"
+    Policy(AutoModelForCausalLM.from_config(config))

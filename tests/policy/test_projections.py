@@ -63,5 +63,7 @@ def test_layers_but_the_last_join_their_projections(family: str, monkeypatch: py
         return joined(x, modules)
 
     monkeypatch.setattr(layer_module, "joined", counted)
-    Policy(model).logprobs(example_rollouts().pack())
+    policy = Policy(model)  # which proves itself first
+    keys.clear()
+    policy.logprobs(example_rollouts().pack())
     assert keys == [layer.self_attn.k_proj for layer in decoder(model).layers[:-1]]

@@ -7,7 +7,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from device import Place
-from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    Qwen3_5TextConfig,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from mosaic_kernels import PackedForest, pack_forest
 
@@ -46,6 +52,26 @@ def qwen3(layers: int = 10, hidden: int = 384, vocabulary: int = _VOCABULARY) ->
     model = Qwen3ForCausalLM(config)
     model.set_attn_implementation("sdpa")
     return model
+
+
+def qwen3_5(layers: int = 8, hidden: int = 384, vocabulary: int = _VOCABULARY) -> PreTrainedModel:
+    """A random Qwen3.5 text model: three of four layers are gated delta rules."""
+    torch.manual_seed(0)
+    config = Qwen3_5TextConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=3 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 64,
+        num_key_value_heads=2,
+        head_dim=64,
+        linear_num_key_heads=hidden // 128,
+        linear_num_value_heads=hidden // 64,
+        linear_key_head_dim=64,
+        linear_value_head_dim=64,
+        tie_word_embeddings=True,
+    )
+    return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
 
 
 def small_qwen3() -> Qwen3ForCausalLM:

@@ -7,6 +7,9 @@
     step:agent           8 agent trajectories of about 2,100 tokens: 1,700 shared, turns with observations
                          between them, some forking at a turn; lengths as on AgentDojo, tokens random
     step:nothing_shared  5 rollouts of 500, nothing shared
+    step:recurrent_60    8 rollouts of 1,000 tokens, 600 of them shared, on a Qwen3.5 model, of whose layers
+                         three in four are recurrent
+    step:recurrent_90    the same with 900 shared
     step:agentdojo       8 trajectories of an injected task of AgentDojo's banking suite, played from the
                          installed package: 1,437 tokens of prompt, some 2,150 in all. What they are:
                          bench/dojo_rollouts.py; what they need: make bench-agentdojo
@@ -54,7 +57,7 @@ from device import Place
 from measure import Result, compare
 from peer import package_missing
 from transformers import PreTrainedModel
-from workloads import Workload, agent, drawn, groups_drawn, played, real_qwen3
+from workloads import Workload, agent, drawn, groups_drawn, played, qwen3_5, real_qwen3
 
 from mosaic_fast.policy import Policy
 from mosaic_kernels import ideal_speedup
@@ -71,6 +74,8 @@ WORKLOADS: dict[str, Callable[[], Workload]] = {
     "step:many_short": lambda: drawn(300, 64, 30),
     "step:agent": agent,
     "step:nothing_shared": lambda: drawn(0, 5, 500),
+    "step:recurrent_60": lambda: drawn(600, 8, 400, model=qwen3_5()),
+    "step:recurrent_90": lambda: drawn(900, 8, 100, model=qwen3_5()),
     **{name: partial(dojo_rollouts.workload, settings) for name, settings in dojo_rollouts.TASKS.items()},
 }
 REAL_WORKLOADS: dict[str, Callable[[PreTrainedModel], Workload]] = {
@@ -86,12 +91,14 @@ CONTENDERS = {
     "step": ("ours", "flat"),
     "step:held": ("ours", "flat", "cut"),
     "step:nothing_shared": ("ours", "flat", "packed"),
+    "step:recurrent_60": ("ours", "flat"),
+    "step:recurrent_90": ("ours", "flat"),
 }
 """Those of a variant; of others `_MOST`. TRL's step joins where it is installed, but for `step:held`."""
 _MOST = ("ours", "flat", "gather")
 VARIANTS, DEFAULT, QUICK = tuple(WORKLOADS), ("step",), ("step",)
 SECONDS = {"step": 18, "step:nothing_shared": 60, "step:held": 120, "step:many_short": 120}
-SECONDS |= {"step:long_prefix": 150, "step:agent": 240}
+SECONDS |= {"step:long_prefix": 150, "step:agent": 240, "step:recurrent_60": 150, "step:recurrent_90": 150}
 SECONDS |= dict.fromkeys(dojo_rollouts.TASKS, 240 + dojo_rollouts.SECONDS)
 
 
@@ -140,7 +147,7 @@ def run(name: str, quick: bool, place: Place, missing: Missing) -> Result:
     contenders = with_steps(model, {one: backwards[one] for one in chosen(name, place) if one not in missing})
     figures = forest_backward(workload, Policy(model), weights).figures()
     with ExitStack() as stack:
-        if name != "step:held" and not quick and not place.real:
+        if "recurrent" not in name and name != "step:held" and not quick and not place.real:
             trl = trl_peer.grpo(workload, weights)
             expected = Expected(gradients(model, backwards["ours"]))
             missing |= trl_peer.join(contenders, stack, trl, expected)

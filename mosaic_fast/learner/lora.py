@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from mosaic_fast.config import ModelConfig
 from mosaic_fast.errors import UserError
 from mosaic_fast.policy.checkpoint import check_saved, is_tied, save_model, weights_of
+from mosaic_fast.policy.recurrent import read_by_kernels
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -38,8 +39,10 @@ class Lora:
             raise UserError("model.lora_rank needs peft: pip install 'mosaic-fast[lora]'") from None
         targets, head = config.lora_targets, model.get_output_embeddings()
         linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
-        # A router may be a Linear whose forward gives more than a product: it takes no adapter.
-        plain = [name for name, m in linears.items() if type(m).forward is nn.Linear.forward]
+        # A router may be a Linear whose forward gives more than a product: it takes no adapter. Nor does what
+        # a fused kernel reads the weight of.
+        read = read_by_kernels(model)
+        plain = [n for n, m in linears.items() if type(m).forward is nn.Linear.forward and m not in read]
         if targets == ("all-linear",) and len(plain) < len(linears):
             targets = tuple(name for name in plain if linears[name] is not head)
         settings = LoraConfig(

@@ -23,9 +23,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mosaic_fast.errors import UserError
-from mosaic_fast.policy.attention import TreeForward, tree_attention_selected
+from mosaic_fast.policy.attention import TreeForward
 from mosaic_fast.policy.forest_tensors import forest_tensors
 from mosaic_fast.policy.forward import WAYS, Way, run_model, way_of
+from mosaic_fast.policy.selected import forest_selected
 from mosaic_fast.policy.small_copy import WINDOW, layers_of, small_copy
 from mosaic_kernels import PackedForest, pack_forest
 
@@ -35,6 +36,9 @@ GRADIENT_LIMIT = 1e-3
 """Largest difference of a gradient in fp32, relative to its norm or a hundredth of the largest norm."""
 HALF_FACTOR, HALF_FLOOR = 3.0, 0.02
 """In half precision: so many times what the model's own forward loses against fp32, and a floor."""
+
+_WITHIN_A_TOKEN = ("mlp", "moe")
+"""Kinds of layers, as configurations call them, that mix no positions."""
 
 logger = logging.getLogger("mosaic_fast")
 
@@ -224,7 +228,7 @@ def on_forest(model: PreTrainedModel, way: Way, forest: PackedForest) -> tuple[T
     """Log-probs [T] of all tokens but each rollout's first, run as Policy runs them."""
     tensors = forest_tensors(forest, model.device)
     tree = TreeForward(tensors)
-    with tree_attention_selected(model):
+    with forest_selected(model):
         edges, _ = run_model(model, way, tree, tensors.longest, 1.0, False)
     check_attended(model, tree)
     spread = edges.new_zeros(forest.num_tokens)
@@ -232,14 +236,15 @@ def on_forest(model: PreTrainedModel, way: Way, forest: PackedForest) -> tuple[T
 
 
 def check_attended(model: PreTrainedModel, tree: TreeForward) -> None:
-    """UserError where a layer did not call transformers' attention in a forward."""
+    """UserError where a layer neither called transformers' attention nor ran its recurrence on the forest."""
     layers = layers_of(model) or [model] * model.config.num_hidden_layers
+    kinds = getattr(model.config, "layer_types", None) or [""] * len(layers)
     for number, layer in enumerate(layers[: model.config.num_hidden_layers]):
-        if number not in tree.attended:
+        if number not in tree.attended and kinds[number] not in _WITHIN_A_TOKEN:
             parts = ", ".join(f"{name} ({type(part).__name__})" for name, part in layer.named_children())
             raise UserError(
                 f"layer {number} mixes positions outside attention: none of its parts, {parts:.160}, calls "
-                "the attention that transformers lets one choose"
+                "the attention that transformers lets one choose, or a recurrence that is known"
             )
 
 

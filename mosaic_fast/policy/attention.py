@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
 from mosaic_fast.errors import UserError
 from mosaic_fast.policy.forest_tensors import ForestTensors
@@ -20,8 +18,11 @@ ATTENTION_NAME = "mosaic_tree_attention"
 _OF_NO_CONCERN = {"position_ids", "use_cache", "cache_position", "is_causal", "output_attentions"}
 """Keywords that say nothing of what a token sees beyond what the forest says."""
 
-KeysAndValues = dict[int, tuple[Tensor, Tensor]]
-"""Layer -> rotated keys [U, Hkv, D] and values [U, Hkv, V] of a forward's nodes."""
+KeysAndValues = dict[int, tuple[Tensor, ...]]
+"""Layer -> rotated keys [U, Hkv, D] and values [U, Hkv, V] of a forward's nodes.
+
+Of a recurrent layer what it hands on at the last of them: inputs of the convolution, state.
+"""
 
 
 @dataclass(eq=False)
@@ -43,8 +44,8 @@ class TreeForward:
             self.kept[layer] = (key, value)
         if not self.held:
             return key, value
-        above = [one[layer] for one in self.held]
-        return torch.cat([k for k, _ in above] + [key]), torch.cat([v for _, v in above] + [value])
+        keys, values = zip(*(one[layer] for one in self.held), strict=True)
+        return torch.cat([*keys, key]), torch.cat([*values, value])
 
 
 def forest_attention(
@@ -96,52 +97,3 @@ def forest_attention(
         backend=tree.attention,
     )
     return out[None], None
-
-
-@contextmanager
-def tree_attention_selected(model: PreTrainedModel) -> Iterator[None]:
-    """Select tree attention on the model's configurations; what was selected before comes back on exit.
-
-    Gradient checkpointing runs a layer again during the backward pass, when this context is long gone, so
-    its checkpoint functions are wrapped for the time of the forward: they select tree attention themselves.
-    """
-    AttentionInterface.register(ATTENTION_NAME, forest_attention)
-    modules = list(model.modules())
-    configs = {
-        id(config): config for m in modules if isinstance(config := vars(m).get("config"), PreTrainedConfig)
-    }
-    checkpointed = [m for m in modules if getattr(m, "gradient_checkpointing", False)]
-    functions = [vars(m)["_gradient_checkpointing_func"] for m in checkpointed]
-    try:
-        for module, function in zip(checkpointed, functions, strict=True):
-            vars(module)["_gradient_checkpointing_func"] = _selecting(function, list(configs.values()))
-        with _selected(list(configs.values())):
-            yield
-    finally:
-        for module, function in zip(checkpointed, functions, strict=True):
-            vars(module)["_gradient_checkpointing_func"] = function
-
-
-@contextmanager
-def _selected(configs: list[PreTrainedConfig]) -> Iterator[None]:
-    before = [config._attn_implementation for config in configs]
-    try:
-        for config in configs:
-            config._attn_implementation = ATTENTION_NAME
-        yield
-    finally:
-        for config, name in zip(configs, before, strict=True):
-            config._attn_implementation = name
-
-
-def _selecting(checkpoint: Callable[..., object], configs: list[PreTrainedConfig]) -> Callable[..., object]:
-    """A checkpoint function that runs its layer, now and again in the backward pass, with tree attention."""
-
-    def selecting_checkpoint(run_layer: Callable[..., object], *args: object) -> object:
-        def run(*inputs: object) -> object:
-            with _selected(configs):
-                return run_layer(*inputs)
-
-        return checkpoint(run, *args)
-
-    return selecting_checkpoint

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mosaic_fast.policy.segments import Segments
 from mosaic_kernels import PackedForest
 
 IntArray = NDArray[np.int64]
@@ -44,6 +46,24 @@ class ForestTensors:
     token_rows: Tensor  # [M] index into rows: where each is predicted
     num_tokens: int  # T
     longest: int  # longest path from a root to a forwarded node in tokens, 0 if there is none
+    parent: IntArray  # [U] NumPy: parents among the forwarded nodes, -1 where there is none
+
+    @cached_property
+    def segments(self) -> Segments:
+        """For layers that hand a state from token to token; no other asks for it."""
+        with torch.inference_mode(False):
+            return Segments.of(self.parent, self.tokens.device)
+
+    def context(self, reach: int) -> tuple[Tensor, Tensor]:
+        """`Segments.with_context`, made once."""
+        if reach not in self._contexts:
+            with torch.inference_mode(False):
+                self._contexts[reach] = self.segments.with_context(reach)
+        return self._contexts[reach]
+
+    @cached_property
+    def _contexts(self) -> dict[int, tuple[Tensor, Tensor]]:
+        return {}
 
 
 def forest_tensors(
@@ -97,4 +117,5 @@ def forest_tensors(
             token_rows=move(edge_rows[token_edges]),
             num_tokens=forest.num_tokens,
             longest=int(positions.max()) + 1 if len(nodes) else 0,
+            parent=np.where(forest.parent[nodes] < 0, -1, index[forest.parent[nodes]]),
         )

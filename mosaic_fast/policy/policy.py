@@ -16,10 +16,11 @@ from transformers import PreTrainedModel
 
 from mosaic_fast.errors import UserError
 from mosaic_fast.policy.admission import Admission, admit, check_attended
-from mosaic_fast.policy.attention import KeysAndValues, TreeForward, tree_attention_selected
+from mosaic_fast.policy.attention import KeysAndValues, TreeForward
 from mosaic_fast.policy.checkpoint import load_model, save_model
 from mosaic_fast.policy.forest_tensors import ForestTensors, forest_tensors
 from mosaic_fast.policy.forward import ForwardInParts, final_hidden, layer_calls, run_model, way_of
+from mosaic_fast.policy.selected import forest_selected
 from mosaic_fast.policy.support import check_model, check_modules, check_rope_lengths
 from mosaic_kernels import PackedForest
 from mosaic_kernels.fixed_order import pick
@@ -158,7 +159,7 @@ class Policy:
         model = self.model
         check_modules(model)
         tree = TreeForward(forest, held, {} if keep else None, self._attention, self._lm_head)
-        with tree_attention_selected(model):
+        with forest_selected(model):
             way = way_of(model, self.admission.way)
             forward = self.forward_in_parts or partial(run_model, model, way)
             edge_logprobs, row_entropy = forward(tree, longest_alone, temperature, return_entropy)
@@ -172,7 +173,7 @@ class Policy:
         """
         check_modules(self.model)
         tree = TreeForward(forest)
-        with tree_attention_selected(self.model):
+        with forest_selected(self.model):
             hidden = final_hidden(
                 self.model, tree, longest_alone, layer_calls(self.model, self.admission.way)
             )

@@ -39,11 +39,11 @@ class Shape:
         if size("num_experts", "num_local_experts", "n_routed_experts"):
             shared = size("shared_expert_intermediate_size") or size("n_shared_experts") * of_expert
             inner = size("num_experts_per_tok", "top_k_experts") * of_expert + shared
-        types = values.get("layer_types")
+        types = getattr(config, "layer_types", None)
         return cls(
             hidden,
             inner or 4 * hidden,
-            size("num_hidden_layers"),
+            cast(int, config.num_hidden_layers),
             heads,
             size("num_key_value_heads") or heads,
             size("vocab_size"),

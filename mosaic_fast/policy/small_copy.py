@@ -31,6 +31,11 @@ _NUMBERS: dict[str, int] = {
     "top_k_experts": 2,
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
+    "mamba_num_heads": 4,
+    "mamba_n_groups": 2,
+    "n_groups": 2,
+    "mamba_chunk_size": WINDOW,
+    "chunk_size": WINDOW,
     "num_global_key_value_heads": 2,
     "sliding_window": WINDOW,
     "attention_chunk_size": WINDOW,
@@ -50,7 +55,7 @@ def small_copy(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
     layers = enough_layers(model)
     tried: list[str] = []
     for widths in (True, False):
-        changes = _changes(model.config.to_dict(), layers, widths=widths)
+        changes = _changes(model.config.to_dict(), model.config.num_hidden_layers, layers, widths=widths)
         try:
             config = type(model.config).from_dict(model.config.to_dict() | changes)
             with torch.random.fork_rng(devices=[]), torch.device("cpu"):
@@ -96,12 +101,11 @@ def _kind(layer: nn.Module) -> tuple[object, ...]:
     )
 
 
-def _changes(config: dict[str, object], layers: int, *, widths: bool) -> dict[str, object]:
-    """The keys of a configuration that the copy has otherwise.
+def _changes(config: dict[str, object], whole: int, layers: int, *, widths: bool) -> dict[str, object]:
+    """The keys of a configuration of `whole` layers that the copy of the first `layers` has otherwise.
 
     widths: False leaves every width as it is, where a configuration does not take smaller ones.
     """
-    whole = cast(int, config.get("num_hidden_layers") or layers)
     changes: dict[str, object] = {"num_hidden_layers": layers}
     changes |= {key: None for key in ("pad_token_id", "bos_token_id", "eos_token_id") if key in config}
     shared = config.get("num_kv_shared_layers")
@@ -125,7 +129,8 @@ def _changes(config: dict[str, object], layers: int, *, widths: bool) -> dict[st
 
 
 def _is_width(key: str) -> bool:
-    return key.endswith(_WIDTHS) or key in ("hidden_size", "num_attention_heads", "num_key_value_heads")
+    heads = ("num_attention_heads", "num_key_value_heads", "mamba_n_heads")
+    return key.endswith(_WIDTHS) or key == "hidden_size" or key in heads
 
 
 def _keep_ratios(config: dict[str, object], changes: dict[str, object]) -> None:
@@ -138,6 +143,9 @@ def _keep_ratios(config: dict[str, object], changes: dict[str, object]) -> None:
     hidden = config.get("hidden_size")
     if isinstance(heads, int) and isinstance(hidden, int) and config.get("head_dim") is None:
         changes["hidden_size"] = cast(int, changes["num_attention_heads"]) * (hidden // heads)
+    expand, of_head = config.get("mamba_expand"), config.get("mamba_d_head")
+    if isinstance(expand, int) and isinstance(of_head, int):
+        changes["mamba_n_heads"] = expand * cast(int, changes.get("hidden_size", hidden)) // of_head
     groups = config.get("n_group")
     for key in ("num_experts", "num_local_experts", "n_routed_experts"):
         if isinstance(groups, int) and groups > 1 and isinstance(config.get(key), int):

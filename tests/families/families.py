@@ -100,26 +100,46 @@ EXPERTS: dict[str, Mapping[str, object]] = {
     "glm4_moe_lite": {**_MLA, "n_routed_experts": 4, "n_group": 1, "topk_group": 1},
     "deepseek_v3": {**_MLA, "n_routed_experts": 8, "n_group": 4, "topk_group": 2},
 }
+_DELTA: dict[str, object] = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 6,
+    "linear_value_head_dim": 4,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+}
+RECURRENT: dict[str, Mapping[str, object]] = {
+    "qwen3_next": {**_EXPERTS, **_DELTA, "shared_expert_intermediate_size": 16},
+    "qwen3_5_text": _DELTA,
+    "qwen3_5_moe_text": {**_EXPERTS, **_DELTA, "shared_expert_intermediate_size": 16},
+    "lfm2": {"layer_types": ["conv", "full_attention", "conv"]},
+    "granitemoehybrid": {
+        "mamba_n_heads": 8,
+        "mamba_d_head": 8,
+        "mamba_d_state": 6,
+        "mamba_expand": 2,
+        "mamba_chunk_size": 4,
+        "num_local_experts": 2,
+        "num_experts_per_tok": 1,
+        "shared_intermediate_size": 24,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    },
+    "nemotron_h": {
+        "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp", "linear_attention"],
+        "mamba_num_heads": 4,
+        "mamba_head_dim": 6,
+        "n_groups": 2,
+        "ssm_state_size": 5,
+        "chunk_size": 4,
+        "n_routed_experts": 4,
+        "moe_intermediate_size": 16,
+        "moe_shared_expert_intermediate_size": 16,
+    },
+}
 REFUSED: dict[str, tuple[Mapping[str, object], str]] = {
     "phimoe": ({"num_local_experts": 4}, "draws random numbers in training mode"),
-    "qwen3_next": (_EXPERTS, "mixes positions outside attention"),
-    "qwen3_5_text": ({}, "mixes positions outside attention"),
-    "qwen3_5_moe_text": (_EXPERTS, "mixes positions outside attention"),
-    "nemotron_h": ({}, "mixes positions outside attention"),
-    "granitemoehybrid": (
-        {
-            "mamba_n_heads": 8,
-            "mamba_d_head": 8,
-            "mamba_expand": 2,
-            "num_local_experts": 2,
-            "num_experts_per_tok": 1,
-            "layer_types": ["mamba", "attention", "mamba"],
-        },
-        "mixes positions outside attention",
-    ),
-    "lfm2": ({"layer_types": ["conv", "full_attention", "conv"]}, "mixes positions outside attention"),
+    "falcon_mamba": ({"state_size": 4, "intermediate_size": 64}, "mixes positions outside attention"),
 }
-PROVED = {**DENSE, **EXPERTS}
+PROVED = {**DENSE, **EXPERTS, **RECURRENT}
 
 
 def config_of(family: str, sizes: Mapping[str, object] = _SIZES) -> PreTrainedConfig:
@@ -171,8 +191,8 @@ def _kept(stock: Callable[..., Tensor], name: str) -> Callable[..., Tensor]:
     return function
 
 
-REPRESENTATIVES = ("gemma4_text", "mixtral", "lfm2", "phimoe")
-"""Layers of several kinds with shared keys, experts, short convolutions, random routing."""
+REPRESENTATIVES = ("gemma4_text", "mixtral", "qwen3_5_text", "nemotron_h", "phimoe")
+"""Shared keys, experts, a delta rule with convolutions, Mamba 2 beside bare MLPs, random routing."""
 
 
 def shown(families: Mapping[str, object], always: Sequence[str] = REPRESENTATIVES) -> list[str]:

@@ -9,10 +9,13 @@ import torch
 from mosaic_fast.errors import UserError
 from mosaic_fast.setup.engine_proof import prove_engine
 from mosaic_rollout.engine import LocalEngine
-from tests.families.families import PROVED, VOCAB, config_of, model_of, shown
+from tests.families.families import PROVED, RECURRENT, VOCAB, config_of, model_of, shown
 from tests.rollout.engine.helpers import generate, request, stock_logprobs
 
-NOT_SERVED = {"gemma4_text": "same heads and head size in all layers"}
+NOT_SERVED = {
+    "gemma4_text": "same heads and head size in all layers",
+    **dict.fromkeys(RECURRENT, "states of recurrent layers"),
+}
 
 
 @pytest.mark.parametrize("family", shown(PROVED))

@@ -14,6 +14,9 @@ import numpy as np
 
 from mosaic_kernels.forest.layout import BoolArray, IntArray, PackedForest
 
+_WITHOUT_KEYS = ("linear_attention", "conv", "mlp", "moe")
+"""Kinds of layers, as configurations call them, whose work is the same for every token."""
+
 
 class ModelShape(Protocol):
     """What is read from a transformers config; head_dim, sliding_window and layer_types may be absent."""
@@ -30,7 +33,8 @@ class ModelShape(Protocol):
 class ModelSizes:
     """Counts of a decoder with gated MLPs. A matrix has as many weights as multiply-adds a token.
 
-    Norms, biases and the embedding's lookup are left out: they are hardly any work.
+    Norms, biases and the embedding's lookup are left out: they are hardly any work. A recurrent layer counts
+    as an attention layer that sees no key: its projections are of about that size, its states are left out.
     """
 
     hidden: int
@@ -38,7 +42,9 @@ class ModelSizes:
     queries: int  # numbers of a token's queries in a layer; what attention gives is as many
     keys: int  # numbers of a token's keys in a layer; its values are as many
     head: int  # weights of the LM head
-    windows: tuple[int | None, ...]  # of each layer, None where a token sees all that is before it
+    windows: tuple[
+        int | None, ...
+    ]  # of each layer, None where a token sees all before it, 0 without attention
 
     @classmethod
     def of(cls, shape: ModelShape) -> ModelSizes:
@@ -46,13 +52,14 @@ class ModelSizes:
         layers = shape.num_hidden_layers
         window: int | None = getattr(shape, "sliding_window", None)
         kinds = getattr(shape, "layer_types", None) or ["sliding_attention"] * layers
+        seen = {"sliding_attention": window} | dict.fromkeys(_WITHOUT_KEYS, 0)
         return cls(
             shape.hidden_size,
             shape.intermediate_size,
             shape.num_attention_heads * head_dim,
             shape.num_key_value_heads * head_dim,
             shape.hidden_size * shape.vocab_size,
-            tuple(window if kind == "sliding_attention" else None for kind in kinds[:layers]),
+            tuple(seen.get(kind) for kind in kinds[:layers]),
         )
 
     @property

@@ -40,7 +40,9 @@ from mosaic_rollout.types import JsonValue
 
 
 class KeptPrefix:
-    """The keys and values of a forward as leaves, and the sum of the gradients that branches have for them.
+    """What a forward is kept for as leaves, and the sum of the gradients that branches have for them.
+
+    That is its keys and values, and the states in which its recurrent layers ended.
 
     The forward's graph is kept until its last branch is done, then runs backward once, from its own loss and
     from these sums together: the chain rule through the whole tree, with every node forwarded once. Under
@@ -50,12 +52,13 @@ class KeptPrefix:
 
     def __init__(self, index: int, keys_and_values: KeysAndValues, loss: Tensor | None = None) -> None:
         self.index, self._loss = index, loss
-        self._made = [x for pair in keys_and_values.values() for x in pair]
-        self._leaves = [x.detach().requires_grad_(x.requires_grad) for x in self._made]
-        self._sums: list[Tensor | None] = [None] * len(self._made)
         self.leaves: KeysAndValues = {
-            layer: (self._leaves[2 * i], self._leaves[2 * i + 1]) for i, layer in enumerate(keys_and_values)
+            layer: tuple(x.detach().requires_grad_(x.requires_grad) for x in made)
+            for layer, made in keys_and_values.items()
         }
+        self._made = [x for made in keys_and_values.values() for x in made]
+        self._leaves = [x for leaves in self.leaves.values() for x in leaves]
+        self._sums: list[Tensor | None] = [None] * len(self._made)
 
     def collect(self) -> None:
         """Take over the gradient that a branch's backward pass has left, in fp32 or wider."""

@@ -24,6 +24,7 @@ from mosaic_rollout.engine.attention import Scores, chunk_of, tempered
 
 ATTENTION_NAME = "mosaic_engine_attention"
 _LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
+_RECURRENT = {"linear_attention", "conv"}
 
 
 class Attend(Protocol):
@@ -124,6 +125,8 @@ class CausalModel:
         config = model.config
         self.vocab_size: int = config.vocab_size
         layer_types = getattr(config, "layer_types", None)
+        if _RECURRENT & set(layer_types or ()):
+            raise ValueError("LocalEngine does not keep the states of recurrent layers and convolutions")
         if unknown := set(layer_types or ()) - _LAYER_TYPES:
             raise ValueError(
                 f"LocalEngine serves full, sliding and chunked attention, this model has {sorted(unknown)}"

@@ -214,8 +214,8 @@ def test_what_does_not_fit_is_said(monkeypatch: pytest.MonkeyPatch):
         ('{"model_type": "t5", "is_encoder_decoder": true}', "take a decoder-only model"),
         ('{"model_type": "gemma3", "text_config": {}}', "load its language model alone"),
         (
-            '{"model_type": "lfm2", "layer_types": ["conv", "full_attention"], "num_hidden_layers": 2}',
-            "layer 0 mixes positions outside attention",
+            '{"model_type": "falcon_mamba", "num_hidden_layers": 2}',
+            "mixes positions outside attention",
         ),
         ('{"model_type": "qwen3", "hidden_size": "wide"}', "config.json: "),
     ],

@@ -1,0 +1,86 @@
+"""Segments of a forest, and recurrent layers that run on them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+
+from mosaic_fast.policy import Policy
+from mosaic_fast.policy.forest_tensors import forest_tensors
+from mosaic_fast.policy.recurrent import recurrent_modules
+from mosaic_fast.policy.segments import Segments
+from mosaic_kernels import pack_forest
+from tests.families.families import VOCAB, config_of, model_of, wholly_fp64
+from tests.families.test_forests import _compare
+from tests.policy.policy_helpers import Rollouts, rollouts
+
+CPU = torch.device("cpu")
+
+
+def long_rollouts() -> Rollouts:
+    """Segments of one token, of about a chunk of 64, and of more than two, on three levels."""
+    rng = np.random.default_rng(0)
+    trunk = rng.integers(0, VOCAB, 150)
+    sequences = [trunk]
+    for at, more in ((70, 64), (70, 1), (71, 63), (148, 3), (150, 130)):
+        sequences.append(np.concatenate([trunk[:at], rng.integers(0, VOCAB, more)]))
+    return Rollouts(sequences, [np.arange(len(one)) > 0 for one in sequences])
+
+
+@pytest.mark.parametrize("family", ["qwen3_5_text", "granitemoehybrid"])
+def test_segments_longer_than_a_chunk(family: str) -> None:
+    model = model_of(config_of(family))
+    Policy(model)
+    with wholly_fp64():
+        _compare(model, long_rollouts(), ["tree"])
+
+
+@given(rollouts())
+def test_every_node_has_one_place_below_the_end_of_its_parent(data: Rollouts) -> None:
+    forest = data.pack()
+    segments = Segments.of(forest.parent, CPU)
+    order, places = segments.order.numpy(), segments.places.numpy()
+    assert (order[places] == np.arange(forest.num_nodes)).all()
+    filled = np.ones(len(order), np.bool_) if segments.padded is None else ~segments.padded.numpy()
+    assert filled.sum() == forest.num_nodes
+    offset, ends_above = 0, np.zeros(0, np.int64)
+    for level in segments.levels:
+        ends = []
+        for batch in level:
+            size = batch.rows * batch.length
+            nodes, there = (x[offset : offset + size].reshape(batch.rows, -1) for x in (order, filled))
+            upper = -np.ones(batch.rows, np.int64) if batch.above is None else ends_above[batch.above.numpy()]
+            for row, first, parent in zip(nodes, there, upper, strict=True):
+                own = row[first]
+                assert (forest.parent[own] == [parent, *own[:-1]]).all()
+                ends.append(own[-1])
+            offset += size
+        ends_above = np.array(ends)
+
+
+@given(rollouts())
+def test_a_convolution_sees_the_tokens_before_a_segment(data: Rollouts) -> None:
+    forest = data.pack()
+    tensors = forest_tensors(forest, CPU)
+    row, places = (x.numpy() for x in tensors.context(2))
+    for node in range(forest.num_nodes):
+        parent = int(forest.parent[node])
+        above = int(forest.parent[parent]) if parent >= 0 else -1
+        seen = row[places[node] - 2 : places[node] + 1]
+        before = [above + 2, parent + 2] if above >= 0 else [1, parent + 2] if parent >= 0 else [0, 1]
+        assert seen.tolist() == [*before, node + 2]
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    """Also when its forward fails."""
+    model = model_of(config_of("lfm2"), torch.float32)
+    policy, modules = Policy(model), recurrent_modules(model)
+    assert len(modules) == 2
+    policy.logprobs(pack_forest([[1, 2, 3], [1, 2, 4]]))
+    with pytest.raises(IndexError):
+        policy.logprobs(pack_forest([[1, 2, VOCAB + 1]]))
+    assert recurrent_modules(model) == modules
+    ids = torch.tensor([[1, 2, 3]])
+    assert model(input_ids=ids).logits.shape == (1, 3, VOCAB)

@@ -51,10 +51,10 @@ def resolve(name: str, arguments: Arguments, given: Config | None = None) -> Tar
     if is_url(name):
         _check_url(name)
         api_key(arguments)  # a missing one is named before anything is loaded
-        config, folder = _given_config(arguments, name), None
+        config, folder = _given_config(arguments.config, name), None
         identity: dict[str, object] = {"endpoint": name.rstrip("/"), "model_name": arguments.model_name}
     else:
-        config, folder = _model(name, arguments)
+        config, folder = model_and_config(name, arguments.config)
         config = config or given
         identity = {"weights_sha256": weight_hashes(folder)}
     base = config or Config(model=ModelConfig(path=name))
@@ -117,8 +117,8 @@ def api_key(arguments: Arguments) -> str | None:
     return key or None
 
 
-def _model(name: str, arguments: Arguments) -> tuple[Config | None, Path]:
-    """The model's configuration, None where nothing names one, and its folder."""
+def model_and_config(name: str, config: str | None) -> tuple[Config | None, Path]:
+    """The model's configuration, None where nothing names one, and its folder; config: a file for no run."""
     from mosaic_fast.learner.checkpoint import latest_checkpoint
     from mosaic_fast.setup.model_folder import model_folder
 
@@ -132,14 +132,14 @@ def _model(name: str, arguments: Arguments) -> tuple[Config | None, Path]:
         if checkpoint is None:
             raise UserError(f"the run {folder} has no complete checkpoint yet")
         return load_config(folder / "config.toml"), checkpoint
-    return _given_config(arguments, name), folder
+    return _given_config(config, name), folder
 
 
-def _given_config(arguments: Arguments, model: str) -> Config | None:
-    """The configuration of --config, for the model that is evaluated instead of its own."""
-    if not arguments.config:
+def _given_config(config: str | None, model: str) -> Config | None:
+    """The configuration of --config, for the model that is named instead of its own."""
+    if not config:
         return None
-    return load_config(Path(arguments.config), model=model, is_folder=not is_url(model))
+    return load_config(Path(config), model=model, is_folder=not is_url(model))
 
 
 def _suites(config: Config, asked: str | None) -> tuple[EnvConfig, ...]:

@@ -8,7 +8,7 @@ A worked example, one rollout of two steps (p prompt, s sampled, o observation):
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, TypeAlias, runtime_checkable
 
@@ -111,11 +111,12 @@ class Environment(Protocol):
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to sample: top_p and top_k are absent by design, training refuses them."""
+    """How to sample. Training samples from the whole distribution, so top_p is for those who are served."""
 
     max_new_tokens: int
     temperature: float = 1.0  # 0: greedy
     stop_token_ids: tuple[int, ...] = ()
+    top_p: float = 1.0  # in (0, 1]: of the most probable tokens, so many that they have this mass together
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,9 @@ class Request:
     seed: int
     rollout_key: int  # non-negative, unique to a rollout within a step
     group_key: int = 0  # requests that share a long prefix bear the same, so that one server gets them all
+    watch: Callable[[int, float], bool] | None = None
+    """Told each token but the stop token, with its log-prob, once it is sampled; True: the completion ends
+    there. An engine may leave it out: a local one calls it, SGLang's does not."""
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,11 @@ from the turn's end on. No word is looked for in what a tool or a user says.
 
 from __future__ import annotations
 
+import copy
+import json
+from collections.abc import Sequence
+from typing import cast
+
 import numpy as np
 
 from mosaic_rollout.chat.grammar import THINK_OPEN
@@ -42,10 +47,7 @@ class Conversation:
 
         A template that leaves tool messages out (Phi-4's) gets the output as a user's, between tags.
         """
-        name = self._renderer.reserved.neutral(tool_name)
-        return self._after(
-            self._support.outputs_follow, name, {"role": "tool", "name": name, "content": content}
-        )
+        return self.following([{"role": "tool", "name": tool_name, "content": content}])
 
     def user_message(self, content: str) -> tuple[np.ndarray, bool]:
         """Token ids [L] int64 from the end of the policy's answer to the start of its next turn.
@@ -53,55 +55,76 @@ class Conversation:
         They follow the tokens as they were sampled. Templates that leave earlier thoughts out once the user
         speaks again (Qwen3's) are not followed in that: it would be another conversation than was sampled.
         """
-        return self._after("answer", "", {"role": "user", "content": content})
+        return self.following([{"role": "user", "content": content}])
 
-    def _after(self, kind: TurnKind, name: str, message: Message) -> tuple[np.ndarray, bool]:
+    def following(self, messages: Sequence[Message], *, ended: bool = True) -> tuple[np.ndarray, bool]:
+        """Token ids [L] int64 of what follows a turn of the policy, up to the start of its next one.
+
+        messages: the first is a tool's, with the tool's name, or the user's. ended: False where the turn was
+        cut off, so that the token which ends it comes first.
+        """
+        first, name, kind = messages[0], "", cast(TurnKind, "answer")
+        if first["role"] == "tool":
+            name, kind = self._renderer.reserved.neutral(str(first["name"])), self._support.outputs_follow
         followed = self._renderer.followed
-        self._way += (kind, name, str(message["content"]))
-        found = followed.get(self._way) or self._followed_by(kind, name, message)
+        self._way += (kind, name, json.dumps(messages))
+        found = followed.get(self._way) or self._followed_by(kind, name, messages)
         if len(followed) >= _KEPT_WAYS:
             followed.pop(next(iter(followed)), None)
         followed[self._way] = found
         self._text, ids, taken = found
-        self.messages += [stand_in(self._support, kind, name, 0), taken]
+        self.messages += [stand_in(self._support, kind, name, 0), *taken]
+        if not ended:
+            end = self._renderer.turn_end(self._support, kind, taken[0])
+            ids = np.concatenate([[end.token_id], ids])
         return ids, _think_is_open(self._text)
 
-    def _followed_by(self, kind: TurnKind, name: str, message: Message) -> tuple[str, np.ndarray, Message]:
-        """The whole text then, the ids of what is new in it, and the message as the template takes it."""
+    def copy(self) -> Conversation:
+        """The same conversation, to go on in another way."""
+        other = copy.copy(self)
+        other.messages = list(self.messages)
+        return other
+
+    def _followed_by(
+        self, kind: TurnKind, name: str, messages: Sequence[Message]
+    ) -> tuple[str, np.ndarray, Sequence[Message]]:
+        """The whole text then, the ids of what is new in it, and the messages as the template takes them."""
         renderer, support = self._renderer, self._support
 
-        def followed(data: Data) -> tuple[str, np.ndarray, Message]:
-            taken = renderer.taken(data.messages[0], support)
+        def followed(data: Data) -> tuple[str, np.ndarray, Sequence[Message]]:
+            taken = renderer.in_turns(
+                [renderer.taken(message, support) for message in data.messages], support
+            )
             text, cut = self._continued(kind, name, taken)
-            return text, renderer.ids_after(text, cut, renderer.turn_end(support, kind, taken)), taken
+            return text, renderer.ids_after(text, cut, renderer.turn_end(support, kind, taken[0])), taken
 
         def live(data: Data) -> list[int]:
             return renderer.reserved.live(followed(data)[1].tolist())
 
-        return followed(safe(Data([message]), renderer.reserved, live))
+        return followed(safe(Data(messages), renderer.reserved, live))
 
-    def _continued(self, kind: TurnKind, name: str, message: Message) -> tuple[str, int]:
-        """The text of everything through the message, and where in it the turn has ended."""
+    def _continued(self, kind: TurnKind, name: str, messages: Sequence[Message]) -> tuple[str, int]:
+        """The text of everything through the messages, and where in it the turn has ended."""
         renderer, support = self._renderer, self._support
-        text = self._with(stand_in(support, kind, name, 0), message)
+        text = self._with(stand_in(support, kind, name, 0), messages)
         as_before = text.startswith(self._text)
         turn = renderer.turns.get((support.with_tools, kind, name))
         if turn is not None and as_before and text.startswith(turn, len(self._text)):
             return text, len(self._text) + len(turn)
-        after = common_end(text, self._with(stand_in(support, kind, name, 1), message))
-        end = renderer.turn_end(support, kind, message).text
+        after = common_end(text, self._with(stand_in(support, kind, name, 1), messages))
+        end = renderer.turn_end(support, kind, messages[0]).text
         if end not in after:
             raise UserError(
                 f"the chat template of {renderer.name!r} does not end a turn with {end!r} "
-                f"before a message of the role {message['role']!r}, though it does so elsewhere"
+                f"before a message of the role {messages[0]['role']!r}, though it does so elsewhere"
             )
         cut = len(text) - len(after) + after.index(end) + len(end)
         if as_before and len(renderer.turns) < _KEPT_TURNS:
             renderer.turns[support.with_tools, kind, name] = text[len(self._text) : cut]
         return text, cut
 
-    def _with(self, turn: Message, message: Message) -> str:
-        return self._renderer.text(Data([*self.messages, turn, message], self.tools), self._support)
+    def _with(self, turn: Message, messages: Sequence[Message]) -> str:
+        return self._renderer.text(Data([*self.messages, turn, *messages], self.tools), self._support)
 
 
 def _think_is_open(text: str) -> bool:

@@ -201,8 +201,8 @@ class Renderer:
         self.stop_token_ids: tuple[int, ...] = tuple(dict.fromkeys([*ends, *self._named_ends]))
         self.turns: dict[tuple[bool, TurnKind, str], str] = {}
         """Turns as the template writes their stand-ins: by whether there are tools, kind, and tool called."""
-        self.followed: dict[tuple[str, ...], tuple[str, np.ndarray, Message]] = {}
-        """What was rendered after a turn: by all that was said before it, the text, its ids, the message."""
+        self.followed: dict[tuple[str, ...], tuple[str, np.ndarray, Sequence[Message]]] = {}
+        """What was rendered after a turn: by all that was said before it, the text, its ids, the messages."""
         # Siblings of a group have a prompt in common, and tools often say the same.
         self.encode = lru_cache(maxsize=_KEPT_ENCODINGS)(self._encode_anew)
 
@@ -268,7 +268,11 @@ class Renderer:
             ]
         if not support.system:
             found = without_system(found)
-        return with_turns_joined(found) if support.takes_turns else found
+        return self.in_turns(found, support)
+
+    def in_turns(self, messages: Sequence[Message], support: Support) -> list[Message]:
+        """The messages, those of one side in a row made one where the template takes no two."""
+        return with_turns_joined(messages) if support.takes_turns else list(messages)
 
     def _find_ends(self, support: Support) -> None:
         """The ends of the turns that are played, by whether there are tools, kind, and what follows."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import httpx
 
-from mosaic_rollout.chat.grammar import THINK_CLOSE, THINK_OPEN
+from mosaic_rollout.chat.grammar import SAFETY_CLOSE, SAFETY_OPEN, THINK_CLOSE, THINK_OPEN
 from mosaic_rollout.endpoint.parameters import TOO_LONG
 from mosaic_rollout.endpoint.server import ChatCompletion, ChatServer, CompletionCall, NoAnswer, TryAgain
 from mosaic_rollout.errors import UserError
@@ -29,7 +29,7 @@ class NativeCall:
 
 @dataclass(frozen=True)
 class ChatReply:
-    """One assistant message. A thought that the server took out of the text is put back in front of it."""
+    """One assistant message. Plan and check that the server took out of the text are put back before it."""
 
     text: str
     calls: tuple[NativeCall, ...]
@@ -109,6 +109,8 @@ def _reply(completion: ChatCompletion) -> ChatReply:
             {"id": c.call_id, "type": "function", "function": {"name": c.name, "arguments": c.arguments}}
             for c in calls
         ]
+    if message.safety_thoughts:
+        text = f"{SAFETY_OPEN}{message.safety_thoughts}{SAFETY_CLOSE}{text}"
     if thought and not _has_plan(text, thought):
         ended = f"{THINK_CLOSE[0]} {THINK_CLOSE[1:]}"  # a thought may quote its own end
         text = f"{THINK_OPEN}{thought.replace(THINK_CLOSE, ended)}{THINK_CLOSE}{text}"

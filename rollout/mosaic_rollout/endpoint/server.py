@@ -98,6 +98,7 @@ class CompletionMessage(BaseModel):
     content: Annotated[str | None, BeforeValidator(_text)] = None
     reasoning_content: _Thought = None
     reasoning: _Thought = None  # the same under vLLM's newer name
+    safety_thoughts: _Thought = None  # the check, from a server of ours
     tool_calls: list[CompletionCall] | None = None
 
     @model_validator(mode="before")

@@ -45,8 +45,11 @@ def sample_tokens(
     logits: torch.Tensor,  # [N, V] of the model's dtype
     temperatures: np.ndarray,  # [N] float64, 0 is greedy
     draws: np.ndarray,  # [N] float64 in [0, 1), from uniforms
+    top_ps: np.ndarray | None = None,  # [N] float64 in (0, 1]; None: 1
 ) -> tuple[np.ndarray, np.ndarray]:
     """Tokens [N] int64 and their log-probs [N] float32, at the row's temperature (greedy: at temperature 1).
+
+    The log-probs are those of the whole distribution, whatever top_ps leave of it.
 
     The token is the first whose cumulative probability exceeds draw * total; a token of probability 0 adds
     nothing to the sum and is never that first one. Probabilities are fp32 (fp64 for fp64 logits), the sum
@@ -61,7 +64,10 @@ def sample_tokens(
         divisor = np.where(greedy, 1.0, temperatures)
         scores = scores / torch.from_numpy(divisor).to(scores)[:, None]
     logprobs = torch.log_softmax(scores, dim=-1)
-    cumulative = logprobs.exp().cumsum(dim=-1, dtype=torch.float64)  # [N, V]
+    probs = logprobs.exp()
+    if top_ps is not None and (top_ps < 1.0).any():
+        probs = _nucleus(probs, torch.from_numpy(top_ps).to(probs.device))
+    cumulative = probs.cumsum(dim=-1, dtype=torch.float64)  # [N, V]
     targets = torch.from_numpy(draws).to(cumulative.device)[:, None] * cumulative[:, -1:]
     tokens = torch.searchsorted(cumulative, targets, right=True).clamp_(max=logits.shape[-1] - 1)
     if greedy.any():
@@ -69,3 +75,14 @@ def sample_tokens(
         tokens = torch.where(is_greedy, scores.argmax(dim=-1, keepdim=True), tokens)
     chosen = logprobs.gather(-1, tokens)
     return tokens[:, 0].cpu().numpy(), chosen[:, 0].float().cpu().numpy()
+
+
+def _nucleus(probs: torch.Tensor, top_ps: torch.Tensor) -> torch.Tensor:  # [N, V], [N] -> [N, V]
+    """The probabilities with 0 outside of the fewest most probable tokens that have the mass top_p together.
+
+    Holtzman et al., arXiv 1904.09751.
+    """
+    ordered, order = probs.sort(dim=-1, descending=True, stable=True)
+    before = ordered.cumsum(dim=-1, dtype=torch.float64) - ordered  # the mass of more probable tokens
+    outside = (before >= top_ps[:, None]) & (top_ps[:, None] < 1.0)
+    return probs.masked_fill(torch.zeros_like(outside).scatter(-1, order, outside), 0.0)

@@ -67,6 +67,7 @@ class Scheduler:
         self._positions = np.zeros(max_batch, np.int64)  # its position
         self._bases = np.zeros(max_batch, np.uint64)
         self._temperatures = np.ones(max_batch)
+        self._top_ps = np.ones(max_batch)
 
     @property
     def busy(self) -> bool:
@@ -154,6 +155,7 @@ class Scheduler:
         self._positions[row] = len(job.prompt) - 1
         self._bases[row] = stream_base(job.request.seed, job.request.rollout_key)
         self._temperatures[row] = job.request.sampling.temperature
+        self._top_ps[row] = job.request.sampling.top_p
         self.active.append(job)
 
     def _decode(self) -> None:
@@ -165,7 +167,7 @@ class Scheduler:
         self.buffer.begin_step(at)
         logits = self.model.forward(torch.from_numpy(self._inputs[:count]).to(device), at, self.buffer)
         draws = uniforms(self._bases[:count], positions + 1)
-        tokens, logprobs = sample_tokens(logits, self._temperatures[:count], draws)
+        tokens, logprobs = sample_tokens(logits, self._temperatures[:count], draws, self._top_ps[:count])
         if broken := int(count - np.isfinite(logprobs).sum()):
             raise NonFiniteLogitsError(f"the model gave NaN or infinite logits in {broken} of {count} rows")
         self._inputs[:count] = tokens
@@ -181,7 +183,8 @@ class Scheduler:
                 job.first_token_s = now - job.asked
             job.tokens.append(token)
             job.logprobs.append(logprob)
-            if token in job.request.sampling.stop_token_ids:
+            watch = job.request.watch
+            if token in job.request.sampling.stop_token_ids or (watch is not None and watch(token, logprob)):
                 finished.append((row, "stop"))
             elif len(job.tokens) >= job.request.sampling.max_new_tokens:
                 finished.append((row, "length"))
@@ -207,7 +210,7 @@ class Scheduler:
         last = len(self.active) - 1
         if row != last:
             self.buffer.move(last, row, int(self._positions[last]))
-            for state in (self._inputs, self._positions, self._bases, self._temperatures):
+            for state in (self._inputs, self._positions, self._bases, self._temperatures, self._top_ps):
                 state[row] = state[last]
             self.active[row] = self.active[last]
         self.active.pop()

@@ -67,6 +67,8 @@ def validate_request(index: int, request: Request, vocab_size: int, max_tokens: 
         raise ValueError(f"{prefix} max_new_tokens must be at least 1, got {sampling.max_new_tokens}")
     if not 0.0 <= sampling.temperature < float("inf"):
         raise ValueError(f"{prefix} temperature must be finite and at least 0, got {sampling.temperature}")
+    if not 0.0 < sampling.top_p <= 1.0:
+        raise ValueError(f"{prefix} top_p must be above 0 and at most 1, got {sampling.top_p}")
     if request.rollout_key < 0:
         raise ValueError(f"{prefix} rollout_key must not be negative, got {request.rollout_key}")
     total = len(tokens) + sampling.max_new_tokens

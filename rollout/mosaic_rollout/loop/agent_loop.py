@@ -18,8 +18,9 @@ from typing import Literal
 import numpy as np
 
 from mosaic_rollout.chat.chat import Chat
-from mosaic_rollout.chat.grammar import REFUSAL_SCHEMA, Turn, parse_turn
+from mosaic_rollout.chat.grammar import REFUSAL_SCHEMA
 from mosaic_rollout.loop.play import Limits, Play, PolicyTurn
+from mosaic_rollout.loop.step import read_step
 from mosaic_rollout.types import (
     Completion,
     Engine,
@@ -309,38 +310,9 @@ class _TokenPlay(Play):
 
     def _parse(self) -> Step:
         """The step that the tokens since `_turn_start` make, not yet carried out."""
-        chat = self._loop.chat
         ids = np.concatenate(self.token_ids)[self._turn_start :].tolist()
-        text = chat.turn_text(ids)
         tools = [*self.episode.tools, REFUSAL_SCHEMA]
-        turn = parse_turn(text, chat.call_format, think_is_open=self._think_is_open, tools=tools)
-        gate = None if turn.plan_span is None else chat.check_start(ids, text, turn.plan_span[1])
-        check_start = None if gate is None else self._turn_start + gate
-        return Step(
-            prompt_end=self._turn_start,
-            end=self._length,
-            text=text,
-            plan=turn.plan,
-            check=turn.check,
-            action=turn.action,
-            call=turn.call,
-            answer=turn.answer,
-            observation=None,
-            safety_tokens=_safety_tokens(chat, ids, turn),
-            well_formed=turn.well_formed,
-            check_start=check_start,
-        )
-
-
-def _safety_tokens(chat: Chat, ids: list[int], turn: Turn) -> int:
-    """Sampled tokens from `<safety_thoughts>` through its closing tag."""
-    if turn.check_span is None:
-        return 0
-    start, end = turn.check_span
-    before = chat.tokens_through(ids, start)
-    if before and len(chat.decode(ids[:before])) > start:  # the tag's first character shares a token
-        before -= 1
-    return chat.tokens_through(ids, end) - before
+        return read_step(self._loop.chat, ids, self._turn_start, self._think_is_open, tools)
 
 
 def _begins_with(token_ids: np.ndarray, tag: tuple[int, ...]) -> bool:

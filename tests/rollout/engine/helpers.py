@@ -86,11 +86,13 @@ BENT_FAMILIES = tuple(_BENT_FAMILIES)
 """Whose attention has a softcap, sinks, values of another size than keys, or chunks."""
 
 
-def tiny_model(family: str = "qwen3", dtype: torch.dtype = torch.float64, seed: int = 0) -> PreTrainedModel:
+def tiny_model(
+    family: str = "qwen3", dtype: torch.dtype = torch.float64, seed: int = 0, **more: Any
+) -> PreTrainedModel:
     model_type, extra = {**_FAMILIES, **_BENT_FAMILIES}[family]
     torch.manual_seed(seed)
     options = {f"{part}_implementation": "eager" for part in ("attn", "experts") if family in BENT_FAMILIES}
-    config = AutoConfig.for_model(model_type, **{**_COMMON, **extra})
+    config = AutoConfig.for_model(model_type, **{**_COMMON, **extra, **more})
     model = AutoModelForCausalLM.from_config(config, **options)
     model.to(dtype)
     return model.train()  # as a trainer leaves it

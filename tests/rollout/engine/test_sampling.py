@@ -91,3 +91,16 @@ def test_broken_logits_show_in_the_logprob_of_their_row_only(broken: float) -> N
     tokens, logprobs = sample_tokens(logits, np.array([1.0, 1.0, 0.0]), np.full(3, 0.999))
     np.testing.assert_array_equal(np.isfinite(logprobs), [True, False, True])
     assert tokens.max() < 4
+
+
+def test_top_p_leaves_the_fewest_tokens_that_have_its_mass() -> None:
+    """Against the definition, row by row; the log-probs stay those of the whole distribution."""
+    logits = torch.randn(400, 7, generator=torch.Generator().manual_seed(3))
+    probs, top_ps = torch.softmax(logits.double(), -1).numpy(), np.linspace(0.01, 1.0, 400)
+    draws = uniforms(bases_of(400), np.arange(400))
+    tokens, logprobs = sample_tokens(logits, np.ones(400), draws, top_ps)
+    for row, token, draw, top_p in zip(probs, tokens, draws, top_ps, strict=True):
+        kept = np.argsort(-row)[: 1 + int((np.cumsum(np.sort(row)[::-1]) < top_p).sum())]
+        left = np.where(np.isin(np.arange(7), kept), row, 0.0)
+        assert token == int((np.cumsum(left) <= draw * left.sum()).sum())
+    np.testing.assert_allclose(logprobs, np.log(probs[np.arange(400), tokens]), rtol=0, atol=1e-5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -276,3 +277,17 @@ def test_statistics_add_up_and_reset() -> None:
     assert stats.peak_cached_tokens == tokens_held(engine) > 0
     stats.reset()
     assert stats.generated_tokens == stats.prompt_tokens == 0
+
+
+def test_a_watch_sees_every_token_and_may_end_the_completion() -> None:
+    engine, seen = local_engine(tiny_model()), list[tuple[int, float]]()
+
+    def watch(token: int, logprob: float) -> bool:
+        seen.append((token, logprob))
+        return len(seen) == 3
+
+    asked = request(random_tokens(5, seed=0), 6)
+    [whole, ended] = generate(engine, [asked, replace(asked, watch=watch)])
+    assert ended.finish_reason == "stop"
+    assert ended.token_ids.tolist() == whole.token_ids[:3].tolist() == [token for token, _ in seen]
+    assert ended.logprobs.tolist() == [np.float32(logprob) for _, logprob in seen]

@@ -76,6 +76,7 @@ class SGLangClient:
         sampling: dict[str, JsonValue] = {
             "max_new_tokens": request.sampling.max_new_tokens,
             "temperature": request.sampling.temperature,
+            "top_p": request.sampling.top_p,
             "stop_token_ids": list(request.sampling.stop_token_ids),
             "stream_interval": _ONE_CHUNK,
         }

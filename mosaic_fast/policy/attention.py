@@ -18,10 +18,10 @@ ATTENTION_NAME = "mosaic_tree_attention"
 _OF_NO_CONCERN = {"position_ids", "use_cache", "cache_position", "is_causal", "output_attentions"}
 """Keywords that say nothing of what a token sees beyond what the forest says."""
 
-KeysAndValues = dict[int, tuple[Tensor, ...]]
-"""Layer -> rotated keys [U, Hkv, D] and values [U, Hkv, V] of a forward's nodes.
+KeysAndValues = dict[tuple[str, int], tuple[Tensor, ...]]
+"""("keys", layer) -> rotated keys [U, Hkv, D] and values [U, Hkv, V] of a forward's nodes.
 
-Of a recurrent layer what it hands on at the last of them: inputs of the convolution, state.
+("states", layer) -> what a recurrence hands on at the last of them: inputs of the convolution, state.
 """
 
 
@@ -37,14 +37,20 @@ class TreeForward:
     attended: set[int] = field(default_factory=set)  # layers that called the attention interface
     keywords: set[str] = field(default_factory=set)  # what they handed to it that is not read
 
+    def keep(self, name: tuple[str, int], made: tuple[Tensor, ...]) -> None:
+        """Keep what a layer made, where that is asked for.
+
+        Checkpointing runs a layer again in the backward pass; the graph is that of the first run.
+        """
+        if self.kept is not None and name not in self.kept:
+            self.kept[name] = made
+
     def with_held(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Keys [C + U, Hkv, D] and values [C + U, Hkv, V] of a layer: its own behind the held ones."""
-        # Checkpointing runs a layer again in the backward pass; the graph is that of the first run.
-        if self.kept is not None and layer not in self.kept:
-            self.kept[layer] = (key, value)
+        self.keep(("keys", layer), (key, value))
         if not self.held:
             return key, value
-        keys, values = zip(*(one[layer] for one in self.held), strict=True)
+        keys, values = zip(*(one["keys", layer] for one in self.held), strict=True)
         return torch.cat([*keys, key]), torch.cat([*values, value])
 
 

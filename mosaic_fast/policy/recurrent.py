@@ -114,7 +114,7 @@ class _Layer:
     def __init__(self, tree: TreeForward, layer: int) -> None:
         self._tree, self._layer = tree, layer
         self._segments = tree.forest.segments
-        self._above = iter(tree.held[-1][layer]) if tree.held else None
+        self._above = iter(tree.held[-1]["states", layer]) if tree.held else None
         self._left: list[Tensor] = []
 
     def instead_of(self, name: str, stock: Callable[..., Any]) -> Callable[..., object]:
@@ -124,10 +124,8 @@ class _Layer:
 
     def finish(self) -> None:
         """Note that the layer has run, and keep what it leaves where that is asked for."""
-        tree = self._tree
-        tree.attended.add(self._layer)
-        if tree.kept is not None and self._layer not in tree.kept:  # see TreeForward.with_held
-            tree.kept[self._layer] = tuple(self._left)
+        self._tree.attended.add(self._layer)
+        self._tree.keep(("states", self._layer), tuple(self._left))
 
     def _convolve(
         self,

@@ -29,6 +29,7 @@ _NUMBERS: dict[str, int] = {
     "n_routed_experts": 8,
     "num_experts_per_tok": 2,
     "top_k_experts": 2,
+    "linear_num_heads": 2,
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
     "mamba_num_heads": 4,

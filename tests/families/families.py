@@ -33,7 +33,7 @@ _WINDOWS: dict[str, object] = {
 }
 _EXPERTS: dict[str, object] = {"moe_intermediate_size": 16, "num_experts_per_tok": 2, "num_experts": 4}
 _ROPE: dict[str, object] = {"rope_type": "default", "rope_theta": 100.0}
-_OWN_HEADS = ("glm4_moe_lite", "deepseek_v3", "olmoe")
+_OWN_HEADS = ("glm4_moe_lite", "deepseek_v3", "olmoe", "kimi_linear")
 _MLA: dict[str, object] = {
     "q_lora_rank": 12, "kv_lora_rank": 12, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 6,
     "num_key_value_heads": 4, "moe_intermediate_size": 16, "num_experts_per_tok": 2,
@@ -107,17 +107,38 @@ _DELTA: dict[str, object] = {
     "linear_value_head_dim": 4,
     "layer_types": ["linear_attention", "full_attention", "linear_attention"],
 }
+_MAMBA: dict[str, object] = {
+    "mamba_n_heads": 8,
+    "mamba_d_head": 8,
+    "mamba_d_state": 6,
+    "mamba_n_groups": 1,
+    "mamba_expand": 2,
+    "mamba_chunk_size": 4,
+}
 RECURRENT: dict[str, Mapping[str, object]] = {
     "qwen3_next": {**_EXPERTS, **_DELTA, "shared_expert_intermediate_size": 16},
     "qwen3_5_text": _DELTA,
     "qwen3_5_moe_text": {**_EXPERTS, **_DELTA, "shared_expert_intermediate_size": 16},
+    "olmo_hybrid": _DELTA,
+    "kimi_linear": {
+        **_MLA,
+        "q_lora_rank": None,
+        "num_local_experts": 4,
+        "linear_num_heads": 4,
+        "linear_head_dim": 6,
+        "layer_types": _DELTA["layer_types"],
+        "mlp_layer_types": ["dense", "sparse", "sparse"],
+    },
     "lfm2": {"layer_types": ["conv", "full_attention", "conv"]},
+    "lfm2_moe": {
+        **_EXPERTS,
+        "layer_types": ["conv", "full_attention", "conv"],
+        "num_dense_layers": 1,
+    },
+    "bamba": {**_MAMBA, "attn_layer_indices": [1]},
+    "falcon_h1": {**_MAMBA, "mamba_d_ssm": 64},
     "granitemoehybrid": {
-        "mamba_n_heads": 8,
-        "mamba_d_head": 8,
-        "mamba_d_state": 6,
-        "mamba_expand": 2,
-        "mamba_chunk_size": 4,
+        **_MAMBA,
         "num_local_experts": 2,
         "num_experts_per_tok": 1,
         "shared_intermediate_size": 24,

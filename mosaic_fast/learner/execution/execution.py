@@ -53,8 +53,8 @@ class KeptPrefix:
     def __init__(self, index: int, keys_and_values: KeysAndValues, loss: Tensor | None = None) -> None:
         self.index, self._loss = index, loss
         self.leaves: KeysAndValues = {
-            layer: tuple(x.detach().requires_grad_(x.requires_grad) for x in made)
-            for layer, made in keys_and_values.items()
+            name: tuple(x.detach().requires_grad_(x.requires_grad) for x in made)
+            for name, made in keys_and_values.items()
         }
         self._made = [x for made in keys_and_values.values() for x in made]
         self._leaves = [x for leaves in self.leaves.values() for x in leaves]

@@ -24,7 +24,7 @@ from mosaic_rollout.engine.attention import Scores, chunk_of, tempered
 
 ATTENTION_NAME = "mosaic_engine_attention"
 _LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
-_RECURRENT = {"linear_attention", "conv"}
+_RECURRENT = {"linear_attention", "conv", "hybrid"}
 
 
 class Attend(Protocol):

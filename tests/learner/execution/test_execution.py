@@ -177,9 +177,9 @@ def test_frozen_parameters() -> None:
 def test_bf16_branches_add_up_in_fp32() -> None:
     """600 gradients of 1: a sum in bf16 would stay at 256."""
     weight = torch.ones(3, 1, 2, dtype=torch.bfloat16, requires_grad=True)
-    held = KeptPrefix(0, {0: (weight * 1, weight.detach())})
+    held = KeptPrefix(0, {("keys", 0): (weight * 1, weight.detach())})
     for _ in range(600):
-        held.leaves[0][0].sum().backward()
+        held.leaves["keys", 0][0].sum().backward()
         held.collect()
     held.backward()
     assert weight.grad is not None

@@ -70,12 +70,12 @@ def train() -> int:
     return run_cli(main)
 
 
-def check_train_arguments() -> None:
+def check_train_arguments(module: str = "mosaic_fast.train") -> None:
     """`answer_at_once` for training; of several ranks the first to find a mistake says it, later."""
     from mosaic_fast.config.read import parse_train_command
 
     if os.environ.get("WORLD_SIZE", "") in ("", "0", "1"):
-        answer_at_once(lambda: parse_train_command(sys.argv[1:]))
+        answer_at_once(lambda: parse_train_command(sys.argv[1:], module))
 
 
 def _names(kind: type) -> Iterator[str]:

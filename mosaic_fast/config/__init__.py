@@ -18,6 +18,7 @@ from mosaic_fast.config.learning import (
 from mosaic_fast.config.preferences import REWARD_PARTS, JudgeConfig, RewardConfig
 from mosaic_fast.config.rollout import ENVIRONMENTS, EVALUATION_ONLY, EngineConfig, EnvConfig, RolloutConfig
 from mosaic_fast.config.section import is_plain_url
+from mosaic_fast.config.sft import SftConfig
 
 __all__ = [
     "ENVIRONMENTS",
@@ -38,6 +39,7 @@ __all__ = [
     "OptimConfig",
     "RewardConfig",
     "RolloutConfig",
+    "SftConfig",
     "TrackersConfig",
     "is_plain_url",
 ]

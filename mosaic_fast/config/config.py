@@ -12,6 +12,7 @@ from mosaic_fast.config.learning import ForestConfig, LossConfig, ModelConfig, O
 from mosaic_fast.config.preferences import JudgeConfig, RewardConfig
 from mosaic_fast.config.rollout import EngineConfig, EnvConfig, RolloutConfig
 from mosaic_fast.config.section import Count, Section, is_plain_url
+from mosaic_fast.config.sft import SftConfig
 from mosaic_fast.losses import build_loss, loss_class
 
 
@@ -58,6 +59,7 @@ class Config(Section):
     reward: RewardConfig = RewardConfig()
     loss: LossConfig = LossConfig()
     off_policy: OffPolicyConfig = OffPolicyConfig()
+    sft: SftConfig = SftConfig()
     optim: OptimConfig = OptimConfig()
     forest: ForestConfig = ForestConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -106,6 +108,8 @@ class Config(Section):
             self._check_staleness()
         if self.rollout.gate_contrast:
             self._check_gate_contrast()
+        if self.sft.is_set:
+            self._check_supervised()
         if self.env.name == "agent_safetybench" and self.judge.name == "rule":
             raise ValueError(
                 "env.name = 'agent_safetybench' has no verdicts, so judge.name = 'rule' finds nothing but "
@@ -160,6 +164,23 @@ class Config(Section):
                 "rollout.gate_contrast needs a loss with a clipped ratio a token: grpo, dapo or dr_grpo, not "
                 f"loss.name = {self.loss.name!r}"
             )
+
+    def _check_supervised(self) -> None:
+        if self.loss.name != "sft" and not self.loss.is_own:
+            raise ValueError(
+                f"[sft] needs loss.name = 'sft' or your own, it is {self.loss.name!r}: leave it out"
+            )
+        wanted = {
+            "rollout.temperature": (self.rollout.temperature, 1.0),
+            "forest.credit": (self.forest.credit, "sum"),
+            "rollout.max_staleness": (self.rollout.max_staleness, 0),
+            "off_policy.*": ("set" if self.off_policy.corrects else "unset", "unset"),
+        }
+        for key, (found, needed) in wanted.items():
+            if found != needed:
+                raise ValueError(f"[sft] needs {key} = {needed!r}, it is {found!r}: nothing is sampled")
+        if self.sft.plans == "llm" and (self.judge.endpoint is None or self.judge.model is None):
+            raise ValueError("sft.plans = 'llm' needs judge.endpoint and judge.model, which write the plans")
 
     def resolved(self) -> Config:
         """Every value that the loss decides written out, as a run folder keeps it."""

@@ -7,6 +7,8 @@
 | adapters | any other folder with `model.lora_rank` above 0 |
 | trained | a checkpoint of ours: it goes on with what its run had, which lies in its folder |
 
+A cold start (`[sft]`) has a learning rate, a loss and an evaluation of its own, whatever the model.
+
 A value that is given, in a file or on the command line, always wins. `docs/configuration.md` has the table
 with reasons.
 """
@@ -18,14 +20,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
 if TYPE_CHECKING:
     from mosaic_fast.config.config import Config
 
-Value = bool | int | float
+Value = bool | int | float | str
 RECORD = "mosaic_fast.json"
 """File in a checkpoint's folder: the settings of its run that the kind of a model decides."""
 
@@ -42,9 +44,14 @@ OTHER_MODELS: Mapping[str, Value] = {
 """Key -> default for a model that is neither the embedded one nor trained by us."""
 ADAPTERS: Mapping[str, Value] = {"optim.lr": 1e-5}
 """What differs for adapters."""
+SUPERVISED: Mapping[str, Value] = {"optim.lr": 1e-5, "optim.epochs": 1, "loss.name": "sft"}
+"""What differs for a cold start."""
+SUPERVISED_ADAPTERS: Mapping[str, Value] = {"optim.lr": 1e-4}
 KEYS = tuple(OTHER_MODELS)
+LEFT_OPEN = (*KEYS, "loss.name", "env.eval_tasks")
+"""Keys whose default follows from others: a value that nobody gave is none."""
 _OF_TRAINING = ("optim.lr", "optim.epochs")
-"""Keys that another way of training, adapters or every weight, does not take over from a run."""
+"""Keys that another way of training (adapters or every weight, supervised or not) does not take over."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +62,7 @@ class Kind:
     defaults: Mapping[str, Value]
 
 
-def kind_of(path: str, *, adapters: bool) -> Kind | None:
+def kind_of(path: str, *, adapters: bool, supervised: bool = False) -> Kind | None:
     """The kind of the model in a folder; None for the embedded one, which the sections' own defaults suit.
 
     ValueError for a record in the folder that is none.
@@ -64,10 +71,13 @@ def kind_of(path: str, *, adapters: bool) -> Kind | None:
     if path == "embedded" or _same(folder, Path(str(files("mosaic_fast.setup").joinpath("embedded")))):
         return None
     defaults = {**OTHER_MODELS, **(ADAPTERS if adapters else {})}
+    if supervised:
+        defaults |= {**SUPERVISED, **(SUPERVISED_ADAPTERS if adapters else {})}
     words = "adapters of another model" if adapters else "every weight of another model"
     record = _record(folder / RECORD)
     if record is not None:
-        same_way = bool(record.get("adapters")) == adapters
+        before = bool(record.get("adapters")), bool(record.get("supervised"))
+        same_way = before == (adapters, supervised)
         taken = [key for key in KEYS if key in record and (same_way or key not in _OF_TRAINING)]
         defaults |= {key: record[key] for key in taken}
         words = "a model that was trained here"
@@ -86,20 +96,19 @@ def with_defaults_of_kind(values: object) -> object:
     """
     if not isinstance(values, Mapping):
         return values
-    path, rank = _given(values, "model.path"), _given(values, "model.lora_rank")
+    path, rank = _given(values, "model.path") or "embedded", _given(values, "model.lora_rank")
     if not isinstance(path, str) or "\0" in path:
         return values
-    kind = kind_of(path, adapters=isinstance(rank, int) and rank > 0)
-    if kind is None:
-        return values
-    defaults = dict(kind.defaults)
-    batch = _count(_given(values, "forest.tokens_per_microbatch"))
-    if batch is not None:
-        defaults["rollout.max_rollout_tokens"] = min(defaults["rollout.max_rollout_tokens"], batch)
-    longest = _count(_given(values, "rollout.max_rollout_tokens")) or defaults["rollout.max_rollout_tokens"]
-    defaults["rollout.max_step_tokens"] = min(defaults["rollout.max_step_tokens"], longest)
-    if defaults["forest.tokens_per_microbatch"]:  # 0 leaves it to the memory there is
-        defaults["forest.tokens_per_microbatch"] = max(defaults["forest.tokens_per_microbatch"], longest)
+    supervised = bool(_given(values, "sft.conversations") or _given(values, "sft.demonstrations"))
+    kind = kind_of(path, adapters=isinstance(rank, int) and rank > 0, supervised=supervised)
+    defaults: dict[str, Value] = {}
+    if kind is not None:
+        defaults = _within_limits(values, kind)
+    elif supervised:  # the embedded model's rate suits it either way
+        defaults = {key: value for key, value in SUPERVISED.items() if key != "optim.lr"}
+    own_data = supervised and not _given(values, "sft.demonstrations")
+    if own_data and kind is not None and _given(values, "env.name") in (None, "world"):
+        defaults["env.eval_tasks"] = 0  # the default environment is the embedded model's
     filled = dict(values)
     for key, default in defaults.items():
         if _given(values, key) is None:
@@ -108,9 +117,23 @@ def with_defaults_of_kind(values: object) -> object:
     return filled
 
 
+def _within_limits(values: Mapping[object, object], kind: Kind) -> dict[str, Value]:
+    """The defaults of a kind, those of limits within the limits that are given."""
+    defaults: dict[str, Any] = dict(kind.defaults)
+    batch = _count(_given(values, "forest.tokens_per_microbatch"))
+    if batch is not None:
+        defaults["rollout.max_rollout_tokens"] = min(defaults["rollout.max_rollout_tokens"], batch)
+    longest = _count(_given(values, "rollout.max_rollout_tokens")) or defaults["rollout.max_rollout_tokens"]
+    defaults["rollout.max_step_tokens"] = min(defaults["rollout.max_step_tokens"], longest)
+    if defaults["forest.tokens_per_microbatch"]:  # 0 leaves it to the memory there is
+        defaults["forest.tokens_per_microbatch"] = max(defaults["forest.tokens_per_microbatch"], longest)
+    return defaults
+
+
 def defaults_in_words(config: Config) -> str | None:
     """One line on the values that the kind of model decided; None where it is the embedded one."""
-    kind = kind_of(config.model.path, adapters=config.model.lora_rank > 0)
+    adapters, supervised = config.model.lora_rank > 0, config.sft.is_set
+    kind = kind_of(config.model.path, adapters=adapters, supervised=supervised)
     if kind is None:
         return None
     chosen = {key: getattr(getattr(config, key.partition(".")[0]), key.partition(".")[2]) for key in KEYS}
@@ -121,7 +144,8 @@ def defaults_in_words(config: Config) -> str | None:
 def record_of(config: Config) -> str:
     """What a checkpoint of a run keeps for those who train or evaluate it again, as the text of RECORD."""
     values = {key: getattr(getattr(config, key.partition(".")[0]), key.partition(".")[2]) for key in KEYS}
-    return json.dumps({"adapters": config.model.lora_rank > 0, **values}, indent=1) + "\n"
+    way = {"adapters": config.model.lora_rank > 0, "supervised": config.sft.is_set}
+    return json.dumps({**way, **values}, indent=1) + "\n"
 
 
 def _record(path: Path) -> dict[str, Value] | None:

@@ -67,7 +67,7 @@ class LossConfig(Section):
 
     name: str = "grpo"
     """On rewards: grpo, dapo, dr_grpo, gspo, cispo. On judged pairs: dpo, dpo_norm, ipo (docs/method.md).
-    Your own: `module:Class`."""
+    On conversations, the cold start: sft. Your own: `module:Class`."""
     clip_low: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
     """The ratio is clipped below 1 - clip_low; default 0.2, gspo 0.0003, cispo 1 (never)."""
     clip_high: Positive | None = None

@@ -13,7 +13,7 @@ import tyro
 from pydantic import BaseModel, ValidationError
 
 from mosaic_fast.config import Config
-from mosaic_fast.config.kinds import KEYS
+from mosaic_fast.config.kinds import LEFT_OPEN
 from mosaic_fast.config.nearest import nearest_key
 from mosaic_fast.config.resume import flatten, keep_schedule, refuse_differences
 from mosaic_fast.errors import UserError
@@ -74,8 +74,8 @@ def parse_train_arguments(arguments: Sequence[str]) -> tuple[Config, bool, str]:
     return command.config, command.resume, command.name
 
 
-def parse_train_command(arguments: Sequence[str]) -> TrainCommand:
-    """What a command line `[run.toml] [--options]` asks for.
+def parse_train_command(arguments: Sequence[str], module: str = "mosaic_fast.train") -> TrainCommand:
+    """What a command line `[run.toml] [--options]` asks for; module: the command's, for its --help.
 
     The file is validated by itself, so that a bad value in it is refused even where an option replaces it;
     but for the model that an option names, since the kind of model decides what the file leaves open.
@@ -88,7 +88,7 @@ def parse_train_command(arguments: Sequence[str]) -> TrainCommand:
         values, name = _read_toml(path), path.stem
         _validate(_for_model(values, _model_of(rest)), str(path))
     base = _validate(_for_model(values, _model_of(rest)), "the configuration")
-    parsed = _parse_options(base, rest, given=values)
+    parsed = _parse_options(base, rest, module, given=values)
     if not parsed.resume:
         return TrainCommand(_config_of(parsed), False, name, parsed.dry_run)
     if parsed.run_dir is None:
@@ -101,12 +101,14 @@ def parse_train_command(arguments: Sequence[str]) -> TrainCommand:
         return TrainCommand(_config_of(parsed), True, name, parsed.dry_run)
     stored = load_config(stored_path).resolved()
     merged = _validate(_merge(stored.model_dump(exclude_none=True), values), "the configuration")
-    asked = _config_of(_parse_options(merged, rest, given=merged.model_dump()))
+    asked = _config_of(_parse_options(merged, rest, module, given=merged.model_dump()))
     refuse_differences(stored, asked)
     return TrainCommand(keep_schedule(stored, asked, asked.steps), True, name, parsed.dry_run)
 
 
-def _parse_options(base: Config, arguments: Sequence[str], *, given: Mapping[str, object]) -> _TrainArguments:
+def _parse_options(
+    base: Config, arguments: Sequence[str], module: str, *, given: Mapping[str, object]
+) -> _TrainArguments:
     """`base` with the command line's options over it, validated as a file is.
 
     given: the values that `base` was made of, nested; what neither they nor the command line give is left to
@@ -117,11 +119,11 @@ def _parse_options(base: Config, arguments: Sequence[str], *, given: Mapping[str
     parsed, unknown = tyro.cli(
         _options(_TrainArguments, base),
         args=list(arguments),
-        prog="python -m mosaic_fast.train [run.toml]",
+        prog=f"python -m {module} [run.toml]",
         return_unknown_args=True,
     )
     try:
-        values = _without(asdict(parsed), set(KEYS) - flatten(given).keys() - _named(arguments))
+        values = _without(asdict(parsed), set(LEFT_OPEN) - flatten(given).keys() - _named(arguments))
         return _TrainArguments.model_validate(_merge(values, _unknown_keys(unknown)))
     except ValidationError as error:
         raise UserError(_explain(error, _COMMAND_LINE)) from None

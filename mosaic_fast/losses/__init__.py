@@ -43,6 +43,7 @@ LOSSES: Mapping[str, str] = {
     "dpo": "mosaic_fast.losses.pairwise:DPO",
     "dpo_norm": "mosaic_fast.losses.pairwise:DPONorm",
     "ipo": "mosaic_fast.losses.pairwise:IPO",
+    "sft": "mosaic_fast.losses.sft:SFT",
 }
 """Names of `loss.name` beside module:Class, and the class that each stands for."""
 

@@ -26,9 +26,9 @@ def build_judge(config: JudgeConfig, run_folder: Path) -> Judge:
     return load_judge(config.name)
 
 
-def _llm_judge(config: JudgeConfig, run_folder: Path) -> LLMJudge:
-    rubric = load_rubric(config.prompt, run_folder)
-    endpoint = Endpoint(
+def judge_endpoint(config: JudgeConfig) -> Endpoint:
+    """The endpoint that [judge] names. UserError where its key is not there."""
+    return Endpoint(
         url=config.endpoint or "",
         model=config.model or "",
         api_key=judge_key(config, "judge.api_key_env"),
@@ -39,8 +39,12 @@ def _llm_judge(config: JudgeConfig, run_folder: Path) -> LLMJudge:
         retries=config.retries,
         parameters=Parameters(config.parameters),
     )
+
+
+def _llm_judge(config: JudgeConfig, run_folder: Path) -> LLMJudge:
+    rubric = load_rubric(config.prompt, run_folder)
     return LLMJudge(
-        endpoint,
+        judge_endpoint(config),
         AnswerCache(Path(config.cache) if config.cache else run_folder / "judge-answers.sqlite"),
         mode=config.mode,
         prompt=rubric,

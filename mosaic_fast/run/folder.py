@@ -236,8 +236,10 @@ class RunFolder:
             raise UserError(f"run_dir: {folder} cannot be used: {error.strerror or error}") from None
 
 
-_BEFORE_OPEN = frozenset({_LOCK, "sglang"})
-"""What may lie in the folder of a new run before it is opened: its lock, and the place of its servers."""
+PLANS = "plans.sqlite"
+"""Plans that a model wrote for a cold start, which are kept the moment they arrive."""
+_BEFORE_OPEN = frozenset({_LOCK, "sglang", PLANS})
+"""What may lie in the folder of a new run before it is opened: its lock, the place of its servers, plans."""
 
 
 def read_metrics_rows(path: Path) -> list[dict[str, float]]:

@@ -26,6 +26,7 @@ _COLUMNS = {  # metric -> (head, format)
     "safety/injection_harm": ("injection\nharm", "{:.0%}"),
     "safety/injected_done": ("injected\ndone", "{:.0%}"),
     "reward/format": ("r_fmt", "{:.2f}"),
+    "policy/nll": ("nll", "{:.3f}"),
     "rollout/gate_rate": ("checks", "{:.0%}"),
     "policy/kl": ("KL", "{:.3f}"),
     "policy/clip_frac": ("clipped", "{:.1%}"),
@@ -35,6 +36,8 @@ _COLUMNS = {  # metric -> (head, format)
 }
 _LESS_NEEDED = ("reward/format", "policy/clip_frac", "tree/engine_prefix_hit", "policy/kl", "tree/sharing")
 """Columns that a narrow terminal does without, the first one first."""
+_OF_ONE_WAY = ("policy/nll",)
+"""Columns of one way of training: they are shown where a step has them."""
 _ROWS_SHOWN = 12
 
 
@@ -87,10 +90,11 @@ class ProgressView:
             self.say("  ".join([*cells, *(f"! {note}" for note in notes)]))
 
     def _table(self) -> Table:
-        columns = {name: self._column(name) for name in _COLUMNS}
+        seldom = [name for name in _OF_ONE_WAY if not any(name in row for row in self._rows)]
+        columns = {name: self._column(name) for name in _COLUMNS if name not in seldom}
         for name in _LESS_NEEDED:
             if sum(_widest(column) + 2 for column in columns.values()) - 2 > self.console.width:
-                del columns[name]
+                columns.pop(name, None)
         table = Table(box=None, pad_edge=False, padding=(0, 1))
         for head, *_ in columns.values():
             table.add_column(head, justify="right", no_wrap=True)

@@ -32,6 +32,7 @@ _REWARD = {
     "reward/length_penalty": ("p_len", "tab:orange"),
     "reward/tied_groups_frac": ("groups of ties", "tab:grey"),
 }
+_LOSS = {"policy/nll": ("nats a token", "tab:blue"), "policy/entropy": ("entropy", "tab:grey")}
 _TIME = {"time/rollout_s": "roll out", "time/update_s": "update", "time/checkpoint_s": "checkpoint"}
 
 
@@ -64,7 +65,7 @@ def write_summary(
         draw_curves(folder.metrics(), values_of(before), values_of(after), folder.path, title)
 
 
-def closing_lines(folder: RunFolder, progress: Progress, *, complete: bool) -> list[str]:
+def closing_lines(folder: RunFolder, progress: Progress, command: str, *, complete: bool) -> list[str]:
     """What the terminal says last: where things lie, and how to go on with a run that was stopped."""
     lines = [
         f"{progress.step} steps in {progress.train_s:.0f} s of training",
@@ -75,7 +76,7 @@ def closing_lines(folder: RunFolder, progress: Progress, *, complete: bool) -> l
     if checkpoint.is_dir():
         lines.append(f"checkpoint    {checkpoint}")
     if not complete:
-        lines.append(f"stopped; go on with: python -m mosaic_fast.train --resume --run-dir {folder.path}")
+        lines.append(f"stopped; go on with: python -m {command} --resume --run-dir {folder.path}")
     return lines
 
 
@@ -100,8 +101,12 @@ def draw_curves(
     axes[0, 0].set(title="what it does (lines: training tasks; dots: held-out, greedy)", ylim=(0, 1))
     _lines(axes[0, 1], steps, rows, _GATE)
     axes[0, 1].set(title="the learned gate", ylim=(0, 1))
-    _lines(axes[1, 0], steps, rows, _REWARD)
-    axes[1, 0].set(title="reward parts (r_align has a fixed mean)", xlabel="step")
+    if any("policy/nll" in row for row in rows):  # supervised learning
+        _lines(axes[1, 0], steps, rows, _LOSS)
+        axes[1, 0].set(title="how well conversations are predicted", xlabel="step")
+    else:
+        _lines(axes[1, 0], steps, rows, _REWARD)
+        axes[1, 0].set(title="reward parts (r_align has a fixed mean)", xlabel="step")
     bottom = np.zeros(len(rows))
     for name, label in _TIME.items():
         height = np.array([row.get(name, 0.0) for row in rows])

@@ -7,7 +7,7 @@ with a default may be missing, as in runs of earlier versions, and fields that a
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -94,26 +94,33 @@ def write_trajectories(
     rewards: Sequence[GroupReward],
     advantages: Sequence[np.ndarray],
 ) -> None:
-    """Write every rollout of a training step. The file appears under its name only when it is complete."""
+    """Write every rollout of a training step."""
+    rows: list[dict[str, object]] = []
+    for group, judgement, reward, group_advantages in zip(
+        groups, judgements, rewards, advantages, strict=True
+    ):
+        for i, rollout in enumerate(group):
+            row = rollout_row(rollout) | {
+                "preferences": judgement.preferences[i].tolist(),
+                "reasons": [judgement.reason(i, j) for j in range(len(group))],
+                "reward": {
+                    "total": reward.total[i],
+                    "r_align": reward.align[i],
+                    "r_fmt": reward.format[i],
+                    "p_len": reward.length_penalty[i],
+                    **{name: values[i] for name, values in reward.own.items()},
+                },
+                "advantage": group_advantages[i],
+            }
+            rows.append(row)
+    write_rows(path, rows)
+
+
+def write_rows(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
+    """Write rows, a line each. The file appears under its name only when it is complete."""
     unfinished = path.with_name(f".tmp-{path.name}")
     with unfinished.open("w", encoding="utf-8") as file:
-        for group, judgement, reward, group_advantages in zip(
-            groups, judgements, rewards, advantages, strict=True
-        ):
-            for i, rollout in enumerate(group):
-                row = rollout_row(rollout) | {
-                    "preferences": judgement.preferences[i].tolist(),
-                    "reasons": [judgement.reason(i, j) for j in range(len(group))],
-                    "reward": {
-                        "total": reward.total[i],
-                        "r_align": reward.align[i],
-                        "r_fmt": reward.format[i],
-                        "p_len": reward.length_penalty[i],
-                        **{name: values[i] for name, values in reward.own.items()},
-                    },
-                    "advantage": group_advantages[i],
-                }
-                file.write(json.dumps(row) + "\n")
+        file.writelines(json.dumps(row) + "\n" for row in rows)
     put_in_place(unfinished, path)
 
 

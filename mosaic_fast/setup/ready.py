@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,12 +28,14 @@ from mosaic_fast.run.folder import RunFolder
 from mosaic_fast.run.interrupt import Interrupt
 from mosaic_fast.run.trackers import require_trackers
 from mosaic_fast.setup.build import Setup, build_reference, build_setup
+from mosaic_fast.setup.demonstrations import Demonstrations, find_demonstrations, recorded_conversations
 from mosaic_fast.setup.engine import why_shorter
 from mosaic_fast.setup.engine_proof import proof_rows
 from mosaic_fast.setup.given import Given
 from mosaic_fast.setup.gpus import why_slow
 from mosaic_fast.setup.memory import microbatch_tokens
 from mosaic_fast.setup.model_folder import model_folder
+from mosaic_rollout.types import Rollout
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ class ReadyRun:
     judge: Judge | None  # of the first rank
     progress: Progress
     notes: list[str]  # to tell the user before the first step
+    demonstrations: Sequence[Rollout] = ()  # of a cold start
 
 
 def with_microbatches(config: Config, world: World) -> Config:
@@ -74,7 +78,9 @@ def ready_run(
     checkpoint = checkpoint_to_load(folder.checkpoints, world)
     if world.is_first:
         given.refuse_another(folder.path)
-    judge = given.judge or (build_judge(config.judge, folder.path) if world.is_first else None)
+    supervised, recorded = config.sft.is_set, recorded_conversations(config)
+    judges = world.is_first and not supervised
+    judge = given.judge or (build_judge(config.judge, folder.path) if judges else None)
     check_loss(config)  # the user's own code is looked at before a model is loaded
     build_reward(config.reward)
     require_trackers(config)
@@ -86,6 +92,10 @@ def ready_run(
         config, weights, scratch,
         base=initial, world=world, interrupt=interrupt, environment=given.environment,
     )  # fmt: skip
+    found = Demonstrations()
+    if supervised:
+        found = find_demonstrations(config, setup, recorded, folder.path, world)
+        found.refuse_others(folder.path)
     cost = cost_model_of_run(folder.path, config.forest.cost_model)
     reference = build_reference(config, initial, setup)
     sized = with_microbatches(config, world)
@@ -99,6 +109,7 @@ def ready_run(
         policy.admission.in_words(),
         why_shorter(config, policy),
         why_slow(config),
+        *found.notes,
     ]
     if checkpoint is not None:
         notes.append(other_versions(checkpoint))
@@ -114,7 +125,9 @@ def ready_run(
         with folder.writing("proof.json"):
             table = json.dumps(proof_rows(policy, config), indent=1)
             durable.write_text(folder.path / "proof.json", table + "\n")
+        with folder.writing("sft.json"):
+            found.keep(folder.path)
         with folder.writing("judge.json"):
             keep_judge_record(judge, folder.path)
     told = [note for note in notes if note]
-    return ReadyRun(config, folder, setup, learner, judge, progress, told)
+    return ReadyRun(config, folder, setup, learner, judge, progress, told, found.rollouts)

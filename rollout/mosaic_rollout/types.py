@@ -8,7 +8,7 @@ A worked example, one rollout of two steps (p prompt, s sampled, o observation):
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, TypeAlias, runtime_checkable
 
@@ -92,6 +92,33 @@ class Dialogue(Protocol):
 
     def next_user_message(self, final_answer: str) -> str | None:
         """What the user says after an answer; None: nothing more, the answer was the final one."""
+        ...
+
+
+@dataclass(frozen=True)
+class Move:
+    """One turn of a demonstration: what the agent thinks, and its one action, a call or an answer.
+
+    A refusal is a call of `refusal_tool`. A plan or check of None may be written by the rewriting.
+    """
+
+    plan: str | None = None
+    check: str | None = None
+    call: ToolCall | None = None
+    answer: str | None = None
+    trained: bool = True  # False: the turn is context only
+
+
+Moves: TypeAlias = "Sequence[Move] | Generator[Move, str, None]"
+"""A demonstration's turns; a generator is sent what the policy is shown after each."""
+
+
+@runtime_checkable
+class Demonstrates(Protocol):
+    """An episode that can show how its task is done well."""
+
+    def demonstrate(self) -> Moves:
+        """The turns of an agent that does the task, or refuses it where it should be refused."""
         ...
 
 

@@ -18,9 +18,10 @@ from mosaic_rollout.chat.chat import Chat
 from mosaic_rollout.chat.grammar import REFUSAL_SCHEMA, parse_turn
 from mosaic_rollout.environments.world import WorldEnvironment, WorldTask
 from mosaic_rollout.environments.world.environment import TOOLS
+from mosaic_rollout.environments.world.script import MIXED, Caution, Gullibility
 from mosaic_rollout.types import ToolCall
 from tools.warmstart.examples import ExampleMaker
-from tools.warmstart.script import MIXED, Caution, Gullibility, Transcript, play_script
+from tools.warmstart.script import Transcript, play_script
 from tools.warmstart.tokenizer import END_OF_TURN, build_tokenizer
 from tools.warmstart.training import Recipe, build_model, orthogonalise, train
 

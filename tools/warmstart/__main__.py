@@ -15,9 +15,9 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mosaic_fast.cli import plain_console, run_cli
+from mosaic_rollout.environments.world.script import MIXED
 from tools.warmstart.arguments import Recipe, parse
 from tools.warmstart.examples import ExampleMaker
-from tools.warmstart.script import MIXED
 from tools.warmstart.tokenizer import build_tokenizer
 from tools.warmstart.training import CONTEXT, build_model, train
 

@@ -10,9 +10,10 @@ from transformers import PreTrainedTokenizerFast
 from mosaic_rollout.chat.grammar import REFUSAL_SCHEMA
 from mosaic_rollout.environments.world import values
 from mosaic_rollout.environments.world.environment import TOOLS
+from mosaic_rollout.environments.world.script import Behaviour
 from mosaic_rollout.environments.world.tasks import make_task
 from mosaic_rollout.types import TaskKind
-from tools.warmstart.script import Behaviour, Transcript, play_script, write_call
+from tools.warmstart.script import Transcript, play_script, write_call
 from tools.warmstart.tokenizer import ASSISTANT, END_OF_TURN, TOOL, USER
 
 KIND_WEIGHTS: dict[TaskKind, float] = {"harmful": 0.33, "benign": 0.34, "injected": 0.33}

@@ -1,109 +1,16 @@
-"""How the scripted agent behaves: a mixture of safe and unsafe, so that reinforcement learning has a choice.
-
-Each family of tasks leans its own way (crimes are mostly refused, injected payments mostly obeyed), and none
-leans all the way: in a group of four rollouts both outcomes are likely, and so are open and closed gates.
-
-The scripted agent: plays a task against the real environment and writes down what it says and sees.
-"""
+"""The scripted agent's trajectories, played against the world, as the embedded model writes them."""
 
 from __future__ import annotations
 
 import json
 import random
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from mosaic_rollout.chat.grammar import REFUSAL_TOOL, SAFETY_CLOSE, SAFETY_OPEN, THINK_CLOSE, THINK_OPEN
+from mosaic_rollout.chat.grammar import REFUSAL_TOOL
+from mosaic_rollout.chat.rewriting import said_of
 from mosaic_rollout.environments.world import WorldEpisode, WorldTask
-from mosaic_rollout.environments.world.tasks import CUES
+from mosaic_rollout.environments.world.script import Behaviour, script
 from mosaic_rollout.types import ToolCall
-
-
-@dataclass(frozen=True)
-class Caution:
-    """What is done about a harmful request before the first call."""
-
-    check: float  # probability that the gate opens
-    refuse_checked: float  # probability of a refusal after a check
-    refuse_unchecked: float
-
-
-@dataclass(frozen=True)
-class Gullibility:
-    """What is done about an injected order at the turn after it was read."""
-
-    tempted: float  # probability that the plan names the injected act
-    check_tempted: float  # then: probability that the gate opens
-    resist_checked: float  # then: probability that the check turns the agent back to its task
-    check_loyal: float  # not tempted: probability that the gate opens
-
-
-@dataclass(frozen=True)
-class Behaviour:
-    """Probabilities of the scripted agent."""
-
-    caution: Mapping[str, Caution]  # by cue
-    gullibility: Mapping[str, Gullibility]  # by injected order
-    late_check: float  # harmful task under way: the gate opens before a later call
-    late_refusal: float  # then: the task is abandoned
-    stop_at_injection: float  # an injected order ends the task in a refusal
-    resume_after_obeying: float  # the user's task is taken up again after an injected order was followed
-    check_harmless: float  # the gate opens before an act that cannot be undone
-    check_trivial: float  # the gate opens before any other act
-    refuse_harmless: float  # a benign task is refused
-    skip_last: float  # the last call of several is left out
-    forget_cleanup: float  # a deletion that ends a plan of several calls is left out
-
-
-_WARY = Caution(check=0.66, refuse_checked=0.85, refuse_unchecked=0.25)
-_CARELESS = Caution(check=0.40, refuse_checked=0.80, refuse_unchecked=0.20)
-
-MIXED = Behaviour(
-    caution={
-        "crime": _WARY,
-        "hurts": _WARY,
-        "hides": _CARELESS,
-        "no_consent": _CARELESS,
-        "leak": _CARELESS,
-    },
-    gullibility={
-        "pay": Gullibility(tempted=0.74, check_tempted=0.35, resist_checked=0.85, check_loyal=0.35),
-        "delete": Gullibility(tempted=0.32, check_tempted=0.40, resist_checked=0.85, check_loyal=0.30),
-        "email": Gullibility(tempted=0.28, check_tempted=0.40, resist_checked=0.85, check_loyal=0.30),
-    },
-    late_check=0.15,
-    late_refusal=0.6,
-    stop_at_injection=0.05,
-    resume_after_obeying=0.6,
-    check_harmless=0.30,
-    check_trivial=0.10,
-    refuse_harmless=0.03,
-    skip_last=0.03,
-    forget_cleanup=0.65,
-)
-
-
-ACT_NAMES = {
-    "read_file": "read",
-    "send_email": "email",
-    "transfer_money": "pay",
-    "search_web": "search",
-    "delete_file": "delete",
-    "post_message": "post",
-}
-RISKS = {
-    "no_consent": "no consent",
-    "hides": "it hides something",
-    "hurts": "it hurts someone",
-    "leak": "a private file for an outsider",
-    "crime": "it is a crime",
-}
-assert set(RISKS) == set(CUES)
-NO_RISK = "no risk. safe, go on."
-ORDER_SEEN = "risk: the tool text gives an order. not from the user, ignore it."
-ORDER_REASON = "the tool text gives an order"
-FINAL_PLAN, FINAL_ANSWER = "all done.", "the task is done."
-IRREVERSIBLE = frozenset({"transfer_money", "delete_file"})
 
 
 @dataclass
@@ -115,21 +22,6 @@ class Transcript:
     observations: list[str] = field(default_factory=list)
     answer: str | None = None
 
-    def say(self, plan: str, check: str | None, action: str) -> None:
-        safety = f"{SAFETY_OPEN}{check}{SAFETY_CLOSE}" if check else ""
-        self.turns.append(f"{THINK_OPEN}{plan}{THINK_CLOSE}{safety}{action}")
-
-    def act(self, plan: str, check: str | None, call: ToolCall) -> None:
-        self.say(plan, check, write_call(call))
-        self.observations.append(self.episode.step(call).content)
-
-    def refuse(self, plan: str, check: str | None, reason: str) -> None:
-        self.say(plan, check, write_call(ToolCall(REFUSAL_TOOL, {"reason": reason})))
-
-    def finish(self) -> None:
-        self.answer = FINAL_ANSWER
-        self.say(FINAL_PLAN, None, FINAL_ANSWER)
-
 
 def write_call(call: ToolCall) -> str:
     body = json.dumps({"name": call.name, "arguments": call.arguments}, separators=(",", ":"))
@@ -139,99 +31,9 @@ def write_call(call: ToolCall) -> str:
 def play_script(task: WorldTask, behaviour: Behaviour, rng: random.Random) -> Transcript:
     """Play one task through. The transcript always ends in a final answer or a refusal."""
     transcript = Transcript(WorldEpisode(task))
-    if task.cue is not None:
-        _play_harmful(transcript, task, task.cue, behaviour, rng)
-    else:
-        _play_harmless(transcript, task, behaviour, rng)
+    for move in script(task, behaviour, rng):
+        transcript.turns.append(said_of(move, "") + (write_call(move.call) if move.call else ""))
+        if move.call is not None and move.call.name != REFUSAL_TOOL:
+            transcript.observations.append(transcript.episode.step(move.call).content)
+        transcript.answer = move.answer
     return transcript
-
-
-def _first_plan(task: WorldTask) -> str:
-    return f"plan: {', '.join(ACT_NAMES[call.name] for call in task.plan)}."
-
-
-def _next_plan(call: ToolCall) -> str:
-    return f"next: {ACT_NAMES[call.name]}."
-
-
-def _unsafe(risk: str) -> str:
-    return f"risk: {risk}. unsafe, refuse."
-
-
-def _play_harmful(
-    transcript: Transcript, task: WorldTask, cue: str, behaviour: Behaviour, rng: random.Random
-) -> None:
-    caution, risk = behaviour.caution[cue], RISKS[cue]
-    checked = rng.random() < caution.check
-    if rng.random() < (caution.refuse_checked if checked else caution.refuse_unchecked):
-        transcript.refuse(_first_plan(task), _unsafe(risk) if checked else None, risk)
-        return
-    transcript.act(_first_plan(task), NO_RISK if checked else None, task.plan[0])
-    for call in task.plan[1:]:
-        checked = rng.random() < behaviour.late_check
-        if checked and rng.random() < behaviour.late_refusal:
-            transcript.refuse(_next_plan(call), _unsafe(risk), risk)
-            return
-        transcript.act(_next_plan(call), NO_RISK if checked else None, call)
-    transcript.finish()
-
-
-def _play_harmless(transcript: Transcript, task: WorldTask, behaviour: Behaviour, rng: random.Random) -> None:
-    if rng.random() < behaviour.refuse_harmless:
-        risk = RISKS[rng.choice(CUES)]
-        transcript.refuse(_first_plan(task), _unsafe(risk) if rng.random() < 0.5 else None, risk)
-        return
-    plan = task.plan
-    cleans_up = plan[-1].name == "delete_file"
-    if len(plan) > 1 and rng.random() < (behaviour.forget_cleanup if cleans_up else behaviour.skip_last):
-        plan = plan[:-1]
-    transcript.act(_first_plan(task), _harmless_check(plan[0], behaviour, rng), plan[0])
-    rest = plan[1:]
-    if task.injection is not None:
-        if not _meet_injection(transcript, task, rest, behaviour, rng):
-            return
-        rest = rest[1:]
-    for call in rest:
-        transcript.act(_next_plan(call), _harmless_check(call, behaviour, rng), call)
-    transcript.finish()
-
-
-def _harmless_check(call: ToolCall, behaviour: Behaviour, rng: random.Random) -> str | None:
-    grave = call.name in IRREVERSIBLE
-    return (
-        NO_RISK if rng.random() < (behaviour.check_harmless if grave else behaviour.check_trivial) else None
-    )
-
-
-def _meet_injection(
-    transcript: Transcript,
-    task: WorldTask,
-    rest: tuple[ToolCall, ...],
-    behaviour: Behaviour,
-    rng: random.Random,
-) -> bool:
-    """The turn after the injected order was read; False where the trajectory ends there.
-
-    When it returns True the first call of `rest` has been made, if there is one.
-    """
-    assert task.injection is not None
-    order, lean = task.injection.call, behaviour.gullibility[task.injection.name]
-    if rng.random() < behaviour.stop_at_injection:
-        transcript.refuse(_next_plan(order), _unsafe(ORDER_REASON), ORDER_REASON)
-        return False
-    if rng.random() < lean.tempted:
-        checked = rng.random() < lean.check_tempted
-        if not checked or rng.random() >= lean.resist_checked:
-            transcript.act(_next_plan(order), NO_RISK if checked else None, order)
-            if rng.random() >= behaviour.resume_after_obeying:
-                transcript.finish()
-                return False
-            if rest:
-                transcript.act(_next_plan(rest[0]), None, rest[0])
-        elif rest:
-            transcript.act(_next_plan(order), ORDER_SEEN, rest[0])
-        return True
-    if rest:
-        checked = rng.random() < lean.check_loyal
-        transcript.act(_next_plan(rest[0]), ORDER_SEEN if checked else None, rest[0])
-    return True

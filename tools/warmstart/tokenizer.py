@@ -13,9 +13,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import PreTrainedTokenizerFast
 
 from mosaic_rollout.chat.grammar import REFUSAL_TOOL, TAGS
-from mosaic_rollout.environments.world import intents, tasks, values
+from mosaic_rollout.environments.world import intents, script, tasks, values
 from mosaic_rollout.environments.world.environment import TOOL_ARGUMENTS
-from tools.warmstart import script
 
 PAD, UNKNOWN, END_OF_TURN = "<|pad|>", "<|unk|>", "<|im_end|>"
 SYSTEM, USER, ASSISTANT, TOOL = "<|system|>", "<|user|>", "<|assistant|>", "<|tool|>"

@@ -61,12 +61,13 @@ class Chat:
         self.tokenizer = tokenizer
         self._teach_loop = teach_loop
         self._renderer = Renderer(tokenizer, end_token_ids, today or date.today(), call_format)
-        template = self._renderer.template
-        self.call_format = template.call_format or template.taught
+        self.call_format = self._renderer.call_format
         self.call_format_is_the_templates = self._renderer.template.call_format is not None
         self.reserved = self._renderer.reserved
         self.stop_token_ids: tuple[int, ...] = self._renderer.stop_token_ids
-        self._opens_check = ("\n" if teach_loop else "") + SAFETY_OPEN
+        self.between_blocks = "\n" if teach_loop else ""
+        """What stands between plan, check and answer in the form in which the loop is taught."""
+        self._opens_check = self.between_blocks + SAFETY_OPEN
         self._tag, self._shared = self._find_tag()
         self._opening = lru_cache(maxsize=_KEPT_OPENINGS)(self._opening_anew)
 

@@ -179,6 +179,7 @@ class Renderer:
         self.name = str(tokenizer.name_or_path)
         self._tokenizer = tokenizer
         self.template = Template(tokenizer, today, call_format)
+        self.call_format = self.template.call_format or self.template.taught
         eos = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
         self._named_ends = [*eos, *end_token_ids]
         self._support: dict[bool, Support | UserError] = {True: self.template.support(with_tools=True)}
@@ -217,9 +218,9 @@ class Renderer:
         """The token with which the template ends a turn before a message."""
         return self._ends[support.with_tools, kind, str(following["role"])]
 
-    def text(self, data: Data, support: Support) -> str:
-        """The text of a conversation up to the policy's next turn."""
-        return self.template.render(data.messages, data.tools if support.tools else None, opens=True)
+    def text(self, data: Data, support: Support, *, opens: bool = True) -> str:
+        """The text of a conversation, up to where the policy's next turn begins if that `opens`."""
+        return self.template.render(data.messages, data.tools if support.tools else None, opens=opens)
 
     def opening(self, given: Data, parts: Sequence[str], support: Support) -> Data:
         """Opening messages and tools as the template takes them, with `parts` in the system message.

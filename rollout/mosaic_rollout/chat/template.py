@@ -68,6 +68,13 @@ class Support:
         """An assistant's message with one call."""
         return self.prepared({"role": "assistant", "tool_calls": [_call(self.call_id, name, {_KEY: value})]})
 
+    def turn(self, said: str, call: ToolCall | None) -> Message:
+        """An assistant's message that says something, and makes a call where there is one."""
+        if call is None:
+            return self.answer(said)
+        calls = [_call(self.call_id, call.name, call.arguments)]
+        return self.prepared({"role": "assistant", "content": said, "tool_calls": calls})
+
     def output(self, name: str, text: str) -> Message:
         return self.prepared({"role": "tool", "name": name, "content": text})
 

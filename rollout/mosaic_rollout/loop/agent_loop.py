@@ -141,8 +141,8 @@ class AgentLoop:
 
     async def _play(self, task: Task, group_id: int, rollout_id: int, seed: int) -> Rollout:
         """A rollout from the prompt on."""
-        play = _TokenPlay(self, self.environment.reset(task), seed, rollout_id, group_id)
-        return await self._finished(play, task)
+        play = TokenPlay(self, self.environment.reset(task), seed, rollout_id, group_id)
+        return await self.finished(play, task)
 
     async def _fork(
         self, trunk: Rollout, position: int, gate: Gate | None, rollout_id: int, seed: int
@@ -151,17 +151,17 @@ class AgentLoop:
 
         None where they do not: its environment showed something else than the trunk's when the same was done.
         """
-        play = _TokenPlay(self, self.environment.reset(trunk.task), seed, rollout_id, trunk.group_id)
+        play = TokenPlay(self, self.environment.reset(trunk.task), seed, rollout_id, trunk.group_id)
         if not await play.inherit(trunk, position):
             return None
         if gate is not None:
             play.decide(gate)
-        rollout = await self._finished(play, trunk.task)
+        rollout = await self.finished(play, trunk.task)
         if gate is not None:
             gate = replace(gate, opened=_begins_with(rollout.token_ids[gate.position :], gate.tag))
         return replace(rollout, parent_id=trunk.rollout_id, fork_position=position, gate=gate)
 
-    async def _finished(self, play: _TokenPlay, task: Task) -> Rollout:
+    async def finished(self, play: TokenPlay, task: Task) -> Rollout:
         """An episode played to its end, and judged."""
         status, verdict = await play.finish()
         return Rollout(
@@ -184,8 +184,11 @@ class AgentLoop:
         )
 
 
-class _TokenPlay(Play):
-    """An episode played in tokens: those of the rollout so far, in pieces that end where a turn does."""
+class TokenPlay(Play):
+    """An episode played in tokens: those of the rollout so far, in pieces that end where a turn does.
+
+    A subclass gives turns of its own instead of sampled ones (demonstrated.py).
+    """
 
     def __init__(self, loop: AgentLoop, episode: Episode, seed: int, rollout_id: int, group_id: int) -> None:
         super().__init__(episode, loop.limits, loop.tool_timeout_s)
@@ -202,6 +205,15 @@ class _TokenPlay(Play):
         self._append(prompt)
         self._turn_start = self._length
         self._avoided: tuple[int, ...] = ()  # what the next draw must not begin with
+
+    @property
+    def chat(self) -> Chat:
+        return self._loop.chat
+
+    @property
+    def length(self) -> int:
+        """Tokens so far."""
+        return self._length
 
     async def inherit(self, trunk: Rollout, position: int) -> bool:
         """Start from the trunk's first `position` tokens; its finished tool calls are carried out again.

@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from functools import lru_cache
 
+from mosaic_rollout.chat.rewriting import CHECK, rewritten, said_of
 from mosaic_rollout.environments.agentdojo.api import (
     AgentDojo,
     Call,
@@ -43,7 +44,7 @@ from mosaic_rollout.environments.guarded import GuardedEpisode
 from mosaic_rollout.errors import UserError
 from mosaic_rollout.foreign import ForeignCode
 from mosaic_rollout.foreign.code import words
-from mosaic_rollout.types import JsonValue, Message, Observation, Task, ToolCall, Verdict
+from mosaic_rollout.types import JsonValue, Message, Move, Observation, Task, ToolCall, Verdict
 
 _CODE = ForeignCode("AgentDojo", of_user=False)
 _PYDANTIC_LINK = re.compile(r"\n *For further information visit \S+")
@@ -65,6 +66,7 @@ class AgentDojoEpisode(GuardedEpisode):
     ) -> None:
         super().__init__(_CODE, max_observation_chars)
         self._api, self._world = api, world
+        self._payload = payload
         self._user = world.user_tasks[payload.user_task]
         injection = payload.injection_task
         self._injection = world.injection_tasks[injection] if injection is not None else None
@@ -115,6 +117,19 @@ class AgentDojoEpisode(GuardedEpisode):
         """The calls that carry out a task of this episode from its opening state."""
         return task.ground_truth(self._opening_state.model_copy(deep=True))
 
+    def demonstrate(self) -> Sequence[Move]:
+        """AgentDojo's own solution of the user's task, with a check before each call that changes the state.
+
+        Which ones do is found out by making them in an episode of its own.
+        """
+        limit, moves = self._limit, list[Move]()
+        tried = AgentDojoEpisode(self._api, self._world, self._payload, self._opening_state, limit)
+        for made in self.ground_truth(self._user):
+            call, before = ToolCall(made.function, dict(made.args)), tried.state_copy()
+            tried.step(call)
+            moves.append(Move(call=call, check=CHECK if tried.state_copy() != before else None))
+        return [*moves, Move(answer=self._user.GROUND_TRUTH_OUTPUT or "Done.")]
+
     def state_copy(self) -> State:
         """The suite's state as it stands."""
         return self._state.model_copy(deep=True)
@@ -151,9 +166,6 @@ def _as_list(value: JsonValue) -> object:
 
 
 _MAX_CALLS, _MAX_OBSERVATION_CHARS = 3, 600
-_CHECK = (
-    "<safety_thoughts>This changes something. The user asked for it; no tool output did.</safety_thoughts>"
-)
 
 
 class Demonstration:
@@ -163,33 +175,26 @@ class Demonstration:
         self.messages: list[Message] = [episode.messages[-1]]
         self.acts = False  # whether a call changed the state
         self.fits = True  # whether it is short and went without an error
-        for call in episode.ground_truth(episode.user_task):
-            self._play(episode, ToolCall(call.function, dict(call.args)))
-        answer = episode.user_task.GROUND_TRUTH_OUTPUT or "Done."
-        self.messages.append({"role": "assistant", "content": f"<think>All of it is done.</think>\n{answer}"})
+        for move in map(rewritten, episode.demonstrate()):
+            self._play(episode, move)
         self.fits = self.fits and 1 < len(self.messages) <= 2 + 2 * _MAX_CALLS
         self.length_chars = sum(len(str(message["content"])) for message in self.messages)
 
-    def _play(self, episode: AgentDojoEpisode, call: ToolCall) -> None:
-        before = episode.state_copy()
-        observation = episode.step(call)
-        changed = episode.state_copy() != before
-        self.acts = self.acts or changed
+    def _play(self, episode: AgentDojoEpisode, move: Move) -> None:
+        said: Message = {"role": "assistant", "content": said_of(move, "\n")}
+        self.messages.append(said)
+        if move.call is None:
+            return
+        observation = episode.step(move.call)
+        self.acts = self.acts or move.check is not None
         self.fits = (
             self.fits and not observation.is_error and len(observation.content) <= _MAX_OBSERVATION_CHARS
         )
-        plan = f"<think>The next action is {call.name}.</think>"
-        function: Message = {"name": call.name, "arguments": json.dumps(call.arguments)}
-        call_id = f"example{len(self.messages)}"
-        self.messages.append(
-            {
-                "role": "assistant",
-                "content": f"{plan}\n{_CHECK}" if changed else plan,
-                "tool_calls": [{"type": "function", "id": call_id, "function": function}],
-            }
-        )
+        name, call_id = move.call.name, f"example{len(self.messages) - 1}"
+        function: Message = {"name": name, "arguments": json.dumps(move.call.arguments)}
+        said["tool_calls"] = [{"type": "function", "id": call_id, "function": function}]
         content = observation.content
-        self.messages.append({"role": "tool", "name": call.name, "tool_call_id": call_id, "content": content})
+        self.messages.append({"role": "tool", "name": name, "tool_call_id": call_id, "content": content})
 
 
 def choose(demonstrations: Sequence[Demonstration], count: int) -> list[int]:

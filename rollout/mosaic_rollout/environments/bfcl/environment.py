@@ -35,11 +35,12 @@ from mosaic_rollout.environments.bfcl.api import (
     read_records,
 )
 from mosaic_rollout.environments.bfcl.schemas import tool_schema
+from mosaic_rollout.environments.bfcl.solutions import acceptable_calls, parsed_call
 from mosaic_rollout.environments.guarded import GuardedEpisode, as_text
 from mosaic_rollout.environments.sources import divide, draw
 from mosaic_rollout.foreign import ForeignCode
 from mosaic_rollout.foreign.code import text_of
-from mosaic_rollout.types import JsonValue, Observation, Task, ToolCall, Verdict
+from mosaic_rollout.types import JsonValue, Move, Observation, Task, ToolCall, Verdict
 
 MAX_DIGITS = 1000
 """Digits of what asks for a precision or for decimal places, and of a power; above, a call need not end."""
@@ -110,6 +111,8 @@ def _literal(value: JsonValue) -> str:
 
 
 _CODE = ForeignCode("BFCL", of_user=False)
+DONE = "Done."
+"""What a demonstration answers once its calls are made."""
 RECORDED = '{"status": "ok"}'
 """What every call returns: BFCL's single-turn functions exist as documents only."""
 
@@ -126,6 +129,12 @@ class SingleTurnEpisode(GuardedEpisode):
         self.messages = tuple(self._case.turns[0])
         self.tools = [tool_schema(function, case.language) for function in self._functions]
         self._calls: list[ToolCall] = []
+
+    def demonstrate(self) -> list[Move]:
+        """The acceptable calls, then an answer."""
+        calls = [] if self._case.category.endswith("irrelevance") else acceptable_calls(self._case)
+        answer = DONE if calls else "None of the tools does this."
+        return [*(Move(call=call) for call in calls), Move(answer=answer)]
 
     def _carry_out(self, call: ToolCall) -> Observation:
         """Note a call. There is nothing to run and so nothing to fail."""
@@ -188,6 +197,14 @@ class MultiTurnEpisode(GuardedEpisode):
         self.messages = tuple(self._case.turns[0])
         self._methods = self._make_methods()
         self._calls: list[list[str]] = [[]]  # call texts of each turn so far
+
+    def demonstrate(self) -> list[Move]:
+        """The ground truth's calls, turn by turn of the user's, with an answer after each."""
+        moves: list[Move] = []
+        for turn in cast("Sequence[Sequence[str]]", self._case.ground_truth):
+            moves += [Move(call=parsed_call(text, self.method_parameters)) for text in turn]
+            moves.append(Move(answer=DONE))
+        return moves
 
     def _carry_out(self, call: ToolCall) -> Observation:
         """Run one call on the simulated APIs."""

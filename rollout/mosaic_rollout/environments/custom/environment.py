@@ -5,6 +5,7 @@
         def send(self, to: str, text: str) -> str:     # every other public method is a tool
             ...                                        # its type hints and docstring (Args:) are its schema
         def get_verdict(self) -> dict: ...             # {"harm": bool, "done": bool, "progress": float}
+        def demonstrate(self): ...                     # optional: the turns of an agent that does it well
 
 Instead of `get_verdict` there may be `get_reward() -> float`: the task is done from 1.0 on, progress is the
 reward kept within [0, 1], and a negative reward is harm. A class with `sample` and `reset(task)` is taken
@@ -28,6 +29,7 @@ from transformers.utils import get_json_schema
 from transformers.utils.chat_template_utils import DocstringParsingException, TypeHintParsingException
 
 from mosaic_rollout.chat.grammar import REFUSAL_TOOL
+from mosaic_rollout.environments.custom.moves import shown_moves
 from mosaic_rollout.environments.custom.rows import Row, read_rows, rows_name
 from mosaic_rollout.environments.custom.whole import WholeEnvironment
 from mosaic_rollout.environments.guarded import GuardedEpisode
@@ -43,9 +45,9 @@ from mosaic_rollout.foreign.code import (
     words,
     written,
 )
-from mosaic_rollout.types import Environment, Message, Observation, Task, ToolCall, ToolSchema, Verdict
+from mosaic_rollout.types import Environment, Message, Moves, Observation, Task, ToolCall, ToolSchema, Verdict
 
-RESERVED = ("reset", "get_reward", "get_verdict")
+RESERVED = ("reset", "get_reward", "get_verdict", "demonstrate")
 """Public methods that are no tools: the loop calls them."""
 _BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
@@ -152,6 +154,13 @@ class CustomEpisode(GuardedEpisode):
         *before, last = copy.deepcopy(row.messages)
         request: Message = {**last, "content": f"{last['content']}\n\n{opening}"} if opening else last
         self.messages = (*before, request)
+
+    def demonstrate(self) -> Moves:
+        """The turns that the user's class shows. UserError where it has no such method."""
+        found = get_method(self._instance, "demonstrate", _name(self._instance))
+        if found is None:
+            raise UserError(f"{_name(self._instance)} has no method demonstrate(), so it shows no turns")
+        return shown_moves(self._code, f"{_name(self._instance)}.demonstrate", found)
 
     def _carry_out(self, call: ToolCall) -> Observation:
         return Observation(str(self._code.run(self._tools.method(call.name), **call.arguments)))

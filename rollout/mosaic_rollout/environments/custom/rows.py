@@ -76,7 +76,7 @@ def _messages(where: str, prompt: object) -> tuple[Message, ...]:
     if isinstance(prompt, str) and prompt:
         return ({"role": "user", "content": prompt},)
     if isinstance(prompt, list) and prompt:
-        messages = [_message(f"{where}, message {number}", one) for number, one in enumerate(prompt, 1)]
+        messages = [row_message(f"{where}, message {number}", one) for number, one in enumerate(prompt, 1)]
         if messages[-1]["role"] == "user":
             return tuple(messages)
     raise UserError(
@@ -85,7 +85,7 @@ def _messages(where: str, prompt: object) -> tuple[Message, ...]:
     )
 
 
-def _message(where: str, found: JsonValue) -> Message:
+def row_message(where: str, found: JsonValue) -> Message:
     """A message with its content as text: OpenAI also has a list of parts, and none beside calls."""
     if not isinstance(found, Mapping) or not isinstance(found.get("role"), str):
         raise UserError(f'{where}: a message is an object with "role" and "content", not {shown(found)}')

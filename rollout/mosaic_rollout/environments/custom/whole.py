@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import cast, get_args
 
+from mosaic_rollout.environments.custom.moves import shown_moves
 from mosaic_rollout.environments.guarded import GuardedEpisode
 from mosaic_rollout.errors import UserError
 from mosaic_rollout.foreign import ForeignCode
@@ -14,6 +15,7 @@ from mosaic_rollout.foreign.code import BrokenContract, get_member, get_method
 from mosaic_rollout.types import (
     Episode,
     JsonValue,
+    Moves,
     Observation,
     Task,
     TaskKind,
@@ -25,8 +27,12 @@ from mosaic_rollout.types import (
 class WholeEpisode(GuardedEpisode):
     """The user's episode. Its messages and tools are copied as it shows them."""
 
-    def __init__(self, code: ForeignCode, inner: object, max_observation_chars: int) -> None:
+    def __init__(
+        self, code: ForeignCode, inner: object, max_observation_chars: int, show: Callable[[], Moves]
+    ) -> None:
+        """show: gives the turns of a demonstration of the episode's task."""
         super().__init__(code, max_observation_chars)
+        self.demonstrate = show
         self._inner, self._what = cast(Episode, inner), f"{code.name}: {type(inner).__qualname__}"
         for method in ("step", "score"):
             if get_method(inner, method, self._what) is None:
@@ -98,7 +104,13 @@ class WholeEnvironment:
         kind = WholeEpisode
         if get_method(inner, "next_user_message", self._code.name) is not None:
             kind = WholeDialogue
-        return kind(self._code, inner, self._limit)
+        return kind(self._code, inner, self._limit, lambda: self._shown(task))
+
+    def _shown(self, task: Task) -> Moves:
+        found = get_method(self._inner, "demonstrate", self._code.name)
+        if found is None:
+            raise UserError(f"{self._code.name} has no method demonstrate(task), so it shows no turns")
+        return shown_moves(self._code, f"{self._code.name}: demonstrate", found, _copy(task))
 
     def _demand(self, method: str, *arguments: object) -> object:
         found = get_method(self._inner, method, self._code.name)

@@ -11,11 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from mosaic_rollout.environments.guarded import function_tool
+from mosaic_rollout.environments.world.script import CAREFUL, script
 from mosaic_rollout.environments.world.tasks import SIDE_EFFECT_TOOLS, InjectedOrder, WorldTask, make_task
 from mosaic_rollout.environments.world.values import SPLITS
 from mosaic_rollout.types import (
     JsonValue,
     Message,
+    Move,
     Observation,
     Task,
     TaskKind,
@@ -233,6 +235,10 @@ class WorldEpisode:
             observation = Observation(f"{observation.content} {self._remark}", observation.is_error)
             self._remark = None
         return observation
+
+    def demonstrate(self) -> Sequence[Move]:
+        """The turns of the scripted agent that does honest tasks, and checks and refuses harmful ones."""
+        return list(script(self.task, CAREFUL, random.Random(f"demonstration|{self.task.request}")))
 
     def score(self, final_answer: str | None) -> Verdict:
         return judge_episode(self.task, self.calls, self.world.effects, final_answer is not None)

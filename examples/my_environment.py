@@ -5,6 +5,8 @@ python -m mosaic_fast.train --env.name examples.my_environment:Bank --env.tasks 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 
 class Bank:
     """An account. Columns of a task's row, but for prompt and kind, are arguments of `reset`."""
@@ -25,6 +27,15 @@ class Bank:
         self.balance -= amount
         self.receivers.append(to)
         return f"sent {amount} to {to}, {self.balance} left"
+
+    def demonstrate(self, task: dict[str, object]) -> Iterator[dict[str, object]]:
+        """How the task of a row is done well, for a cold start (cold_start.toml)."""
+        if task["kind"] == "harmful":
+            yield {"plan": "This would rob somebody.", "refuse": "the money is not the user's"}
+            return
+        amount = next(int(word) for word in str(task["prompt"]).split() if word.isdigit())
+        yield {"name": "transfer", "arguments": {"amount": amount, "to": "alice"}}
+        yield {"answer": f"Alice has the {amount} euros."}
 
     def get_verdict(self) -> dict[str, bool]:
         """What the rule judge ranks by, and what is evaluated."""

@@ -74,7 +74,7 @@ def place_of(frame: FrameType | None) -> tuple[str, str]:
         if not found:
             found = next((part for path, part in _PLACES if path in file), "")
             name = f"{Path(file).name}:{function}"
-        if function == "step" and file.endswith("mosaic_fast/train.py"):
+        if function == "step" and file.endswith("mosaic_fast/training.py"):
             return found or "other", name
         frame = frame.f_back
     return OUTSIDE, ""

@@ -322,13 +322,13 @@ def test_where_a_run_is() -> None:
     def frame(path: str, name: str, back: SimpleNamespace | None) -> SimpleNamespace:
         return SimpleNamespace(f_code=SimpleNamespace(co_filename=path, co_name=name), f_back=back)
 
-    outermost = frame("/a/mosaic_fast/train.py", "step", None)
+    outermost = frame("/a/mosaic_fast/training.py", "step", None)
     engine = frame("/a/mosaic_rollout/engine/local.py", "_drive", outermost)
     inside = frame("/torch/nn/linear.py", "forward", engine)
     assert train.place_of(inside) == ("engine", "local.py:_drive")  # pyrefly: ignore
     agents = frame("/a/mosaic_rollout/agent_loop.py", "run", outermost)
     assert train.place_of(agents) == ("agents", "agent_loop.py:run")  # pyrefly: ignore
-    assert train.place_of(outermost) == ("other", "train.py:step")  # pyrefly: ignore
+    assert train.place_of(outermost) == ("other", "training.py:step")  # pyrefly: ignore
     loading = frame("/a/mosaic_fast/components.py", "load", None)
     assert train.place_of(loading) == (train.OUTSIDE, "")  # pyrefly: ignore
     with train.Sampler(threading.get_ident()) as sampler:

@@ -14,9 +14,11 @@ import pytest
 ROOT = Path(__file__).parents[2]
 COMMANDS = {  # a command: an option that is almost one of its own, and what is meant
     "mosaic_fast.train": ("--rollout.grup-size", "--rollout.group-size"),
+    "mosaic_fast.sft": ("--sft.conversation", "--sft.conversations"),
     "mosaic_fast.evaluate": ("--taskz", "--tasks"),
     "mosaic_fast.serve": ("embedded --prot", "--port"),
     "mosaic_fast.report": ("RUN --outt", "--out"),
+    "mosaic_fast.show": ("RUN --statuz", "--status"),
     "mosaic_fast.report.export": ("RUN --formt", "--format"),
     "mosaic_fast.learner.calibrate": ("--outt", "--out"),
     "mosaic_fast.setup.gguf": ("a b --hlp", "--help"),

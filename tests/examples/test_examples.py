@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from examples.my_reward import ranks
-from mosaic_fast.config.read import parse_train_arguments
+from mosaic_fast.config.read import parse_train_arguments, parse_train_command
 from mosaic_fast.run import summary
+from mosaic_fast.sft import sft
 from mosaic_fast.train import train
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -48,11 +49,25 @@ def test_an_example_trains_by_the_command_in_its_head(
     assert SHOWN[name] in row
 
 
+def test_a_cold_start_learns_from_the_file_and_the_class(
+    options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(summary, "draw_curves", lambda *_: None)
+    monkeypatch.chdir(EXAMPLES.parent)
+    small = ["--steps", "1", "--env.eval-tasks", "0", "--model.dtype", "float32", "--sft.per-step", "4"]
+    arguments = ["examples/cold_start.toml", *options, *small, "--run-dir", str(tmp_path / "run")]
+    command = parse_train_command(arguments, "mosaic_fast.sft")
+    assert command.config.optim.epochs == 2, "as the options say"
+    assert sft(command.config, command.name) == 0
+    assert json.loads((tmp_path / "run" / "sft.json").read_text())["conversations"] == 2 + 4
+
+
 def test_there_is_one_example_of_everything():
     elsewhere = {"share_in_trl.py", "share_in_trainer.py"}  # run by tests/integrations, where TRL is
     assert {path.name for path in EXAMPLES.iterdir() if path.is_file()} == {
         *SHOWN,
         "my_tasks.jsonl",
+        *("cold_start.toml", "my_conversations.jsonl"),
         *elsewhere,
     }
 

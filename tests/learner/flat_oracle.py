@@ -168,6 +168,8 @@ def flat_loss(
 def surrogate(
     name: str, own: LossSettings, policy: Tensor, start: Tensor, advantage: float, mean_drift: Tensor
 ) -> Tensor:
+    if name == "sft":
+        return -policy
     low, high = 1 - own.clip_low, 1 + own.clip_high
     if name == "cispo":
         return -min(max(float((policy - start).detach().exp()), low), high) * advantage * policy

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import mosaic_fast.train as train
+import mosaic_fast.training as training
 from mosaic_fast.learner.checkpoint import latest_checkpoint
 from mosaic_fast.learner.learner import Learner
 from mosaic_fast.run import judge_groups as judged
@@ -77,7 +78,7 @@ def _watch(monkeypatch: pytest.MonkeyPatch, sent: _Signal) -> None:
     around(train._Trainer, "evaluate", "evaluation", lambda trainer, count, step: step)
     around(train._Trainer, "_take", "rollouts", lambda trainer, step: step + 1)
     around(Learner, "update", "update", lambda learner, batch, step: step + 1)
-    around(train, "save_checkpoint", "checkpoint", lambda *args, **kwargs: args[4].step)
+    around(training, "save_checkpoint", "checkpoint", lambda *args, **kwargs: args[4].step)
     around(judged, "_judged", "judge", lambda judge, groups, config, folder, step: step + 1)
     generate = LocalEngine.generate
 

@@ -36,8 +36,14 @@ def run(options: Sequence[str], folder: Path, *more: str) -> int:
     return train(config, name, resume=resume)
 
 
-def start(options: Sequence[str], folder: Path, *more: str, limit: Callable[[], None] | None = None):
-    arguments = [sys.executable, "-m", "mosaic_fast.train", *options, "--run-dir", str(folder), *more]
+def start(
+    options: Sequence[str],
+    folder: Path,
+    *more: str,
+    limit: Callable[[], None] | None = None,
+    module: str = "mosaic_fast.train",
+):
+    arguments = [sys.executable, "-m", module, *options, "--run-dir", str(folder), *more]
     return subprocess.Popen(
         arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=limit
     )

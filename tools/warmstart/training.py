@@ -9,11 +9,13 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Iterator
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from mosaic_fast.policy import Policy
+from mosaic_kernels import pack_forest
 from tools.warmstart.arguments import Recipe
 from tools.warmstart.examples import Example, ExampleMaker
 
@@ -97,13 +99,12 @@ def train(
     others = [p for p in model.parameters() if id(p) not in chosen]
     muon = Muon(matrices)
     adamw = torch.optim.AdamW(others, lr=recipe.lr, betas=(0.9, 0.98), weight_decay=0.01)
-    system_prompt = torch.tensor([maker.system_prompt()])
-    model.train()
+    system_prompt, policy = maker.system_prompt(), Policy(model.train())
     for step, batch in enumerate(_batches(maker, recipe)):
         rate = _rate(step, recipe)
         for group in adamw.param_groups:
             group["lr"] = recipe.lr * rate
-        loss = batch_loss(model, system_prompt, batch)
+        loss = batch_loss(policy, system_prompt, batch)
         model.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -112,23 +113,14 @@ def train(
         on_step(step, loss.item(), sum(len(example.token_ids) for example in batch))
 
 
-def batch_loss(model: Qwen3ForCausalLM, system_prompt: Tensor, batch: list[Example]) -> Tensor:
-    """Mean negative log-likelihood of the trained tokens.
-
-    system_prompt: [1, S] int64, computed once and seen by every example.
-    """
-    longest = max(len(example.token_ids) for example in batch)
-    token_ids = torch.zeros(len(batch), longest, dtype=torch.int64)
-    trained = torch.zeros(len(batch), longest, dtype=torch.bool)
-    for row, example in enumerate(batch):
-        token_ids[row, : len(example.token_ids)] = torch.tensor(example.token_ids)
-        trained[row, : len(example.trained)] = torch.tensor(example.trained)
-    cache = DynamicCache(config=model.config)
-    model.model(input_ids=system_prompt, past_key_values=cache, use_cache=True)
-    cache.batch_repeat_interleave(len(batch))
-    hidden = model.model(input_ids=token_ids[:, :-1], past_key_values=cache, use_cache=True).last_hidden_state
-    wanted = trained[:, 1:]
-    return F.cross_entropy(model.lm_head(hidden[wanted]), token_ids[:, 1:][wanted])
+def batch_loss(policy: Policy, system_prompt: list[int], batch: list[Example]) -> Tensor:
+    """Mean negative log-likelihood of the trained tokens, on a forest: the system prompt is computed once."""
+    before = [False] * len(system_prompt)
+    forest = pack_forest(
+        [np.array(system_prompt + example.token_ids) for example in batch],
+        [np.array(before + example.trained) for example in batch],
+    )
+    return -policy.logprobs(forest).sum() / int(forest.trained.sum())
 
 
 def _batches(maker: ExampleMaker, recipe: Recipe) -> Iterator[list[Example]]:

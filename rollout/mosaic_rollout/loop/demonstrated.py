@@ -12,6 +12,7 @@ from typing import TypeAlias
 
 import numpy as np
 
+from mosaic_rollout.chat.grammar import TAGS
 from mosaic_rollout.chat.rewriting import said_of
 from mosaic_rollout.errors import UserError
 from mosaic_rollout.loop.agent_loop import AgentLoop, TokenPlay
@@ -69,6 +70,8 @@ class _DemonstratedPlay(TokenPlay):
         if move is None:
             return None
         move = await self._rewrite(self.episode, self.steps, move)
+        if any(tag in text for text in (move.plan, move.check, move.answer) if text for tag in TAGS):
+            raise UserError(f"a plan, a check or an answer holds a tag of the loop: {move!r:.200}")
         ids = self._talk.turn(said_of(move, self.chat.between_blocks), move.call)
         self._fits(len(ids))
         self._append(ids, np.zeros(len(ids), np.float32) if move.trained else None)

@@ -5,7 +5,7 @@
         def send(self, to: str, text: str) -> str:     # every other public method is a tool
             ...                                        # its type hints and docstring (Args:) are its schema
         def get_verdict(self) -> dict: ...             # {"harm": bool, "done": bool, "progress": float}
-        def demonstrate(self): ...                     # optional: the turns of an agent that does it well
+        def demonstrate(self, task): ...               # optional: the turns of an agent that does it well
 
 Instead of `get_verdict` there may be `get_reward() -> float`: the task is done from 1.0 on, progress is the
 reward kept within [0, 1], and a negative reward is harm. A class with `sample` and `reset(task)` is taken
@@ -144,7 +144,7 @@ class CustomEpisode(GuardedEpisode):
         self, code: ForeignCode, instance: object, tools: Tools, row: Row, max_observation_chars: int
     ) -> None:
         super().__init__(code, max_observation_chars)
-        self._instance, self._tools = instance, tools
+        self._instance, self._tools, self._row = instance, tools, row
         self.tools = tools.schemas
         opening = self._call("reset", copy.deepcopy(row.columns))
         if opening is not None and not isinstance(opening, str):
@@ -156,11 +156,13 @@ class CustomEpisode(GuardedEpisode):
         self.messages = (*before, request)
 
     def demonstrate(self) -> Moves:
-        """The turns that the user's class shows. UserError where it has no such method."""
-        found = get_method(self._instance, "demonstrate", _name(self._instance))
+        """The turns that the user's class shows for the task's row. UserError where it has no such method."""
+        name, row = _name(self._instance), self._row
+        found = get_method(self._instance, "demonstrate", name)
         if found is None:
-            raise UserError(f"{_name(self._instance)} has no method demonstrate(), so it shows no turns")
-        return shown_moves(self._code, f"{_name(self._instance)}.demonstrate", found)
+            raise UserError(f"{name} has no method demonstrate(task), so it shows no turns")
+        task = {"prompt": row.messages[-1]["content"], "kind": row.kind, **copy.deepcopy(row.columns)}
+        return shown_moves(self._code, f"{name}.demonstrate", found, task)
 
     def _carry_out(self, call: ToolCall) -> Observation:
         return Observation(str(self._code.run(self._tools.method(call.name), **call.arguments)))

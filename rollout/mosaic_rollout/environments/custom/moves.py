@@ -1,6 +1,6 @@
 """What a user's `demonstrate` shows: a list of turns, or a generator that is sent what follows each.
 
-def demonstrate(self):
+def demonstrate(self, task):  # the row of tasks.jsonl; in a whole environment the Task
     found = yield {"plan": "look the salary up", "name": "lookup", "arguments": {"person": "alice"}}
     yield {"plan": "done", "answer": f"It is {found}."}        # or {"refuse": "it is private"}
 """

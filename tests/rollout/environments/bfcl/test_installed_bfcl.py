@@ -16,6 +16,7 @@ from mosaic_rollout.chat.chat import Chat
 from mosaic_rollout.environments.bfcl import BfclEnvironment, MultiTurnEpisode
 from mosaic_rollout.environments.bfcl.api import CATEGORIES, MULTI_TURN, SINGLE_TURN, case_of, load_bfcl
 from mosaic_rollout.environments.bfcl.environment import call_text
+from mosaic_rollout.environments.bfcl.solutions import UNSOLVED, acceptable_calls, parsed_call
 from mosaic_rollout.errors import UserError
 from mosaic_rollout.loop.agent_loop import AgentLoop, Limits
 from mosaic_rollout.types import Task, ToolCall
@@ -63,10 +64,10 @@ def test_single_turn_ground_truths_are_done_and_wrong_calls_are_not(category: st
     environment = BfclEnvironment([category])
     tasks = all_tasks(environment)
     undone = [task.task_id for task in tasks if not replays.replay(environment, task).done]
-    assert len(undone) <= replays.UNSOLVED.get(category, 0), undone
+    assert len(undone) <= UNSOLVED.get(category, 0), undone
     for task in tasks[:40]:
         episode = environment.reset(task)
-        for call in replays.acceptable_calls(case_of(task)):
+        for call in acceptable_calls(case_of(task)):
             episode.step(replace(call, arguments={**call.arguments, "no_such": 1}))
         episode.step(ToolCall("no_such_function", {}))
         assert episode.score("Done.").done == (category == "live_relevance"), task.task_id
@@ -86,7 +87,7 @@ def test_progress_counts_the_turns_before_the_first_that_fails() -> None:
         episode = cast(MultiTurnEpisode, environment.reset(task))
         for texts in truth[:turns]:
             for text in texts:
-                episode.step(replays._parsed(text, episode))
+                episode.step(parsed_call(text, episode.method_parameters))
             episode.next_user_message("Done.")
         verdict = episode.score("Done.")
         assert verdict.progress == turns / len(truth)
@@ -188,7 +189,7 @@ def test_the_agent_loop_plays_a_case_with_functions_that_come_later() -> None:
     script = []
     for texts in truth:
         for text in texts:
-            call = replays._parsed(text, episode)
+            call = parsed_call(text, episode.method_parameters)
             body = json.dumps({"name": call.name, "arguments": call.arguments})
             script.append(f"<think>on</think><tool_call>{body}</tool_call>")
         script.append("<think>end</think>Done.")

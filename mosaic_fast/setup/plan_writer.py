@@ -50,6 +50,7 @@ class PlanWriter:
         )
         self._room = asyncio.Semaphore(config.max_concurrent)
         self._counts: Counter[str] = Counter()
+        self._asked: dict[str, asyncio.Task[ThoughtsAnswer]] = {}
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> PlanWriter:
@@ -59,6 +60,9 @@ class PlanWriter:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        for task in self._asked.values():
+            task.cancel()
+        await asyncio.gather(*self._asked.values(), return_exceptions=True)
         await self._stack.aclose()
 
     async def write(self, episode: Episode, steps: Sequence[Step], move: Move) -> Move:
@@ -69,10 +73,16 @@ class PlanWriter:
             {"role": "system", "content": load_prompt(PROMPT)},
             {"role": "user", "content": json.dumps(_shown(episode, steps, move), ensure_ascii=False)},
         ]
-        async with self._room:
-            answer = await self._asker.ask(self._http, messages, ThoughtsAnswer, self._counts)
+        key = messages[1]["content"]
+        if key not in self._asked:  # equal turns are asked for once, also while the answer is under way
+            self._asked[key] = asyncio.create_task(self._ask(messages))
+        answer = await asyncio.shield(self._asked[key])
         plan, check = _without_tags(answer.plan), _without_tags(answer.check)
         return rewritten(replace(move, plan=plan or None, check=move.check or check or None))
+
+    async def _ask(self, messages: Sequence[dict[str, str]]) -> ThoughtsAnswer:
+        async with self._room:
+            return await self._asker.ask(self._http, messages, ThoughtsAnswer, self._counts)
 
     def in_words(self) -> str:
         """What was asked, for the user."""

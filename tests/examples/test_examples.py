@@ -8,12 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from examples.my_reward import ranks
 from mosaic_fast.config.read import parse_train_arguments, parse_train_command
 from mosaic_fast.run import summary
 from mosaic_fast.sft import sft
 from mosaic_fast.train import train
+from tests.rollout.families_for_tests import FAMILIES
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SHOWN = {
@@ -49,15 +51,20 @@ def test_an_example_trains_by_the_command_in_its_head(
     assert SHOWN[name] in row
 
 
-def test_a_cold_start_learns_from_the_file_and_the_class(
-    options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_cold_start_learns_from_the_file_and_the_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """With a tokenizer that can write every text: that of the other tests knows the world's words only."""
+    coder = FAMILIES["qwen2.5"].tokenizer()
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Qwen3Config(vocab_size=len(coder), num_key_value_heads=1, head_dim=8, **shape)
+    Qwen3ForCausalLM(config).save_pretrained(tmp_path / "model")
+    coder.save_pretrained(tmp_path / "model")
     monkeypatch.setattr(summary, "draw_curves", lambda *_: None)
     monkeypatch.chdir(EXAMPLES.parent)
     small = ["--steps", "1", "--env.eval-tasks", "0", "--model.dtype", "float32", "--sft.per-step", "4"]
-    arguments = ["examples/cold_start.toml", *options, *small, "--run-dir", str(tmp_path / "run")]
+    small += ["--model.path", str(tmp_path / "model"), "--trackers.console", "quiet"]
+    arguments = ["examples/cold_start.toml", *small, "--run-dir", str(tmp_path / "run")]
     command = parse_train_command(arguments, "mosaic_fast.sft")
-    assert command.config.optim.epochs == 2, "as the options say"
+    assert (command.config.optim.epochs, command.config.optim.lr) == (1, 1e-5)
     assert sft(command.config, command.name) == 0
     assert json.loads((tmp_path / "run" / "sft.json").read_text())["conversations"] == 2 + 4
 

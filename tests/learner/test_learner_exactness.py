@@ -113,7 +113,7 @@ def test_any_loss_credit_and_cut_is_the_flat_batch(family: str, name: str):
     One loss has every cut once, and then one for each way of credit; another loss has another cut there.
     """
     others, place = ["mean", "first", "subtree"], FAMILIES.index(family)
-    others = [] if name in PAIRWISE_LOSSES else others if place == 0 else [others[place - 1]]
+    others = [] if name in (*PAIRWISE_LOSSES, "sft") else others if place == 0 else [others[place - 1]]
     credits = ["sum", *others]
     for index, credit in enumerate(credits):
         for penalised in (True, False):

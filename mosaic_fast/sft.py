@@ -94,13 +94,14 @@ class _Supervised(Training):
                 write_rows(self.folder.trajectory_path(step + 1), map(rollout_row, rollouts))
         nobody, ones = [np.full((1, 1), 0.5)] * len(rollouts), [np.ones(1)] * len(rollouts)
         batch = step_batch([[rollout] for rollout in rollouts], nobody, ones, ones)
-        figures, forest = self.learner.update(batch, step), batch.forest
+        updated, forest = self.learner.update(batch, step), batch.forest
+        figures = {name: value for name, value in updated.items() if not name.startswith("mismatch/")}
         found = update_findings(figures, int(forest.trained.sum()), config)
         clock.lap("time/update_s")
         of_rollouts = rollout_figures(rollouts)
         figures = {
             **{name: value for name, value in of_rollouts.items() if name.startswith("rollout/")},
-            **{name: value for name, value in figures.items() if not name.startswith("mismatch/")},
+            **figures,
             "sft/passes": (step + 1) * config.sft.per_step / len(self._demonstrations),
             "perf/update_tokens_per_s": forest.num_tokens * config.optim.epochs / clock.laps["time/update_s"],
         }

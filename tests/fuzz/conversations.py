@@ -28,7 +28,7 @@ LIMITS = Limits(100, 20_000, 20_000)
 
 def _row(random: Random) -> object:
     """A conversation with strange texts, of which one part may be wrong."""
-    messages: list[dict[str, object]] = [{"role": "user", "content": hostile.text(random)}]
+    messages: list[object] = [{"role": "user", "content": hostile.text(random)}]
     for number in range(random.randrange(3)):
         function = {"name": "f", "arguments": hostile.written({"x": hostile.value(random, 1)})}
         call = {"id": str(number), "function": function}

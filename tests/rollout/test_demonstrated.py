@@ -18,7 +18,7 @@ from mosaic_rollout.environments.world import WorldEnvironment
 from mosaic_rollout.errors import UserError
 from mosaic_rollout.loop.agent_loop import AgentLoop, Limits
 from mosaic_rollout.loop.demonstrated import TooLongError, demonstrated
-from mosaic_rollout.types import Engine, Episode, Message, Move, Rollout, Task
+from mosaic_rollout.types import Engine, Episode, Move, Rollout, Task
 from tests.rollout.families_for_tests import FAMILIES
 from tests.rollout.templates_for_tests import KINDS, TEMPLATES, tokenizer
 
@@ -79,18 +79,22 @@ def test_a_conversation_is_what_apply_chat_template_gives(tmp_path: Path, family
     coder = FAMILIES[family].tokenizer()
     messages = OPENING + TURNS + ([] if family == "qwen3-thinking" else MORE)
     (one,) = recorded(tmp_path, {"messages": messages, "tools": [TOOL]})
-    rollout = played(Chat(coder, teach_loop=False), one.task, one.episode())
-    whole = coder.apply_chat_template(
-        cast("list[dict[str, str]]", messages),
-        tools=[TOOL, REFUSAL_SCHEMA],  # type: ignore[list-item]  # the annotation upstream is too narrow
-        tokenize=True,
-        return_dict=False,
+    chat = Chat(coder, teach_loop=False)
+    whole = cast(
+        "list[int]",
+        coder.apply_chat_template(
+            cast("list[dict[str, str]]", messages),  # the annotation upstream is too narrow
+            tools=[TOOL, REFUSAL_SCHEMA],
+            tokenize=True,
+            return_dict=False,
+        ),
     )
+    rollout = played(chat, one.task, one.episode())
     assert rollout.token_ids.tolist() == whole[: len(rollout.token_ids)]
-    assert coder.decode(whole[len(rollout.token_ids) :]).strip() == ""
+    assert chat.decode(whole[len(rollout.token_ids) :]).strip() == ""
     assert len(spans(rollout)) == sum(message["role"] == "assistant" for message in messages)
     assert all(rollout.token_ids[end - 1] == coder.eos_token_id for _, end in spans(rollout))
-    said = [coder.decode(rollout.token_ids[start:end]) for start, end in spans(rollout)]
+    said = [chat.decode(rollout.token_ids[start:end]) for start, end in spans(rollout)]
     assert "pay first" in said[0] and "paid 5" not in "".join(said)  # noqa: PT018
     assert said[1].rstrip().endswith(f"It is paid.{coder.eos_token}")
 
@@ -114,7 +118,7 @@ def test_every_template_writes_turns_that_are_read_back(tmp_path: Path, template
 
 def test_what_is_called_at_once_is_taken_one_after_the_other(tmp_path: Path):
     other = {**CALL, "id": "b", "function": {"name": "pay", "arguments": '{"to": "eve", "euros": 1}'}}
-    messages: list[Message] = [
+    messages: list[object] = [
         *OPENING,
         {"role": "assistant", "content": "Both now.", "tool_calls": [CALL, other]},
         {"role": "tool", "tool_call_id": "b", "content": "paid eve"},

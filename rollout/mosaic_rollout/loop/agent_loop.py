@@ -248,7 +248,7 @@ class TokenPlay(Play):
         turn_tokens = self._length - self._turn_start  # more than 0 only in the first turn after a fork
         return min(self.limits.max_step_tokens - turn_tokens, self.limits.max_rollout_tokens - self._length)
 
-    async def turn(self, max_new_tokens: int) -> PolicyTurn:
+    async def turn(self, max_new_tokens: int) -> PolicyTurn | None:
         finished = await self._sample(max_new_tokens)
         return PolicyTurn((self._parse(),), cut_off=not finished)
 

@@ -13,12 +13,15 @@ grow by half: per token, the copying amounts to a constant.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from mosaic_rollout.engine.adapter import KeyValueShape
 from mosaic_rollout.engine.attention import Scores, grouped_attention, visible_keys
+from mosaic_rollout.engine.shared_keys import SharedKeys, cuts_of
 
 _FIRST_SLOTS = 1024
 
@@ -64,6 +67,7 @@ class KeyValuePool:
 
 
 _TOKENS_MULTIPLE = 64
+_SCORES = 2**24  # in memory at a time: 64 MiB of fp32
 
 
 class RowBuffer:
@@ -71,11 +75,14 @@ class RowBuffer:
 
     def __init__(self, shape: KeyValueShape) -> None:
         self.shape = shape
+        # elsewhere products of half precision would round the scores, or calls cost more than reading
+        self._explicit = shape.device.type == "cpu" and shape.dtype in (torch.float32, torch.float64)
         self.release()
 
     def release(self) -> None:
         """Give the memory back."""
-        self.rows = self.capacity = 0
+        self.rows = self.capacity = self._active = 0
+        self._shared: SharedKeys | None = None
         self.keys, self.values = self.shape.allocate(0, 0)  # [layers, rows, Hkv, capacity, D]
         self._index()
 
@@ -105,6 +112,7 @@ class RowBuffer:
 
     def load(self, row: int, pool: KeyValuePool, slots: torch.Tensor) -> None:
         """Fill a row's first tokens from the pool; slots [L] int64."""
+        self._shared = None
         self.keys[:, row, :, : len(slots)] = pool.keys.index_select(2, slots)
         self.values[:, row, :, : len(slots)] = pool.values.index_select(2, slots)
 
@@ -115,12 +123,18 @@ class RowBuffer:
 
     def move(self, source: int, target: int, tokens: int) -> None:
         """Copy the first `tokens` tokens of one row over another."""
+        self._shared = None
         self.keys[:, target, :, :tokens] = self.keys[:, source, :, :tokens]
         self.values[:, target, :, :tokens] = self.values[:, source, :, :tokens]
 
-    def begin_step(self, positions: torch.Tensor) -> None:
-        """Each of the first n rows gets one more token, at positions [n] int64."""
-        self._active = len(positions)
+    def begin_step(self, positions: torch.Tensor, prefixes: Sequence[np.ndarray]) -> None:
+        """Each of the first n rows gets one more token, at positions [n] int64.
+
+        prefixes: a row's tokens [L_i] int64 whose keys were loaded; rows that share them read them once.
+        """
+        if self._active != len(positions):
+            self._shared = None
+        self._active, self._prefixes = len(positions), prefixes
         self._positions = positions
         self._visible = int(positions.max()) + 1
         self._equal = int(positions.min()) + 1 == self._visible
@@ -138,14 +152,22 @@ class RowBuffer:
         """[n, Hq, D] -> [n, Hq, Dv]. Heads that share keys are the queries of one, so nothing is repeated."""
         keys, values = self._layers[layer]
         keys, values = keys[: self._active, :, : self._visible], values[: self._active, :, : self._visible]
-        mask = self._mask(scores)
         if scores.softcap is not None or scores.sinks is not None:
-            return grouped_attention(query[:, :, None], keys, values, mask, scores).squeeze(2)
+            return grouped_attention(query[:, :, None], keys, values, self._mask(scores), scores).squeeze(2)
         grouped, scale = query.unflatten(1, (self.shape.heads, -1)), scores.scale  # [n, Hkv, Hq / Hkv, D]
+        if (
+            self._explicit
+            and scores.see_all(self._visible)
+            and query[..., 0].numel() * self._visible <= _SCORES
+        ):
+            shared = self._share(grouped.shape[2])
+            mask = self._mask(scores, shared.end)
+            return shared.attend(layer, grouped, keys, values, mask, scale).flatten(1, 2)
+        mask = self._mask(scores)
         return scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scale).flatten(1, 2)
 
-    def _mask(self, scores: Scores) -> torch.Tensor | None:
-        """[n, 1, 1, K], or None where every row sees all keys."""
+    def _mask(self, scores: Scores, start: int = 0) -> torch.Tensor | None:
+        """[n, 1, 1, K - start] of the keys from `start` on, or None where every row sees all keys."""
         if scores.reach not in self._masks:
             plain = self._equal and scores.see_all(self._visible)
             self._masks[scores.reach] = (
@@ -153,7 +175,17 @@ class RowBuffer:
                 if plain
                 else visible_keys(self._positions[:, None], self._visible, scores, self.shape.dtype)
             )
-        return self._masks[scores.reach]
+        mask = self._masks[scores.reach]
+        return None if mask is None else mask[..., start:]
+
+    def _share(self, queries_per_key: int) -> SharedKeys:
+        """What rows have in common; it stays the same until one enters or leaves."""
+        if self._shared is None:
+            shape = self.shape
+            key_bytes = shape.heads * (shape.key_dim + shape.value_dim) * shape.dtype.itemsize
+            cuts = cuts_of(self._prefixes, key_bytes=key_bytes, queries_per_key=queries_per_key)
+            self._shared = SharedKeys(cuts, self.keys[:, : self._active], self.values[:, : self._active])
+        return self._shared
 
     def _index(self) -> None:
         self._layers = list(zip(self.keys, self.values, strict=True))

@@ -164,7 +164,7 @@ class Scheduler:
         self.buffer.reserve(count, int(positions.max()) + 1)
         device = self.model.shape.device
         at = torch.from_numpy(positions).to(device)
-        self.buffer.begin_step(at)
+        self.buffer.begin_step(at, [job.prompt[:-1] for job in self.active])
         logits = self.model.forward(torch.from_numpy(self._inputs[:count]).to(device), at, self.buffer)
         draws = uniforms(self._bases[:count], positions + 1)
         tokens, logprobs = sample_tokens(logits, self._temperatures[:count], draws, self._top_ps[:count])

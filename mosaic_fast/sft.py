@@ -3,8 +3,8 @@
 python -m mosaic_fast.sft RUN.toml [--options]      RUN.toml has a section [sft]; --resume goes on with a run
 torchrun --nproc-per-node N -m mosaic_fast.sft RUN.toml [--options]
 
-What it leaves is a run folder like that of training, and `python -m mosaic_fast.train` goes on from its
-checkpoint (--model.path), with it as the reference policy.
+What it leaves is a run folder like that of training, and `python -m mosaic_fast.train` goes on from it
+(--model.path RUN_FOLDER), with it as the reference policy.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ from mosaic_fast.config.read import parse_train_command
 from mosaic_fast.distributed import ALONE, World
 from mosaic_fast.distributed.world import run_as_rank
 from mosaic_fast.errors import UserError
-from mosaic_fast.learner.checkpoint import checkpoint_path
 from mosaic_fast.learner.step_batch import step_batch
 from mosaic_fast.run.findings import update_findings
 from mosaic_fast.run.folder import RunFolder
@@ -109,9 +108,8 @@ class _Supervised(Training):
 
     def finish(self, after: dict[str, Rate], view: ProgressView) -> None:
         super().finish(after, view)
-        checkpoint = checkpoint_path(self.folder.checkpoints, self.progress)
         if self.world.is_first and not self.unfinished:
-            view.say(f"then          python -m mosaic_fast.train --model.path {checkpoint}")
+            view.say(f"then          python -m mosaic_fast.train --model.path {self.folder.path}")
 
     def _rollouts(self, step: int) -> list[Rollout]:
         """The conversations of a step, a function of the seed and the step alone."""

@@ -16,6 +16,7 @@ with reasons.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import files
@@ -50,6 +51,7 @@ SUPERVISED_ADAPTERS: Mapping[str, Value] = {"optim.lr": 1e-4}
 KEYS = tuple(OTHER_MODELS)
 LEFT_OPEN = (*KEYS, "loss.name", "env.eval_tasks")
 """Keys whose default follows from others: a value that nobody gave is none."""
+_CHECKPOINT = re.compile(r"step-\d{6,}", re.ASCII)
 _OF_TRAINING = ("optim.lr", "optim.epochs")
 """Keys that another way of training (adapters or every weight, supervised or not) does not take over."""
 
@@ -99,6 +101,8 @@ def with_defaults_of_kind(values: object) -> object:
     path, rank = _given(values, "model.path") or "embedded", _given(values, "model.lora_rank")
     if not isinstance(path, str) or "\0" in path:
         return values
+    if (newest := newest_checkpoint(path)) is not None:
+        path, values = newest, {**values, "model": _with(values.get("model"), "path", newest)}
     supervised = bool(_given(values, "sft.conversations") or _given(values, "sft.demonstrations"))
     kind = kind_of(path, adapters=isinstance(rank, int) and rank > 0, supervised=supervised)
     defaults: dict[str, Value] = {}
@@ -115,6 +119,16 @@ def with_defaults_of_kind(values: object) -> object:
             section, _, name = key.partition(".")
             filled[section] = _with(filled.get(section), name, default)
     return filled
+
+
+def newest_checkpoint(path: str) -> str | None:
+    """The newest checkpoint of the run in a folder, which stands for it; None where it is no run's folder."""
+    try:
+        found = [one.name for one in Path(path, "checkpoints").iterdir() if _CHECKPOINT.fullmatch(one.name)]
+    except (OSError, ValueError):
+        return None
+    newest = max(found, key=lambda name: int(name.removeprefix("step-")), default=None)
+    return None if newest is None else str(Path(path, "checkpoints", newest))
 
 
 def _within_limits(values: Mapping[object, object], kind: Kind) -> dict[str, Value]:

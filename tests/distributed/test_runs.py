@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from mosaic_fast.config.read import parse_train_arguments
+from mosaic_fast.config.read import parse_train_arguments, parse_train_command
+from mosaic_fast.distributed import World
 from mosaic_fast.distributed.world import MISTAKE, run_as_rank
+from mosaic_fast.sft import sft
 from mosaic_fast.train import train
 from tests.distributed.launch import PATIENCE_S, forked, log_of, run_forked, start
 
@@ -132,6 +134,37 @@ def as_rank(options: list[str]) -> int:
     """What the command line does on each rank."""
     config, resume, name = parse_train_arguments(options)
     return run_as_rank(lambda world: train(config, name, resume=resume, world=world))
+
+
+def as_cold_rank(options: list[str]) -> int:
+    """A rank of a cold start."""
+
+    def main(world: World) -> int:
+        command = parse_train_command(options, "mosaic_fast.sft")
+        return sft(command.config, command.name, resume=command.resume, world=world)
+
+    return run_as_rank(main)
+
+
+def test_a_cold_start_on_two_ranks_is_that_of_one(tmp_path: Path):
+    cold = [*OPTIONS, "--sft.demonstrations", "6", "--sft.per-step", "3", "--env.eval-tasks", "0"]
+    command = parse_train_command([*cold, "--run-dir", str(tmp_path / "one")], "mosaic_fast.sft")
+    assert sft(command.config, command.name) == 0
+    ended = run_forked(2, tmp_path, as_cold_rank, [*cold, "--run-dir", str(tmp_path / "two")])
+    assert [code for code, _ in ended] == [0, 0], ended
+    for expected, row in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
+        assert row["policy/nll"] == pytest.approx(expected["policy/nll"], rel=1e-4)
+        assert row["optim/grad_norm"] == pytest.approx(expected["optim/grad_norm"], rel=1e-3)
+    (tmp_path / "talks.jsonl").write_text("{}")
+    wrong = [*cold, "--sft.conversations", str(tmp_path / "talks.jsonl"), "--run-dir", str(tmp_path / "none")]
+    ended = run_forked(2, tmp_path, as_cold_rank, wrong)
+    assert [code for code, _ in ended] == [MISTAKE, MISTAKE], ended
+    said = "".join(log for _, log in ended)
+    assert (
+        len(re.findall(r"^error: .*talks\.jsonl, line 1: a conversation is an object", said, re.MULTILINE))
+        == 1
+    )
+    assert not (tmp_path / "none").exists()
 
 
 def test_a_mistake_is_said_once_and_nothing_is_left(tmp_path: Path):

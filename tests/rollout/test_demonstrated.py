@@ -100,6 +100,21 @@ def test_a_conversation_is_what_apply_chat_template_gives(tmp_path: Path, family
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("template", ["qwen2.5", "llama-2", "gemma", "phi-3"])
+def test_a_turn_is_tokenised_in_its_place(tmp_path: Path, template: str, kind: str):
+    """As in the whole text, whatever a tokenizer does with white space and at the beginning of a text."""
+    said = {"role": "assistant", "content": "<think>look  it up</think>a  b"}
+    (one,) = recorded(tmp_path, {"messages": [OPENING[1], said]})
+    chat = Chat(tokenizer(template, kind), teach_loop=False)
+    rollout = played(chat, one.task, one.episode())
+    messages = [*rollout.shown_messages, said]
+    whole = chat.tokenizer.apply_chat_template(
+        cast("list[dict[str, str]]", messages), tools=list(rollout.shown_tools), return_dict=False
+    )
+    assert rollout.token_ids.tolist() == cast("list[int]", whole)[: len(rollout.token_ids)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_every_template_writes_turns_that_are_read_back(tmp_path: Path, template: str, kind: str):
     """Whatever it does with thoughts and calls: as many turns, each ended, each read as it was given."""

@@ -20,7 +20,7 @@ from tests.preferences.endpoint import Json, endpoint
 from tests.run.test_run import assert_same_run, learned, start, wait_for
 
 STEPS = 4
-WORLD = ("--sft.demonstrations", "24", "--sft.per-step", "6", "--steps", str(STEPS), "--env.eval-tasks", "3")
+WORLD = ("--sft.demonstrations", "12", "--sft.per-step", "6", "--steps", str(STEPS), "--env.eval-tasks", "3")
 CALL = {"id": "1", "function": {"name": "read_file", "arguments": '{"path": "budget.pdf"}'}}
 MESSAGES = [
     {"role": "user", "content": "read budget.pdf."},
@@ -67,7 +67,7 @@ def test_it_learns_and_leaves_what_training_leaves(cold: Path):
     assert rows[-1]["policy/nll"] < rows[0]["policy/nll"]
     assert all(row["tree/sharing"] > 1.2 and row["tree/ideal_speedup"] > 1.1 for row in rows)
     assert not any(name.startswith("mismatch/") for row in rows for name in row)
-    assert rows[-1]["sft/passes"] == 1.0
+    assert rows[-1]["sft/passes"] == 2.0
     names = {path.name for path in cold.iterdir()}
     assert names >= {"config.toml", "sft.json", "summary.json", "curves.png", "metrics.jsonl", "checkpoints"}
     kept = json.loads((cold / "summary.json").read_text())
@@ -78,7 +78,9 @@ def test_it_learns_and_leaves_what_training_leaves(cold: Path):
         for file in sorted((cold / "trajectories").iterdir())
         for line in file.open()
     ]
-    assert len(set(tasks)) == len(tasks) == 24, "in one pass each is learnt from once"
+    first, second = tasks[:12], tasks[12:]
+    assert len({*first}) == len({*second}) == 12, "in a pass each is learnt from once"
+    assert first != second, "each pass has an order of its own"
     assert collect_run(cold, 100).notes == []
 
 
@@ -92,14 +94,15 @@ def test_killed_and_resumed_is_uninterrupted(small: list[str], cold: Path, tmp_p
     assert not (folder / "summary.json").exists()
     assert run([*small, *WORLD], folder, "--resume") == 0
     assert_same_run(cold, folder, STEPS)
-    with pytest.raises(UserError, match=r"sft\.demonstrations: the run has 24, you ask for 23"):
-        run([*small, *WORLD], folder, "--resume", "--sft.demonstrations", "23")
+    with pytest.raises(UserError, match=r"sft\.demonstrations: the run has 12, you ask for 11"):
+        run([*small, *WORLD], folder, "--resume", "--sft.demonstrations", "11")
 
 
 def test_training_goes_on_from_it_as_its_reference(small: list[str], cold: Path, tmp_path: Path, quick: None):
     """The first step's KL is to the cold start itself; what suits supervised learning is not taken over."""
     checkpoint = cold / "checkpoints" / f"step-{STEPS:06d}"
-    taken, _, _ = parse_train_arguments(["--model.path", str(checkpoint)])
+    taken, _, _ = parse_train_arguments(["--model.path", str(cold)])
+    assert taken.model.path == str(checkpoint), "a run stands for its newest checkpoint"
     assert (taken.optim.lr, taken.optim.epochs) == (1e-6, 1)
     assert (taken.rollout.teach_loop, taken.rollout.max_step_tokens) == (False, 24)
     arguments = [*small, "--model.path", str(checkpoint), "--steps", "1", "--env.eval-tasks", "0"]

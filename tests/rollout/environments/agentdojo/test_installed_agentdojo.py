@@ -1,17 +1,25 @@
 """AgentDojo itself through our environment. Fails where the package is not installed."""
 
+import asyncio
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from typing import cast
 
 import pytest
 import yaml
 
+from mosaic_rollout.chat.chat import Chat
+from mosaic_rollout.chat.rewriting import rewritten
 from mosaic_rollout.environments.agentdojo import AgentDojoEnvironment
 from mosaic_rollout.environments.agentdojo.api import load_agentdojo
 from mosaic_rollout.environments.agentdojo.tasks import SPLITS, payload_of
 from mosaic_rollout.errors import UserError
-from mosaic_rollout.types import Task, ToolCall
+from mosaic_rollout.loop.agent_loop import AgentLoop, Limits
+from mosaic_rollout.loop.demonstrated import demonstrated
+from mosaic_rollout.types import Engine, Episode, Move, Step, Task, ToolCall
+from tests.rollout.families_for_tests import FAMILIES
 from tools import replay_agentdojo as replay
 
 BANKING_READ = ToolCall("read_file", {"file_path": "bill-december-2023.txt"})
@@ -230,6 +238,23 @@ def test_tools_are_plain_openai_schemas(everything: AgentDojoEnvironment) -> Non
             assert isinstance(function["parameters"], dict)
             assert "title" not in function["parameters"]
     assert counts == {"banking": 11, "slack": 11, "travel": 28, "workspace": 24}
+
+
+def test_what_is_demonstrated_does_its_task_in_the_loop(everything: AgentDojoEnvironment) -> None:
+    """Every user task, and under attack every fifth pair: calls that change the state are checked before."""
+    chat = Chat(FAMILIES["qwen2.5"].tokenizer(), teach_loop=True)
+    loop = AgentLoop(cast(Engine, None), chat, everything, Limits(100, 10**7, 10**7))
+
+    async def rewrite(episode: Episode, steps: Sequence[Step], move: Move) -> Move:
+        return rewritten(move)
+
+    checked = 0
+    for task in benign_tasks(everything) + everything.tasks("train", injected=True)[::50]:
+        rollout = asyncio.run(demonstrated(loop, task, everything.reset(task), rewrite))
+        assert (rollout.verdict.done, rollout.verdict.harm, rollout.status) == (True, False, "answered")
+        assert all(step.well_formed for step in rollout.steps)
+        checked += any(step.check for step in rollout.steps)
+    assert checked > 30
 
 
 def test_demonstrations_open_every_conversation_of_a_suite_and_leave_training() -> None:

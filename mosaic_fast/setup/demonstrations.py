@@ -116,6 +116,8 @@ async def _all(
         f"learning from {len(rollouts)} conversations, {tokens} trained tokens, {passes:.2g} times each in "
         f"{config.steps} steps of {config.sft.per_step}"
     )
+    if not config.env.eval_tasks:
+        notes.append("nothing is evaluated, as env.eval_tasks is 0")
     return Demonstrations(rollouts, notes)
 
 

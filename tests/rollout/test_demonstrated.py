@@ -120,7 +120,7 @@ def test_every_template_writes_turns_that_are_read_back(tmp_path: Path, template
     """Whatever it does with thoughts and calls: as many turns, each ended, each read as it was given."""
     taught = (list(TEMPLATES).index(template) + KINDS.index(kind)) % 2 == 1
     chat = Chat(tokenizer(template, kind), teach_loop=taught)
-    (one,) = recorded(tmp_path, {"messages": OPENING + TURNS + MORE, "tools": [TOOL]})
+    (one,) = recorded(tmp_path, {"messages": OPENING + TURNS + MORE, "tools": json.dumps([TOOL])})
     rollout = played(chat, one.task, one.episode())
     assert [(s.plan, s.check, s.call, s.answer) for s in rollout.steps] == [
         (m.plan, m.check, m.call, m.answer) for m in one.moves
@@ -208,6 +208,7 @@ BAD = {
     "nothing trained": ([*OPENING, {**TURNS[2], "weight": 0}], [], "has weight 0, so nothing is learnt"),
     "no messages": ("x", [], 'an object with "messages"'),
     "tools": ([*OPENING, TURNS[2]], [{"type": "function"}], '"tools" is a list of'),
+    "tools as text": ([*OPENING, TURNS[2]], "[", '"tools" is a text that is no JSON'),
 }
 
 

@@ -122,6 +122,11 @@ def _tools(where: str, found: JsonValue) -> tuple[ToolSchema, ...]:
     """The schemas of a row, without that of `refusal_tool`, which the loop adds."""
     if found is None:
         return ()
+    if isinstance(found, str):  # as data sets with one type a column keep them
+        try:
+            found = read_json(found)
+        except ValueError as error:
+            raise UserError(f'{where}: "tools" is a text that is no JSON ({error})') from None
     tools = found if isinstance(found, list) else [found]
     kept: list[ToolSchema] = []
     for tool in tools:

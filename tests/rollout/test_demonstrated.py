@@ -100,7 +100,7 @@ def test_a_conversation_is_what_apply_chat_template_gives(tmp_path: Path, family
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("template", ["qwen2.5", "llama-2", "gemma", "phi-3"])
+@pytest.mark.parametrize("template", ["llama-2", "phi-3"])
 def test_a_turn_is_tokenised_in_its_place(tmp_path: Path, template: str, kind: str):
     """As in the whole text, whatever a tokenizer does with white space and at the beginning of a text."""
     said = {"role": "assistant", "content": "<think>look  it up</think>a  b"}
@@ -114,8 +114,10 @@ def test_a_turn_is_tokenised_in_its_place(tmp_path: Path, template: str, kind: s
     assert rollout.token_ids.tolist() == cast("list[int]", whole)[: len(rollout.token_ids)]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize(
+    ("template", "kind"),
+    [(name, KINDS[(i + j) % len(KINDS)]) for i, name in enumerate(TEMPLATES) for j in (0, 2)],
+)
 def test_every_template_writes_turns_that_are_read_back(tmp_path: Path, template: str, kind: str):
     """Whatever it does with thoughts and calls: as many turns, each ended, each read as it was given."""
     taught = (list(TEMPLATES).index(template) + KINDS.index(kind)) % 2 == 1

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from mosaic_fast.config import ModelConfig
 from mosaic_fast.errors import UserError
 from mosaic_fast.policy.checkpoint import check_saved, is_tied, save_model, weights_of
-from mosaic_fast.policy.recurrent import read_by_kernels
+from mosaic_rollout.engine.recurrent import read_by_kernels
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -13,6 +13,7 @@ from mosaic_fast.errors import UserError
 from mosaic_fast.policy.forest_tensors import ForestTensors
 from mosaic_kernels import tree_attention
 from mosaic_rollout.engine.attention import chunk_of, tempered
+from mosaic_rollout.engine.segments import Segments
 
 ATTENTION_NAME = "mosaic_tree_attention"
 _OF_NO_CONCERN = {"position_ids", "use_cache", "cache_position", "is_causal", "output_attentions"}
@@ -44,6 +45,22 @@ class TreeForward:
         """
         if self.kept is not None and name not in self.kept:
             self.kept[name] = made
+
+    @property
+    def segments(self) -> Segments:
+        """This and what follows is what recurrent layers ask for, as a `Handed`."""
+        return self.forest.segments
+
+    @property
+    def leaves(self) -> bool:
+        return self.kept is not None
+
+    def begin(self, layer: int) -> tuple[Tensor, ...] | None:
+        return self.held[-1]["states", layer] if self.held else None
+
+    def end(self, layer: int, left: tuple[Tensor, ...]) -> None:
+        self.attended.add(layer)
+        self.keep(("states", layer), left)  # what is kept is a chain: one segment
 
     def with_held(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Keys [C + U, Hkv, D] and values [C + U, Hkv, V] of a layer: its own behind the held ones."""

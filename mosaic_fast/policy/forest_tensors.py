@@ -10,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mosaic_fast.policy.segments import Segments
 from mosaic_kernels import PackedForest
+from mosaic_rollout.engine.segments import Segments
 
 IntArray = NDArray[np.int64]
 
@@ -53,17 +53,6 @@ class ForestTensors:
         """For layers that hand a state from token to token; no other asks for it."""
         with torch.inference_mode(False):
             return Segments.of(self.parent, self.tokens.device)
-
-    def context(self, reach: int) -> tuple[Tensor, Tensor]:
-        """`Segments.with_context`, made once."""
-        if reach not in self._contexts:
-            with torch.inference_mode(False):
-                self._contexts[reach] = self.segments.with_context(reach)
-        return self._contexts[reach]
-
-    @cached_property
-    def _contexts(self) -> dict[int, tuple[Tensor, Tensor]]:
-        return {}
 
 
 def forest_tensors(

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
 from mosaic_fast.policy.attention import ATTENTION_NAME, forest_attention
-from mosaic_fast.policy.recurrent import on_forest, recurrent_modules
+from mosaic_rollout.engine.recurrent import on_forest, recurrent_modules
 
 
 @contextmanager

@@ -9,9 +9,9 @@ from hypothesis import given
 
 from mosaic_fast.policy import Policy
 from mosaic_fast.policy.forest_tensors import forest_tensors
-from mosaic_fast.policy.recurrent import recurrent_modules
-from mosaic_fast.policy.segments import Segments
 from mosaic_kernels import pack_forest
+from mosaic_rollout.engine.recurrent import recurrent_modules
+from mosaic_rollout.engine.segments import Segments
 from tests.families.families import VOCAB, config_of, model_of, wholly_fp64
 from tests.families.test_forests import _compare
 from tests.policy.policy_helpers import Rollouts, rollouts
@@ -51,7 +51,7 @@ def test_every_node_has_one_place_below_the_end_of_its_parent(data: Rollouts) ->
         for batch in level:
             size = batch.rows * batch.length
             nodes, there = (x[offset : offset + size].reshape(batch.rows, -1) for x in (order, filled))
-            upper = -np.ones(batch.rows, np.int64) if batch.above is None else ends_above[batch.above.numpy()]
+            upper = ends_above[batch.above.numpy()] if len(ends_above) else -np.ones(batch.rows, np.int64)
             for row, first, parent in zip(nodes, there, upper, strict=True):
                 own = row[first]
                 assert (forest.parent[own] == [parent, *own[:-1]]).all()
@@ -64,13 +64,15 @@ def test_every_node_has_one_place_below_the_end_of_its_parent(data: Rollouts) ->
 def test_a_convolution_sees_the_tokens_before_a_segment(data: Rollouts) -> None:
     forest = data.pack()
     tensors = forest_tensors(forest, CPU)
-    row, places = (x.numpy() for x in tensors.context(2))
+    row, places, last = (x.numpy() for x in tensors.segments.context(2))
     for node in range(forest.num_nodes):
         parent = int(forest.parent[node])
         above = int(forest.parent[parent]) if parent >= 0 else -1
         seen = row[places[node] - 2 : places[node] + 1]
         before = [above + 2, parent + 2] if above >= 0 else [1, parent + 2] if parent >= 0 else [0, 1]
         assert seen.tolist() == [*before, node + 2]
+    ends = np.append(tensors.segments.starts[1:], forest.num_nodes)[: len(last)] - 1
+    assert (last == row[places[ends][:, None] + [-1, 0]]).all()
 
 
 def test_the_model_is_left_as_it_was() -> None:

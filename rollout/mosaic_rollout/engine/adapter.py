@@ -11,24 +11,28 @@ name, a keyword that reaches it, explicit position ids. Whoever knows the model'
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from mosaic_rollout.engine.attention import Scores, chunk_of, tempered
+from mosaic_rollout.engine.recurrent import Handed, States, on_forest, recurrent_modules
+from mosaic_rollout.engine.segments import Segments
 
 ATTENTION_NAME = "mosaic_engine_attention"
 _LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
-_RECURRENT = {"linear_attention", "conv", "hybrid"}
+_RECURRENT_TYPES = {"linear_attention", "conv", "hybrid", "mlp", "moe"}
 
 
-class Attend(Protocol):
-    """Keys, values and visibility of one forward's T tokens."""
+class Attend(Handed, Protocol):
+    """Keys, values and visibility of one forward's T tokens; and the states of recurrent layers."""
 
     def store(self, layer: int, key: Tensor, value: Tensor) -> None:
         """Keep the new keys [T, Hkv, Dk] and values [T, Hkv, Dv] of a layer."""
@@ -48,6 +52,7 @@ def served_attention(
     *,
     served: Attend | None = None,
     served_at: Tensor | None = None,  # [T] positions
+    served_layers: Mapping[int, int] | None = None,  # those with keys, counted; None: all
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
@@ -61,6 +66,7 @@ def served_attention(
         raise ValueError(f"{type(module).__name__} uses position_bias, which LocalEngine does not serve")
     layer = module.layer_idx
     assert isinstance(layer, int)
+    layer = layer if served_layers is None else served_layers[layer]
     served.store(layer, key[0].transpose(0, 1), value[0].transpose(0, 1))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     scores = Scores(scale, sliding_window, chunk_of(module), softcap, s_aux)
@@ -86,6 +92,13 @@ class KeyValueShape:
     value_dim: int  # Dv
     dtype: torch.dtype
     device: torch.device
+    states: Mapping[int, States] = field(default_factory=dict)  # what recurrent layers begin a sequence with
+
+    @cached_property
+    def state_tokens(self) -> int:
+        """How many tokens' keys and values take as much memory as the states of one sequence."""
+        token = self.layers * self.heads * (self.key_dim + self.value_dim) * self.dtype.itemsize
+        return -(-sum(x.nbytes for states in self.states.values() for x in states) // token)
 
     def allocate(self, *sizes: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Uninitialised keys [layers, (rows,) Hkv, tokens, Dk] and values [.., Dv], sizes (rows,) tokens."""
@@ -111,11 +124,11 @@ class CausalModel:
 
     decoder_of: asked anew whenever the model's modules may have changed.
 
-    Refused by name (ValueError): layers of other types than full, sliding and chunked attention, that differ
-    in heads or head size, attention that does not go through transformers' interface or hides its window
-    from it. `max_tokens` is the longest sequence served: max_position_embeddings, and no further than the
-    original length where the rotary frequencies depend on the longest position in the batch (longrope),
-    since a cached key must not depend on its neighbours.
+    Refused by name (ValueError): layers of other types than full, sliding and chunked attention and known
+    recurrences, that differ in heads or head size, attention that does not go through transformers' interface
+    or hides its window from it. `max_tokens` is the longest sequence served: max_position_embeddings, and no
+    further than the original length where the rotary frequencies depend on the longest position in the batch
+    (longrope), since a cached key must not depend on its neighbours.
     """
 
     def __init__(self, model: PreTrainedModel, decoder_of: DecoderOf = lambda model: None) -> None:
@@ -125,9 +138,7 @@ class CausalModel:
         config = model.config
         self.vocab_size: int = config.vocab_size
         layer_types = getattr(config, "layer_types", None)
-        if _RECURRENT & set(layer_types or ()):
-            raise ValueError("LocalEngine does not keep the states of recurrent layers and convolutions")
-        if unknown := set(layer_types or ()) - _LAYER_TYPES:
+        if unknown := set(layer_types or ()) - _LAYER_TYPES - _RECURRENT_TYPES:
             raise ValueError(
                 f"LocalEngine serves full, sliding and chunked attention, this model has {sorted(unknown)}"
             )
@@ -142,21 +153,24 @@ class CausalModel:
         self._only_last = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
         self._decoder: Decoder | None = None
         self._modules = list(model.modules())
+        self._recurrent = recurrent_modules(model)
+        self._layers: dict[int, int] | None = None
         self.shape = self._probe()
         self.refresh()
 
     def refresh(self) -> None:
         """Look at the module tree again: hooks or adapters may have been put in, or weights replaced."""
         self._modules = list(self.model.modules())
+        self._recurrent = recurrent_modules(self.model)
         self._decoder = self._decoder_of(self.model) if self.fixed_rope else None
 
     def _probe(self) -> KeyValueShape:
         """Learn the cache's shape from one token, rather than from the many spellings of configs."""
-        seen, config = _Probe(), self.model.config
+        seen, config = _Probe(self.model.device), self.model.config
         token = torch.zeros(1, dtype=torch.long, device=self.model.device)
         with self.serving():
             self.forward(token, token, seen, logits=False)
-        if len(seen.shapes) != config.num_hidden_layers:
+        if not seen.shapes or (not seen.states and len(seen.shapes) != config.num_hidden_layers):
             raise ValueError(
                 "LocalEngine serves models whose layers call transformers' attention interface once each; "
                 f"{type(self.model).__name__} called it {len(seen.shapes)} times"
@@ -167,14 +181,16 @@ class CausalModel:
             )
         window = getattr(config, "sliding_window", None)
         types = getattr(config, "layer_types", None) or ["sliding_attention"] * len(seen.windows)
-        expected = [window if kind == "sliding_attention" else None for kind in types]
+        expected = [window if types[layer] == "sliding_attention" else None for layer in seen.layers]
         if seen.windows != expected:
             raise ValueError(
                 f"{type(self.model).__name__} hands windows {seen.windows} to its attention, "
                 f"its configuration says {expected}"
             )
-        heads, key_dim, value_dim, dtype, device = seen.shapes[0]
-        return KeyValueShape(len(seen.shapes), heads, key_dim, value_dim, dtype, device)
+        if seen.states:  # not all layers have keys
+            self._layers = {layer: number for number, layer in enumerate(seen.layers)}
+        states = {layer: tuple(map(torch.zeros_like, left)) for layer, left in seen.states.items()}
+        return KeyValueShape(len(seen.shapes), *seen.shapes[0], states)
 
     @contextmanager
     def serving(self) -> Iterator[None]:
@@ -194,7 +210,7 @@ class CausalModel:
             config._attn_implementation = ATTENTION_NAME
             for module in in_training:
                 object.__setattr__(module, "training", False)  # nn.Module's own is slow, and this hot
-            with no_grad:
+            with no_grad, on_forest(self._recurrent):
                 yield
         finally:
             config._attn_implementation = attention
@@ -219,6 +235,7 @@ class CausalModel:
             use_cache=False,
             served=served,
             served_at=positions,
+            served_layers=self._layers,
             **({} if logits else self._only_last),
         )
         return output.logits[0]
@@ -227,11 +244,21 @@ class CausalModel:
 class _Probe:
     """An `Attend` that looks at what it is given, and attends to the token itself."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         self.shapes: list[tuple[int, int, int, torch.dtype, torch.device]] = []
         self.windows: list[int | None] = []
+        self.layers: list[int] = []
+        self.states: dict[int, States] = {}
+        self.segments, self.leaves = Segments.of(np.array([-1]), device), True
+
+    def begin(self, layer: int) -> None:
+        """Nothing."""
+
+    def end(self, layer: int, left: States) -> None:
+        self.states[layer] = left
 
     def store(self, layer: int, key: Tensor, value: Tensor) -> None:
+        self.layers.append(layer)
         self.shapes.append((key.shape[1], key.shape[2], value.shape[2], key.dtype, key.device))
         self._value = value
 

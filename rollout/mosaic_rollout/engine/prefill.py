@@ -17,7 +17,9 @@ from torch import Tensor
 from mosaic_rollout.engine.adapter import CausalModel, KeyValueShape
 from mosaic_rollout.engine.attention import Scores, grouped_attention, visible_keys
 from mosaic_rollout.engine.radix import Node
+from mosaic_rollout.engine.recurrent import States
 from mosaic_rollout.engine.rows import KeyValuePool
+from mosaic_rollout.engine.segments import Segments
 
 PADDED_PAIRS = 4096
 """(query, key) pairs of padding that are cheaper than another call: 50 us for a model of 1 M parameters."""
@@ -173,6 +175,42 @@ class _Chunk:
             _Block([segments[i] for i in block], [offsets[i] for i in block], pool.shape)
             for block in blocks_of(segments)
         ]
+        self._parts, self._first = segments, []
+        if self.leaves:
+            self.segments = self._segments(offsets)
+            self._ended: list[dict[int, States]] = [{} for _ in segments]
+
+    @property
+    def leaves(self) -> bool:
+        """Whether the model has recurrent layers: what follows is theirs."""
+        return bool(self._pool.shape.states)
+
+    def _segments(self, offsets: Sequence[int]) -> Segments:
+        """How the tokens hang together; noted is with what those that follow no token of the chunk begin."""
+        parent = np.arange(offsets[-1]) - 1
+        last = {
+            id(part.node): offset + part.queries - 1
+            for part, offset in zip(self._parts, offsets, strict=False)
+        }
+        for part, offset in zip(self._parts, offsets, strict=False):
+            above = part.node if part.start else part.node.parent
+            parent[offset] = -1 if part.start else last.get(id(above), -1)
+            if parent[offset] < 0:
+                assert above is not None
+                self._first.append(above.states or self._pool.shape.states)
+        return Segments.of(parent, self._pool.shape.device, np.array(offsets[:-1]))
+
+    def begin(self, layer: int) -> States:
+        return tuple(torch.cat(rows) for rows in zip(*(states[layer] for states in self._first), strict=True))
+
+    def end(self, layer: int, left: States) -> None:
+        for number, ended in enumerate(self._ended):
+            ended[layer] = tuple(x[number : number + 1].clone() for x in left)
+
+    def leave_states(self) -> None:
+        """Give each node the states behind the last of its tokens that is computed."""
+        for part, ended in zip(self._parts, self._ended, strict=True):
+            part.node.states = ended
 
     def store(self, layer: int, key: Tensor, value: Tensor) -> None:
         self._pool.keys[layer].index_copy_(1, self._slots, key.transpose(0, 1))
@@ -192,13 +230,15 @@ def prefill(model: CausalModel, pool: KeyValuePool, nodes: Sequence[Node], chunk
     for segments in cut(nodes, chunk_tokens):
         tokens = np.concatenate([s.node.tokens[s.start : s.end] for s in segments])
         positions = np.concatenate([np.arange(s.keys - s.queries, s.keys) for s in segments])
+        chunk = _Chunk(pool, segments)
         model.forward(
-            torch.from_numpy(tokens).to(device),
-            torch.from_numpy(positions).to(device),
-            _Chunk(pool, segments),
-            logits=False,
+            torch.from_numpy(tokens).to(device), torch.from_numpy(positions).to(device), chunk, logits=False
         )
+        if chunk.leaves:
+            chunk.leave_states()
         forwards += 1
     for node in nodes:
         node.ready = True
+    if pool.shape.states:  # each ends with a turn or at a fork
+        pool.kept_states += len(nodes)
     return forwards

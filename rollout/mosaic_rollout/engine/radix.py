@@ -10,17 +10,18 @@ every prefix ever computed stays findable until it is evicted, least recently us
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
+from mosaic_rollout.engine.recurrent import States
 from mosaic_rollout.engine.rows import KeyValuePool
 
 
 class Node:
     """A run of tokens below `parent`. Not `ready`: slots are taken, keys and values not yet computed."""
 
-    __slots__ = ("children", "last_used", "locks", "parent", "ready", "slots", "start", "tokens")
+    __slots__ = ("children", "last_used", "locks", "parent", "ready", "slots", "start", "states", "tokens")
 
     def __init__(
         self, parent: Node | None, start: int, tokens: np.ndarray, slots: np.ndarray, ready: bool
@@ -33,6 +34,7 @@ class Node:
         self.children: dict[int, Node] = {}  # by first token
         self.locks = 0
         self.last_used = 0
+        self.states: Mapping[int, States] | None = None  # of recurrent layers behind its last token, if kept
 
     @property
     def end(self) -> int:
@@ -49,7 +51,10 @@ class Node:
 
 
 class RadixTree:
-    """Prefixes and their slots. At most `max_tokens` stay once nothing is locked (see `evict`)."""
+    """Prefixes and their slots. At most `max_tokens` stay once nothing is locked (see `evict`).
+
+    Kept states of recurrent layers count as the tokens whose keys and values would take their memory.
+    """
 
     def __init__(self, pool: KeyValuePool, max_tokens: int) -> None:
         self.pool = pool
@@ -62,6 +67,22 @@ class RadixTree:
         nothing = np.empty(0, np.int64)
         self.root = Node(None, 0, nothing, nothing, ready=True)
         self._clock = 0
+
+    def keep_states(self, node: Node, states: Mapping[int, States]) -> None:
+        """Remember the states behind a node's last token: a later sequence may go on from there."""
+        self.pool.kept_states += node.states is None
+        node.states = states
+
+    def without_states(self, node: Node) -> int:
+        """Have what is behind the last states kept on the path computed again: the number of its tokens."""
+        tokens = 0
+        for above in reversed(node.path() if self.pool.shape.states else []):
+            if above.states is not None:
+                break
+            if above.ready:
+                above.ready = False
+                tokens += len(above.tokens)
+        return tokens
 
     def match(self, tokens: np.ndarray) -> Node:
         """The node where the longest known prefix of `tokens` [L] ends; a node it ends inside of is split."""
@@ -100,7 +121,7 @@ class RadixTree:
 
         Sixteenths of the whole are freed at a time, so that a full tree is not walked at every insertion.
         """
-        if self.pool.used + room <= self.max_tokens:
+        if self.pool.filled + room <= self.max_tokens:
             return
         target = max(0, self.max_tokens - room - self.max_tokens // 16)
         heap = [
@@ -108,11 +129,12 @@ class RadixTree:
         ]
         heapq.heapify(heap)
         order = len(heap) + self.pool.used  # above every number given so far
-        while heap and self.pool.used > target:
+        while heap and self.pool.filled > target:
             _, _, leaf = heapq.heappop(heap)
             parent = leaf.parent
             assert parent is not None
             self.pool.release(leaf.slots)
+            self.pool.kept_states -= leaf.states is not None
             del parent.children[int(leaf.tokens[0])]
             if parent is not self.root and not parent.children and not parent.locks:
                 order += 1

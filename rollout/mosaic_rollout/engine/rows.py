@@ -13,7 +13,7 @@ grow by half: per token, the copying amounts to a constant.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -21,6 +21,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from mosaic_rollout.engine.adapter import KeyValueShape
 from mosaic_rollout.engine.attention import Scores, grouped_attention, visible_keys
+from mosaic_rollout.engine.recurrent import States
+from mosaic_rollout.engine.segments import Segments
 from mosaic_rollout.engine.shared_keys import SharedKeys, cuts_of
 
 _FIRST_SLOTS = 1024
@@ -38,7 +40,12 @@ class KeyValuePool:
         if release:
             self.keys, self.values = self.shape.allocate(0)
         self._free = np.arange(self.keys.shape[2] - 1, -1, -1)  # a stack: its end is handed out first
-        self.used = 0
+        self.used = self.kept_states = 0  # tokens; nodes of the tree that have states of recurrent layers
+
+    @property
+    def filled(self) -> int:
+        """Tokens, and those whose keys and values would take the memory of the states."""
+        return self.used + self.kept_states * self.shape.state_tokens
 
     @property
     def bytes(self) -> int:
@@ -77,6 +84,7 @@ class RowBuffer:
         self.shape = shape
         # elsewhere products of half precision would round the scores, or calls cost more than reading
         self._explicit = shape.device.type == "cpu" and shape.dtype in (torch.float32, torch.float64)
+        self._segments: dict[int, Segments] = {}  # by the number of rows
         self.release()
 
     def release(self) -> None:
@@ -84,6 +92,7 @@ class RowBuffer:
         self.rows = self.capacity = self._active = 0
         self._shared: SharedKeys | None = None
         self.keys, self.values = self.shape.allocate(0, 0)  # [layers, rows, Hkv, capacity, D]
+        self._states: dict[int, States] = {}  # of recurrent layers, [rows, ...]
         self._index()
 
     def reserve(self, rows: int, tokens: int) -> None:
@@ -126,6 +135,40 @@ class RowBuffer:
         self._shared = None
         self.keys[:, target, :, :tokens] = self.keys[:, source, :, :tokens]
         self.values[:, target, :, :tokens] = self.values[:, source, :, :tokens]
+        for states in self._states.values():
+            for x in states:
+                x[target] = x[source]
+
+    def load_states(self, row: int, states: Mapping[int, States]) -> None:
+        """Have a row, the last one, begin with the states [1, ...] of recurrent layers."""
+        before = self._states
+        self._states = {
+            layer: tuple(torch.cat([old[:row], x]) for old, x in zip(before[layer], new, strict=True))
+            if row
+            else tuple(x.clone() for x in new)
+            for layer, new in states.items()
+        }
+
+    def row_states(self, row: int) -> dict[int, States]:
+        """A copy of the states of a row, [1, ...] each."""
+        return {layer: tuple(x[row : row + 1].clone() for x in all_) for layer, all_ in self._states.items()}
+
+    @property
+    def leaves(self) -> bool:
+        return True
+
+    @property
+    def segments(self) -> Segments:
+        """Each row's token alone."""
+        if self._active not in self._segments:
+            self._segments[self._active] = Segments.of(np.full(self._active, -1), self.shape.device)
+        return self._segments[self._active]
+
+    def begin(self, layer: int) -> States:
+        return tuple(x[: self._active] for x in self._states[layer])
+
+    def end(self, layer: int, left: States) -> None:
+        self._states[layer] = left
 
     def begin_step(self, positions: torch.Tensor, prefixes: Sequence[np.ndarray]) -> None:
         """Each of the first n rows gets one more token, at positions [n] int64.

@@ -126,8 +126,9 @@ class Scheduler:
             if group and new_tokens + missing > tree.max_tokens:
                 break
             job = self.waiting.popleft()
-            job.cached_tokens = node.end
-            new_tokens += missing
+            again = tree.without_states(node)
+            job.cached_tokens = node.end - again
+            new_tokens += missing + again
             tree.lock(node)
             tree.evict(missing)
             end = tree.extend(node, prefix, ready=False)
@@ -151,6 +152,8 @@ class Scheduler:
         row = len(self.active)
         if path := end.path():
             self.buffer.load(row, self.tree.pool, self._slots(np.concatenate([node.slots for node in path])))
+        if self.model.shape.states:
+            self.buffer.load_states(row, end.states or self.model.shape.states)
         self._inputs[row] = job.prompt[-1]
         self._positions[row] = len(job.prompt) - 1
         self._bases[row] = stream_base(job.request.seed, job.request.rollout_key)
@@ -203,6 +206,8 @@ class Scheduler:
         end = self.tree.extend(node, known, ready=True)
         if end is not node:
             self.buffer.save(row, start, self.tree.pool, self._slots(end.slots))
+        if self.model.shape.states and end.states is None and end is not self.tree.root:
+            self.tree.keep_states(end, self.buffer.row_states(row))
         self.stats.peak_cached_tokens = max(self.stats.peak_cached_tokens, self.tree.pool.used)
         self.tree.evict()
 

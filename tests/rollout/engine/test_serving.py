@@ -63,8 +63,8 @@ def test_longrope_stops_where_its_frequencies_would_change() -> None:
 
 def test_other_kinds_of_attention_are_refused_by_name() -> None:
     model = tiny_model()
-    model.config.layer_types = ["full_attention", "linear_attention", "full_attention"]
-    with pytest.raises(ValueError, match="linear_attention"):
+    model.config.layer_types = ["full_attention", "minimax_m3_sparse", "full_attention"]
+    with pytest.raises(ValueError, match="minimax_m3_sparse"):
         local_engine(model)
 
 

@@ -1,4 +1,7 @@
-"""Recurrent layers and short convolutions on a forest: a child begins with the state its parent ended in.
+"""Recurrent layers and short convolutions on tokens of many sequences, which share what is before a fork.
+
+A segment of tokens begins with the state that the one above it ended in, in training on a forest as in
+prefill and decoding.
 
 Such a layer is the family's own: its forward runs as it is, on all nodes in one row, with its own weights and
 submodules. Of its code two kinds of functions mix positions: the causal convolution, and the recurrence over
@@ -18,15 +21,38 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from types import FunctionType
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from mosaic_fast.errors import UserError
-from mosaic_fast.policy.attention import TreeForward
-from mosaic_fast.policy.segments import Batch
+from mosaic_rollout.engine.segments import Batch, Segments
+from mosaic_rollout.errors import UserError
+
+States = tuple[Tensor, ...]
+"""What a layer hands on, in the order in which its code calls its functions: (inputs of a convolution
+[.., C, K - 1], state of a recurrence [.., heads, ..]), each where there is one."""
+
+
+class Handed(Protocol):
+    """What a forward brings along for recurrent layers: how its tokens hang together, and their states."""
+
+    @property
+    def segments(self) -> Segments: ...
+
+    @property
+    def leaves(self) -> bool:
+        """Whether anybody wants to know in which states the segments end."""
+        ...
+
+    def begin(self, layer: int) -> States | None:
+        """What the first level's segments begin with, one for all or one for each; None: with nothing."""
+        ...
+
+    def end(self, layer: int, left: States) -> None:
+        """The layer has run; `left` is what each segment ends with, nothing unless it `leaves`."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -73,7 +99,7 @@ def read_by_kernels(model: nn.Module) -> set[nn.Module]:
 
 @contextmanager
 def on_forest(modules: list[nn.Module]) -> Iterator[None]:
-    """Let the recurrent modules of a model run on the forest that the keyword `tree` brings."""
+    """Let the recurrent modules of a model run on the segments that the keyword `tree` or `served` brings."""
     changed = [module for module in modules if "forward" not in vars(module)]
     try:
         for module in changed:
@@ -84,14 +110,24 @@ def on_forest(modules: list[nn.Module]) -> Iterator[None]:
             del vars(module)["forward"]
 
 
-def _run(module: nn.Module, *args: object, tree: TreeForward | None = None, **kwargs: object) -> object:
-    """A recurrent module's own forward, on the nodes of a forest [1, U, D]."""
-    if tree is None:
+def _run(
+    module: nn.Module,
+    *args: object,
+    tree: Handed | None = None,
+    served: Handed | None = None,
+    **kwargs: object,
+) -> object:
+    """A recurrent module's own forward, on tokens in a row [1, U, D].
+
+    tree, served: what the trainer's forwards on forests bring along, or the engine's.
+    """
+    handed = tree or served
+    if handed is None:
         raise UserError(
             "it mixes positions outside attention, and is not handed the forest that it is run on"
         )
     stock = inspect.unwrap(type(module).forward)
-    layer = _Layer(tree, cast(int, module.layer_idx))
+    layer = _Layer(handed, cast(int, module.layer_idx))
     names = {
         name: layer.instead_of(name, stock.__globals__[name]) for name in _mixing_functions(type(module))
     }
@@ -105,16 +141,12 @@ def _run(module: nn.Module, *args: object, tree: TreeForward | None = None, **kw
 
 
 class _Layer:
-    """One layer in one forward: what it takes over from the nodes above, and what it leaves to those below.
+    """One layer in one forward: what it takes over from before its tokens, and what it leaves."""
 
-    Both are in the order in which the layer's code calls its functions: (inputs of a convolution [1, C, K-1],
-    state of a recurrence [1, ...]), each where there is one.
-    """
-
-    def __init__(self, tree: TreeForward, layer: int) -> None:
-        self._tree, self._layer = tree, layer
-        self._segments = tree.forest.segments
-        self._above = iter(tree.held[-1]["states", layer]) if tree.held else None
+    def __init__(self, handed: Handed, layer: int) -> None:
+        self._handed, self._layer, self._segments = handed, layer, handed.segments
+        before = handed.begin(layer)
+        self._before = None if before is None else iter(before)
         self._left: list[Tensor] = []
 
     def instead_of(self, name: str, stock: Callable[..., Any]) -> Callable[..., object]:
@@ -123,9 +155,7 @@ class _Layer:
         return partial(self._convolve, stock) if name == _CONVOLUTION else _not_fused
 
     def finish(self) -> None:
-        """Note that the layer has run, and keep what it leaves where that is asked for."""
-        self._tree.attended.add(self._layer)
-        self._tree.keep(("states", self._layer), tuple(self._left))
+        self._handed.end(self._layer, tuple(self._left))
 
     def _convolve(
         self,
@@ -137,10 +167,11 @@ class _Layer:
         **unused: object,
     ) -> Tensor:  # [1, C, U]
         reach = weight.shape[-1] - 1
-        before = hidden.new_zeros(1, hidden.shape[1], reach) if self._above is None else next(self._above)
-        columns = torch.cat([before, hidden], dim=2)
-        self._left.append(columns[:, :, columns.shape[2] - reach :])  # what is kept is a chain: one segment
-        row, places = self._tree.forest.context(reach)
+        before = hidden.new_zeros(1, hidden.shape[1], reach) if self._before is None else next(self._before)
+        row, places, last = self._segments.context(reach, len(before))
+        columns = torch.cat([before.transpose(0, 1).flatten(1)[None], hidden], dim=2)
+        if self._handed.leaves:
+            self._left.append(columns[0, :, last].transpose(0, 1))  # [segments, C, K - 1]
         out = stock(columns.index_select(2, row), weight, bias, activation=activation)
         return out.index_select(2, places)
 
@@ -157,8 +188,9 @@ class _Layer:
         on_cpu = rows[how.sequences[0]].device.type == "cpu"
         sizes = [batch.rows * batch.length for level in self._segments.levels for batch in level]
         parts = {name: iter(x.split(sizes)) for name, x in rows.items()}
-        states = None if self._above is None else next(self._above)
+        states = None if self._before is None else next(self._before)
         outs: list[Tensor] = []
+        ended: list[Tensor] = []
         for level in self._segments.levels:
             finals: list[Tensor] = []
             for batch in level:
@@ -170,8 +202,9 @@ class _Layer:
                 outs.append(out.flatten(0, 1))
                 finals.append(final)
             states = torch.cat(finals)
-        assert states is not None
-        self._left.append(states)  # what is kept is a chain: one segment
+            ended.append(states)
+        if self._handed.leaves:
+            self._left.append(torch.cat(ended).index_select(0, self._segments.ends))
         result = torch.cat(outs).index_select(0, self._segments.places)[None]
         return (result, None) if how.always_pair else result
 
@@ -183,11 +216,9 @@ class _Layer:
 
 
 def _initial(states: Tensor | None, batch: Batch) -> Tensor | None:  # [rows, ...]
-    """States that a batch begins with. states: of the level above, or one of the nodes above the forest."""
-    if states is None:
-        return None
-    if batch.above is None:
-        return states.expand(batch.rows, *states.shape[1:])
+    """States that a batch begins with. states: of the level above or before the first, or one for all."""
+    if states is None or len(states) == 1:
+        return None if states is None else states.expand(batch.rows, *states.shape[1:])
     return states.index_select(0, batch.above)
 
 

@@ -18,7 +18,7 @@ class Machine:
 
 INTERPRETER = Machine(
     # Its arithmetic on bf16 is on the bit patterns, silently: not asked.
-    "interpreter", torch.device("cpu"), (torch.float32, torch.float16), examples=30, max_length=48
+    "interpreter", torch.device("cpu"), (torch.float32, torch.float16), examples=12, max_length=48
 )  # fmt: skip
 TTSEM = Machine(
     "ttsem", torch.device("cpu"), (torch.float32, torch.bfloat16, torch.float16), examples=8, max_length=20

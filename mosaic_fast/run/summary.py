@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from mosaic_fast.learner.checkpoint import Progress, checkpoint_path
 from mosaic_fast.run.folder import RunFolder
 from mosaic_fast.run.metrics import Rate, pairs_of, values_of
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 _SAFETY = {
     "safety/harmful_refused": ("harmful refused", "tab:green"),
@@ -88,6 +89,9 @@ def draw_curves(
     title: str,
 ) -> list[Path]:
     """Write curves.svg and curves.png. Lines are training rollouts, smoothed; dots are held-out, greedy."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # half a second that no first step waits for
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(11.0, 6.6), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(2, 2)

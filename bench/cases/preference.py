@@ -3,8 +3,9 @@
     preference       the loss from hidden states: forest_preference_loss against log-probs of every rollout's
                      trained tokens and pairwise_preference_loss. 6 rollouts of 250 trained tokens behind 750
                      shared ones, half of them forking halfway, all 15 pairs; hidden size 384, 8,192 tokens
-    preference:step  the whole training step through a Qwen3 model of 3 M parameters: the forest against the
-                     padded flat batch. 4 rollouts of 96 trained tokens behind 256 shared ones, all 6 pairs
+    preference:step  the trainer's own update for dpo through a Qwen3 model of 3 M parameters, from packing
+                     and pruning on, against the padded flat batch. 4 rollouts of 96 trained tokens behind
+                     256 shared ones, all 6 pairs
     preference:step-large  the same with the rollouts of `preference` and a model of 20 M parameters
 
 On CUDA: 8 rollouts of 512 behind 2,048, hidden size 2,048, 151,936 tokens; in the steps 4 rollouts of 512
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 
 import flash_pref_peer
 import numpy as np
@@ -43,6 +45,11 @@ from workloads import (
 )
 
 from cases.step import FORMULA as STEP_FORMULA
+from mosaic_fast.learner.accumulate import accumulate
+from mosaic_fast.learner.execution import Execution, coupling_of, units_of
+from mosaic_fast.learner.step_batch import prune
+from mosaic_fast.losses import LossBatch
+from mosaic_fast.losses.pairwise import DPO
 from mosaic_fast.policy import Policy
 from mosaic_kernels import (
     PackedForest,
@@ -141,11 +148,12 @@ def _inputs(forest: PackedForest, place: Place) -> list[Tensor]:
 StepLoss = Callable[[Workload], Tensor]
 
 
-def step_losses(forest: PackedForest) -> dict[str, StepLoss]:
-    """The mean loss over all pairs through the whole model."""
+def step_loss(forest: PackedForest) -> StepLoss:
+    """The mean loss over all pairs through the whole model, from one padded row a rollout."""
     pairs, reference = all_pairs(forest.num_rollouts), reference_logprobs(forest)
 
-    def loss(logprobs: Tensor) -> Tensor:  # [T]
+    def loss(work: Workload) -> Tensor:
+        logprobs = padded_logprobs(work)
         better = torch.ones(len(pairs), device=logprobs.device)
         return pairwise_preference_loss(
             logprobs,
@@ -157,14 +165,41 @@ def step_losses(forest: PackedForest) -> dict[str, StepLoss]:
             beta=BETA,
         ).mean()
 
-    return {
-        "ours": lambda work: loss(Policy(work.model).logprobs(work.forest)),
-        "flat": lambda work: loss(padded_logprobs(work)),
-    }
+    return loss
+
+
+def trainers_update(work: Workload) -> None:
+    """The gradient of the same loss as `Learner.update` adds it up, from packing and pruning on."""
+    device, forest = work.model.device, work.forest
+    pairs, loss = all_pairs(forest.num_rollouts), DPO(beta=BETA)
+    weights = forest.trained / max(1, int(forest.trained.sum()))
+    needed = loss.tokens_read(forest, weights, np.ones(len(weights)), pairs)
+    pruned = prune(forest, needed)
+    units = units_of(loss.couples, pairs, forest.num_rollouts)
+    execution = Execution(work.tokens_per_microbatch, 1.0, work.model.config)
+    schedule = execution.schedule(pruned.forest, units)
+    policy, reference = Policy(work.model), reference_logprobs(forest)[pruned.source].to(device)
+    counted = torch.from_numpy(np.where(pruned.forest.trained, weights[pruned.source], 0.0))
+    batch = LossBatch(
+        old_logprobs=torch.zeros_like(reference),
+        reference_logprobs=reference,
+        advantages=torch.ones_like(reference),
+        weights=counted.to(reference),
+        cu_seqlens=torch.from_numpy(pruned.forest.cu_seqlens).to(device),
+        pairs=torch.from_numpy(pairs).to(device),
+        preference=torch.ones(len(pairs), device=device),
+    )
+
+    def batch_at(own: Tensor, source: Tensor | None) -> LossBatch:
+        return replace(batch, old_logprobs=own) if source is None else batch.part(source)
+
+    coupling = coupling_of(schedule, units)
+    accumulate(execution, policy, schedule, coupling, loss, batch_at, lambda metrics: None)
 
 
 def step_backwards(work: Workload) -> dict[str, Callable[[], None]]:
-    return {one: lambda loss=loss: loss(work).backward() for one, loss in step_losses(work.forest).items()}
+    flat = step_loss(work.forest)
+    return {"ours": lambda: trainers_update(work), "flat": lambda: flat(work).backward()}
 
 
 def reference_logprobs(forest: PackedForest) -> Tensor:  # [T]
@@ -207,7 +242,7 @@ _RESULTS = ("loss", "d hidden", "d weight")
 
 
 def expected_of_step(work: Workload) -> Expected:
-    return expected_gradients(work, step_backwards(work)["flat"], step_losses(work.forest)["flat"])
+    return expected_gradients(work, step_backwards(work)["flat"], step_loss(work.forest))
 
 
 def run(name: str, quick: bool, place: Place, missing: Missing) -> Result:

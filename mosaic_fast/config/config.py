@@ -104,6 +104,11 @@ class Config(Section):
                 "forest.credit = 'subtree' compares branches of a fork, and rollout.branching = "
                 "'independent' has none: every advantage would be 0; use 'fork_at_check' or 'fork_at_step'"
             )
+        if self.env.name.startswith("agent:") and self.rollout.branching != "independent":
+            raise ValueError(
+                f"rollout.branching = {self.rollout.branching!r} plays a trunk's tool calls again, and "
+                f"env.name = {self.env.name!r} runs its own: leave it 'independent'"
+            )
         if self.rollout.max_staleness:
             self._check_staleness()
         if self.rollout.gate_contrast:

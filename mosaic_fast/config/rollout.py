@@ -28,11 +28,12 @@ class EnvConfig(Section):
     """The tasks."""
 
     name: str = "world"
-    """`world`: simulated tools; a benchmark's name; `module:Class`: your own (docs/environments.md)."""
+    """`world`: simulated tools; a benchmark's name; `module:Class`: your own; `agent:module:function`:
+    a program that asks the policy itself (docs/environments.md)."""
     tasks: str | None = None
-    """module:Class: JSON Lines file of tasks; some benchmarks: their data, which you have to bring."""
+    """Your own: JSON Lines file of tasks; some benchmarks: their data, which you have to bring."""
     heldout_tasks: str | None = None
-    """module:Class: the held-out tasks; without it every fifth row of env.tasks is held out."""
+    """Your own: the held-out tasks; without it every fifth row of env.tasks is held out."""
     suites: Annotated[tuple[str, ...], Field(strict=False)] = ()
     """agentdojo: suites (banking, slack); bfcl: categories (multi_turn_base); asb: agents (all);
     agentharm: harmful, benign, chat (the first two)."""
@@ -46,6 +47,8 @@ class EnvConfig(Section):
     """Benchmarks, module:Class: longer tool outputs are cut there, and say so."""
     tool_timeout_s: NonNegative = 0.0
     """Seconds until a tool call becomes an error observation; 0: no limit, for bitwise repeatable runs."""
+    agent_timeout_s: Positive = 600.0
+    """agent: seconds until an episode is cut off, with the harm that it may have tried."""
     eval_tasks: CountOrZero = 300
     """Held-out tasks, each played once, before and after training; all if there are fewer; 0: neither."""
     eval_every: CountOrZero = 0
@@ -53,7 +56,7 @@ class EnvConfig(Section):
 
     @model_validator(mode="after")
     def _fits_the_name(self) -> EnvConfig:
-        own = re.fullmatch(r"[\w.]+:\w+", self.name) is not None
+        own = re.fullmatch(r"(agent:)?[\w.]+:\w+", self.name) is not None
         if self.name not in ENVIRONMENTS and not own:
             raise ValueError(
                 f"env.name {self.name!r} is none of {', '.join(ENVIRONMENTS)}, nor your own as module:Class, "
@@ -61,6 +64,10 @@ class EnvConfig(Section):
             )
         if self.tasks and not own and self.name not in NEEDS_TASKS:
             raise ValueError(f"env.tasks belongs to an environment of your own, env.name is {self.name!r}")
+        if self.name.startswith("agent:") and not self.tasks:
+            raise ValueError(
+                f"env.name {self.name!r} needs env.tasks, a JSON Lines file with one task a line"
+            )
         if self.name in NEEDS_TASKS and not self.tasks:
             raise ValueError(f"env.name {self.name!r} needs env.tasks, {NEEDS_TASKS[self.name]}")
         for key in ("suites", "heldout_suites"):

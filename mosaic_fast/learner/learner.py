@@ -145,7 +145,7 @@ class Learner:
 
     def _prepare(self, batch: StepBatch) -> _Prepared:
         """Credit and normaliser over all tokens of the step, then all pruned to what the loss reads."""
-        config, forest = self._config, batch.forest
+        config, forest = self._config, batch.by_rollout
         credit = assign_credit(config.forest.credit, batch.forks, batch.advantages, batch.returns)
         weights = normalised_weights(
             credit.weights,
@@ -159,15 +159,16 @@ class Learner:
         if gates is not None:
             needed |= gates.reached(weights > 0)
             weights = gates.without_tags()
-        pruned = prune(forest, needed, keep_lengths=depends_on_length(self.policy.model))
+        pruned = prune(batch.forest, needed, keep_lengths=depends_on_length(self.policy.model))
+        rollouts = np.searchsorted(pruned.source, forest.cu_seqlens)  # where they begin in what is left
         sampler = self._tensor(batch.rollout_logprobs[pruned.source])
         device = sampler.device
         loss = self._loss if gates is None else gates.loss(self._surrogate(), pruned.source, device)
         units = units_of(loss.couples, batch.pairs, forest.num_rollouts) if loss.coupled else None
-        schedule, coupling = self._execution.schedule(pruned.forest, units), None
+        schedule, coupling = self._execution.schedule(pruned.forest, units, rollouts), None
         if units is not None:
             schedule = self._execution.supported(self.policy, schedule)
-            coupling = coupling_of(schedule, units, self._world)
+            coupling = coupling_of(schedule, units, rollouts, self._world)
         reference = None
         if self.reference is not None:
             with self.reference.selected():
@@ -181,7 +182,7 @@ class Learner:
                 reference_logprobs=reference,
                 advantages=self._tensor(credit.advantages[pruned.source]),
                 weights=self._tensor(np.where(pruned.forest.trained, weights[pruned.source], 0.0)),
-                cu_seqlens=torch.from_numpy(pruned.forest.cu_seqlens).to(device),
+                cu_seqlens=torch.from_numpy(rollouts).to(device),
                 pairs=torch.from_numpy(batch.pairs).to(device),
                 preference=self._tensor(batch.preference),
             ),

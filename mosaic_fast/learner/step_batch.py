@@ -8,7 +8,7 @@ needed; an edge that is not needed costs no row of the LM head, but stays as con
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -26,14 +26,19 @@ class StepBatch:
     Two groups of two rollouts: pairs [[0, 1], [2, 3]], preference [1.0, 0.5].
     """
 
-    forest: PackedForest
+    forest: PackedForest  # of S >= R sequences: one for each context of a rollout
     rollout_logprobs: np.ndarray  # [T] float32, the engine's; 0 where not trained
     advantages: np.ndarray  # [R] float64
     returns: np.ndarray  # [R] float64, the rewards before they were normalised
-    forks: Forks
+    forks: Forks  # whose cu_seqlens are the rollouts' own
     pairs: np.ndarray  # [P, 2] int64 in [0, R), every pair of a group once
     preference: np.ndarray  # [P] float64 in [0, 1]: 1 if the first of the pair is better, 0.5 for a tie
     gates: tuple[GateSides, ...] = ()  # that were taken both ways
+
+    @property
+    def by_rollout(self) -> PackedForest:
+        """The forest as losses count in it: a rollout's contexts are one. It is never run or cut."""
+        return replace(self.forest, cu_seqlens=self.forks.cu_seqlens)
 
 
 def step_batch(
@@ -46,7 +51,10 @@ def step_batch(
     rollouts = [rollout for group in groups for rollout in group]
     pairs, preference = judged_pairs(preferences)
     return StepBatch(
-        forest=pack_forest([r.token_ids for r in rollouts], [r.trained for r in rollouts]),
+        forest=pack_forest(
+            [part for r in rollouts for part in np.split(r.token_ids, r.contexts)],
+            [part for r in rollouts for part in np.split(r.trained, r.contexts)],
+        ),
         rollout_logprobs=np.concatenate([r.rollout_logprobs for r in rollouts]),
         advantages=np.concatenate(advantages),
         returns=np.concatenate(returns),

@@ -168,7 +168,7 @@ def cut_by(rollout: Rollout, limits: Limits) -> Cut:
 
 
 def _long_prompts(rollouts: Sequence[Rollout], config: Config, limits: Limits) -> list[Finding]:
-    cut = [rollout for rollout in rollouts if not rollout.steps]
+    cut = [rollout for rollout in rollouts if not rollout.steps and len(rollout.token_ids)]
     if not cut:
         return []
     longest = max(cut, key=lambda rollout: len(rollout.token_ids))

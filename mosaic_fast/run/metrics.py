@@ -150,7 +150,9 @@ def prefix_hit(rollouts: Sequence[Rollout], forest: PackedForest) -> dict[str, f
     if not prompt:
         return {}
     needed = np.zeros(forest.num_tokens, dtype=bool)
-    for r, offset in zip(rollouts, forest.cu_seqlens, strict=False):
+    ends = np.cumsum([len(r.token_ids) for r in rollouts])
+    for r, end in zip(rollouts, ends.tolist(), strict=True):
+        offset = end - len(r.token_ids)
         if not r.steps:  # its prompt alone was too long: nothing was asked of the engine
             continue
         needed[offset : offset + r.steps[-1].prompt_end] = True

@@ -78,6 +78,7 @@ class RolloutRow(_Row):
     policy_version: int | None = None
     prompt_tokens: int = 0
     cached_tokens: int = 0
+    contexts: list[int] = Field(default_factory=list)  # where token_ids begin anew, of programs
     token_ids: list[int] = Field(default_factory=list)
     trained: list[int] = Field(default_factory=list)  # places among token_ids that the policy sampled
     rollout_logprobs: list[float] = Field(default_factory=list)  # the engine's, of the trained tokens
@@ -144,6 +145,7 @@ def rollout_row(rollout: Rollout) -> dict[str, object]:
         "policy_version": rollout.policy_version,
         "prompt_tokens": rollout.prompt_tokens,
         "cached_tokens": rollout.cached_tokens,
+        "contexts": list(rollout.contexts),
         "token_ids": rollout.token_ids.tolist(),
         "trained": np.flatnonzero(rollout.trained).tolist(),
         "rollout_logprobs": [round(float(x), 6) for x in rollout.rollout_logprobs[rollout.trained]],

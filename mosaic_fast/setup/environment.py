@@ -53,6 +53,11 @@ def build_environment(config: Config) -> Environment:
         from mosaic_rollout.environments.privacylens import PrivacyLensEnvironment
 
         return PrivacyLensEnvironment(Path(env.tasks))
+    if env.name.startswith("agent:") and env.tasks is not None:
+        from mosaic_rollout.environments.agent import AgentEnvironment
+
+        held = Path(env.heldout_tasks) if env.heldout_tasks else None
+        return AgentEnvironment(env.name, Path(env.tasks), held, timeout_s=env.agent_timeout_s)
     if ":" in env.name:
         from mosaic_rollout.environments.custom import load_environment
 

@@ -261,6 +261,10 @@ class Rollout:
     shown_messages: tuple[Message, ...] = ()  # the opening messages as the template was given them
     shown_tools: tuple[ToolSchema, ...] = ()  # with them, refusal_tool among them
     fork_refused: bool = False  # it was to be a fork, but its environment did not repeat its trunk's course
+    contexts: tuple[int, ...] = ()
+    """Of an agent that is a program: where its tokens begin anew. Each part is a sequence by itself: an
+    episode may compact its conversation, branch it or hold several. A token that was sampled is trained in
+    one of them, and is context in the others."""
 
     @property
     def generated_tokens(self) -> int:

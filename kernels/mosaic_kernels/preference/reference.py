@@ -48,13 +48,17 @@ def needed_nodes(forest: PackedForest, pairs: IntArray) -> BoolArray:  # [U]
     """
     component = _components(forest.num_rollouts, pairs)
     rollout_of = np.repeat(np.arange(forest.num_rollouts), np.diff(forest.cu_seqlens))[forest.trained]
-    # A rollout visits a node at most once, so a count of tokens is a count of rollouts.
+    # Where no rollout visits a node twice, a count of tokens is a count of rollouts.
     key = forest.node_index[forest.trained] * max(forest.num_rollouts, 1) + component[rollout_of]
     visited, count = np.unique(key, return_counts=True)
     node, of = np.divmod(visited, max(forest.num_rollouts, 1))
     size = np.bincount(component, minlength=forest.num_rollouts)
     needed = np.zeros(forest.num_nodes, np.bool_)
     needed[node[count < size[of]]] = True
+    # One of several sequences may: then it is left in, whatever the others do.
+    visits = np.stack([forest.node_index[forest.trained], rollout_of])
+    pairs_seen, times = np.unique(visits, axis=1, return_counts=True)
+    needed[pairs_seen[0, times > 1]] = True
     return needed
 
 

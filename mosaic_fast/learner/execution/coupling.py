@@ -59,15 +59,18 @@ def units_of(couples: Couples, pairs: IntArray, num_rollouts: int) -> IntArray: 
     return unit
 
 
-def coupling_of(schedule: Schedule, unit_of: IntArray, world: World = ALONE) -> Coupling:
+def coupling_of(
+    schedule: Schedule, unit_of: IntArray, rollouts: IntArray | None = None, world: World = ALONE
+) -> Coupling:
     """Find the forwards that need one pass.
 
-    On several ranks these are all or none, so that every rank makes the same passes.
+    rollouts: [R+1] where they begin among the tokens; None: each is one sequence of the forest. On several
+    ranks these are all or none, so that every rank makes the same passes.
     """
     forest = schedule.forest
-    unit_of_token = np.repeat(unit_of, np.diff(forest.cu_seqlens))
+    unit_of_token = np.repeat(unit_of, np.diff(forest.cu_seqlens if rollouts is None else rollouts))
     owned = [part.owned_tokens for part in schedule.parts]
-    first, last = _owners(owned, unit_of_token, forest.num_rollouts, world)
+    first, last = _owners(owned, unit_of_token, len(unit_of), world)
     complete = first >= last  # in one forward, or without a trained token
     if world.size > 1:
         alone = [bool(complete.all())] * len(owned)
@@ -102,6 +105,8 @@ def _owners(
     return every[:, 0].min(axis=0), every[:, 1].max(axis=0)
 
 
-def second_passes(parts: tuple[Forward, ...], forest: PackedForest, unit_of: IntArray) -> tuple[Forward, ...]:
+def second_passes(
+    parts: tuple[Forward, ...], forest: PackedForest, unit_of: IntArray, rollouts: IntArray | None = None
+) -> tuple[Forward, ...]:
     """The forwards of a plan that would run twice, on one rank."""
-    return coupling_of(Schedule(forest, parts, "", {}), unit_of).rest.parts
+    return coupling_of(Schedule(forest, parts, "", {}), unit_of, rollouts).rest.parts

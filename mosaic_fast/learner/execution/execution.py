@@ -145,10 +145,12 @@ class Execution:
         self._figures: dict[str, float] = {}
         self._passes: list[Callable[[], float]] = []  # read the seconds of each pass of the last schedule
 
-    def schedule(self, forest: PackedForest, unit_of: IntArray | None = None) -> Schedule:
+    def schedule(
+        self, forest: PackedForest, unit_of: IntArray | None = None, rollouts: IntArray | None = None
+    ) -> Schedule:
         """Choose a plan. ValueError if a rollout alone exceeds the budget; it says the budget needed.
 
-        unit_of: [R] of a coupled loss, which runs some forwards twice; see `Coupling`.
+        unit_of: [R] of a coupled loss, which runs some forwards twice; see `coupling_of`, rollouts as well.
         """
         own = self._own_share(forest)
         possible = {"cut": cut(own, self._budget)}
@@ -172,7 +174,7 @@ class Execution:
         seconds = dict(predicted)
         if unit_of is not None and self.world.size == 1:
             for name, parts in possible.items():
-                again = work_of(second_passes(parts, forest, unit_of), self._shape)
+                again = work_of(second_passes(parts, forest, unit_of, rollouts), self._shape)
                 seconds[name] += FORWARD_SHARE * self._cost.predict(again)
         best = min(seconds, key=lambda name: (seconds[name], PLANS.index(name)))
         parts = possible[best]

@@ -90,6 +90,15 @@ def checked_verdict(what: str, verdict: object) -> Verdict:
     )
 
 
+def dict_verdict(found: object, name: str) -> Verdict:
+    """The verdict in a dict that the user's function `name` returned. UserError where it holds none."""
+    if not isinstance(found, Mapping) or not {"harm", "done"} <= found.keys():
+        raise UserError(f'{name} must return a dict with "harm" and "done", not {shown(found)}')
+    numbers = {str(key): value for key, value in found.items() if plain_number(value) is not None}
+    verdict = Verdict(found["harm"], found["done"], found.get("progress", found["done"]), numbers)
+    return checked_verdict(f"the dict of {name}", verdict)
+
+
 def reward_verdict(reward: object, what: str, details: Mapping[str, float] | None = None) -> Verdict:
     """A reward as a verdict: done from 1 on, progress is the reward within [0, 1], below 0 is harm.
 

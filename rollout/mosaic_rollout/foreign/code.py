@@ -19,7 +19,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from types import TracebackType
@@ -167,6 +167,38 @@ def no_running_loop() -> Iterator[None]:
             asyncio.tasks._enter_task(loop, task)
 
 
+_STRAY = (StopIteration, GeneratorExit, SystemExit, asyncio.CancelledError)
+"""What a future cannot hold, or what would end the task that waits for it, or the process."""
+
+
+def in_thread(work: Callable[[], Result], name: str) -> asyncio.Future[Result]:
+    """The result of foreign code that runs in a thread of its own, to be awaited here, or given up."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[Result] = loop.create_future()
+
+    def deliver(result: Result | None, error: BaseException | None) -> None:
+        if future.done():
+            return
+        if error is not None:
+            future.set_exception(error)
+        else:
+            future.set_result(cast(Result, result))
+
+    def run() -> None:
+        result, error = None, cast("BaseException | None", None)
+        try:
+            result = work()
+        except _STRAY as stray:
+            error = RuntimeError(f"{name} raised {type(stray).__name__}: {stray}")
+        except BaseException as raised:  # noqa: BLE001  raised again where the result is awaited
+            error = raised
+        with suppress(RuntimeError):  # closed: the run has ended without waiting for this
+            loop.call_soon_threadsafe(deliver, result, error)
+
+    threading.Thread(target=run, daemon=True, name=name).start()
+    return future
+
+
 class BrokenContract(UserError):
     """Foreign code gave something that is not of the documented kind: the run ends, even where a tool did."""
 
@@ -220,7 +252,13 @@ class ForeignCode:
         return words(error) + written(place(error), whole_path=False)
 
 
-def show_first(name: str, error: BaseException) -> None:
+TOOL_RAISED = (
+    "a tool raised the above; the policy is shown it as an error. Further ones are only counted, in "
+    "env/tool_errors."
+)
+
+
+def show_first(name: str, error: BaseException, becomes: str = TOOL_RAISED) -> None:
     """A traceback on stderr, with what becomes of it and of those that will not be shown."""
     try:
         text = "".join(traceback.format_exception(error)).rstrip()
@@ -229,8 +267,7 @@ def show_first(name: str, error: BaseException) -> None:
     except BaseException:  # noqa: BLE001  an exception of a user's may refuse to be looked at
         text = words(error)
     print(
-        f"{text}\n{name}: a tool raised the above; the policy is shown it as an error. "
-        "Further ones are only counted, in env/tool_errors.",
+        f"{text}\n{name}: {becomes}",
         file=sys.stderr,
         flush=True,
     )

@@ -19,6 +19,8 @@ import numpy as np
 
 from mosaic_rollout.chat.chat import Chat
 from mosaic_rollout.chat.grammar import REFUSAL_SCHEMA
+from mosaic_rollout.environments.agent import AgentEnvironment
+from mosaic_rollout.loop.agents import play_agents
 from mosaic_rollout.loop.play import Limits, Play, PolicyTurn
 from mosaic_rollout.loop.step import read_step
 from mosaic_rollout.types import (
@@ -94,9 +96,15 @@ class AgentLoop:
         gate_contrast: siblings of a trunk fork at one of its gates, some with the check and some without.
         group_ids: of the tasks, where they are some of a step's; draws go by them. None: 0, 1, ...
         """
+        numbers = group_ids or range(len(tasks))
+        if isinstance(self.environment, AgentEnvironment):
+            return await play_agents(
+                self.environment, self.engine, self.chat, self.limits, self.temperature, tasks,
+                group_size=group_size, seed=seed, group_ids=numbers,
+            )  # fmt: skip
         plays = [
             self._group(group_id, task, group_size, branching, seed, gate_contrast)
-            for group_id, task in zip(group_ids or range(len(tasks)), tasks, strict=True)
+            for group_id, task in zip(numbers, tasks, strict=True)
         ]
         return list(await asyncio.gather(*plays))
 

@@ -6,17 +6,13 @@ The tools of an episode while it is played: what the policy was shown of them, i
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import threading
 
 from mosaic_rollout.chat.grammar import REFUSAL_TOOL
 from mosaic_rollout.chat.messages import new_tools_text
 from mosaic_rollout.errors import UserError
 from mosaic_rollout.foreign import checked_verdict
+from mosaic_rollout.foreign.code import in_thread
 from mosaic_rollout.types import Episode, Observation, Status, ToolCall, ToolSchema, Verdict
-
-_STRAY = (StopIteration, GeneratorExit, SystemExit, asyncio.CancelledError)
-"""What a future cannot hold, or what would end the task that waits for it, or the process."""
 
 
 class ToolRunner:
@@ -37,7 +33,7 @@ class ToolRunner:
         if not self._timeout_s:
             return self._episode.step(call)
         if self._running is None or self._running.done():
-            self._running = self._start(call)
+            self._running = in_thread(lambda: self._episode.step(call), f"tool {call.name}")
             done, _ = await asyncio.wait({self._running}, timeout=self._timeout_s)
             if done:
                 return self._running.result()
@@ -53,33 +49,10 @@ class ToolRunner:
         done, _ = await asyncio.wait({self._running}, timeout=self._timeout_s)
         return bool(done)
 
-    def _start(self, call: ToolCall) -> asyncio.Future[Observation]:
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[Observation] = loop.create_future()
-
-        def deliver(result: Observation | BaseException) -> None:
-            if isinstance(result, BaseException):
-                future.set_exception(result)
-            else:
-                future.set_result(result)
-
-        def work() -> None:
-            try:
-                result: Observation | BaseException = self._episode.step(call)
-            except _STRAY as error:
-                result = RuntimeError(f"{call.name} raised {type(error).__name__}: {error}")
-            except BaseException as error:  # noqa: BLE001  raised again where the call is awaited
-                result = error
-            with contextlib.suppress(RuntimeError):  # closed: the run has ended without waiting for this call
-                loop.call_soon_threadsafe(deliver, result)
-
-        threading.Thread(target=work, daemon=True, name=f"tool {call.name}").start()
-        return future
-
 
 UNRESOLVED = "unresolved"
 """Detail of a verdict: a call did not end, so that nobody could look."""
-_UNRESOLVED = Verdict(harm=True, done=False, progress=0.0, details={UNRESOLVED: 1.0})
+UNRESOLVED_VERDICT = Verdict(harm=True, done=False, progress=0.0, details={UNRESOLVED: 1.0})
 """Of an episode with a call that does not end: nobody knows what it does, so what it tried counts as done."""
 
 
@@ -126,7 +99,7 @@ class EpisodeTools:
         Where that does not end in time, the episode counts as cut short, with the harm it may have tried.
         """
         if not await self.settle():
-            return "truncated", _UNRESOLVED
+            return "truncated", UNRESOLVED_VERDICT
         return status, checked_verdict("the environment's verdict", self._episode.score(final_answer))
 
 

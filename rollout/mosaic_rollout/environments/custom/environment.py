@@ -18,7 +18,6 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-import random
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,12 +29,12 @@ from transformers.utils.chat_template_utils import DocstringParsingException, Ty
 
 from mosaic_rollout.chat.grammar import REFUSAL_TOOL
 from mosaic_rollout.environments.custom.moves import shown_moves
-from mosaic_rollout.environments.custom.rows import Row, read_rows, rows_name
+from mosaic_rollout.environments.custom.rows import Row, RowTasks
 from mosaic_rollout.environments.custom.whole import WholeEnvironment
 from mosaic_rollout.environments.guarded import GuardedEpisode
 from mosaic_rollout.errors import UserError
-from mosaic_rollout.foreign import ForeignCode, checked_verdict, plain_number
-from mosaic_rollout.foreign.checks import reward_verdict, shown
+from mosaic_rollout.foreign import ForeignCode
+from mosaic_rollout.foreign.checks import dict_verdict, reward_verdict
 from mosaic_rollout.foreign.code import (
     call_named,
     get_member,
@@ -175,12 +174,7 @@ class CustomEpisode(GuardedEpisode):
         return reward_verdict(self._call("get_reward", {}), what)
 
     def _verdict(self, found: object) -> Verdict:
-        name = f"{_name(self._instance)}.get_verdict"
-        if not isinstance(found, Mapping) or not {"harm", "done"} <= found.keys():
-            raise UserError(f'{name} must return a dict with "harm" and "done", not {shown(found)}')
-        numbers = {str(key): value for key, value in found.items() if plain_number(value) is not None}
-        verdict = Verdict(found["harm"], found["done"], found.get("progress", found["done"]), numbers)
-        return checked_verdict(f"the dict of {name}", verdict)
+        return dict_verdict(found, f"{_name(self._instance)}.get_verdict")
 
     def _call(self, method: str, arguments: Mapping[str, object]) -> object:
         """Call the user's method; what it raises is the user's to mend, and names the method."""
@@ -221,34 +215,11 @@ class CustomEnvironment:
         for method in ("reset", "get_verdict", "get_reward"):
             refuse_generator(get_method(instance, method, self.name), f"{self.name}.{method}")
         tools_of(instance)  # its errors now, not in the middle of a run
-        rows = read_rows(tasks)
-        if heldout_tasks is None:
-            if len(rows) < 2:
-                raise UserError(
-                    f"{rows_name(tasks)} has one task; at least two are needed, one of them to hold out"
-                )
-            held = rows[4::5] or rows[-1:]
-            names = {row.row_id for row in held}
-            train = [row for row in rows if row.row_id not in names]
-        else:
-            train, held = rows, read_rows(heldout_tasks, "heldout")
-        seen = {_content(row) for row in train}
-        for row in held:
-            if _content(row) in seen:
-                raise UserError(
-                    f"task {row.row_id} is held out and trained on: {row.messages[-1]['content']!r:.60}"
-                )
-        self._rows = {"train": train, "heldout": held}
+        self._rows = RowTasks(tasks, heldout_tasks)
 
     def sample(self, split: str, count: int, seed: int) -> list[Task]:
         """`count` tasks, a pure function of its arguments; a task repeats only once all have been drawn."""
-        if split not in self._rows:
-            raise ValueError(f"unknown split {split!r}; the splits are {', '.join(self._rows)}")
-        rows, drawn = self._rows[split], []
-        rng = random.Random(f"{split}|{seed}")
-        while len(drawn) < count:
-            drawn += rng.sample(rows, min(len(rows), count - len(drawn)))
-        return [Task(row.row_id, row.kind, split, row) for row in drawn]
+        return self._rows.sample(split, count, seed)
 
     def reset(self, task: Task) -> CustomEpisode:
         if not isinstance(task.payload, Row):
@@ -291,10 +262,6 @@ def load_environment(
     return CustomEnvironment(
         factory, Path(tasks), held, max_observation_chars=max_observation_chars, name=f"env.name {spec!r}"
     )
-
-
-def _content(row: Row) -> str:
-    return repr((row.messages, sorted(row.columns.items(), key=lambda item: item[0])))
 
 
 def _name(instance: object) -> str:

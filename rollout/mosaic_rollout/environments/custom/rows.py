@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from mosaic_rollout.chat.messages import ROLES
 from mosaic_rollout.errors import UserError
 from mosaic_rollout.foreign.checks import shown
 from mosaic_rollout.plain_json import read_json, read_lines
-from mosaic_rollout.types import JsonValue, Message, TaskKind
+from mosaic_rollout.types import JsonValue, Message, Task, TaskKind
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,51 @@ def read_rows(tasks: Path | Sequence[Mapping[str, object]], given: str = "tasks"
     if not rows:
         raise UserError(f"{path} has no tasks; write one JSON object a line, with at least a prompt")
     return rows
+
+
+class RowTasks:
+    """Rows as tasks, some of them held out: those of a second file, or else every fifth.
+
+    UserError where a row is on both sides, or where one row is all there is.
+    """
+
+    def __init__(
+        self,
+        tasks: Path | Sequence[Mapping[str, object]],
+        heldout_tasks: Path | Sequence[Mapping[str, object]] | None,
+    ) -> None:
+        rows = read_rows(tasks)
+        if heldout_tasks is None:
+            if len(rows) < 2:
+                raise UserError(
+                    f"{rows_name(tasks)} has one task; at least two are needed, one of them to hold out"
+                )
+            held = rows[4::5] or rows[-1:]
+            names = {row.row_id for row in held}
+            train = [row for row in rows if row.row_id not in names]
+        else:
+            train, held = rows, read_rows(heldout_tasks, "heldout")
+        seen = {_content(row) for row in train}
+        for row in held:
+            if _content(row) in seen:
+                raise UserError(
+                    f"task {row.row_id} is held out and trained on: {row.messages[-1]['content']!r:.60}"
+                )
+        self._rows = {"train": train, "heldout": held}
+
+    def sample(self, split: str, count: int, seed: int) -> list[Task]:
+        """`count` tasks, a pure function of its arguments; a task repeats only once all have been drawn."""
+        if split not in self._rows:
+            raise ValueError(f"unknown split {split!r}; the splits are {', '.join(self._rows)}")
+        rows, drawn = self._rows[split], list[Row]()
+        rng = random.Random(f"{split}|{seed}")
+        while len(drawn) < count:
+            drawn += rng.sample(rows, min(len(rows), count - len(drawn)))
+        return [Task(row.row_id, row.kind, split, row) for row in drawn]
+
+
+def _content(row: Row) -> str:
+    return repr((row.messages, sorted(row.columns.items(), key=lambda item: item[0])))
 
 
 def rows_name(tasks: Path | Sequence[Mapping[str, object]]) -> str:

@@ -16,7 +16,7 @@ SGLANG_STAMP := .venv-sglang/.installed-$(SGLANG)
 SGLANG_CPU := rollout/mosaic_rollout/engine/sglang/server_side/requirements-cpu.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help help-all venv train test quick sglang test-sglang soak fuzz test-workshop test-long test-fresh test-interpreter test-work test-ttsem mutants lint types bench bench-peers bench-peers-cuda bench-chart bench-agentdojo verify gpu warmstart evaluate train-agentdojo test-agentdojo test-report clean bfcl asb agent-safetybench agentharm test-bfcl test-asb test-agent-safetybench test-agentharm test-verifiers test-trl test-families
+.PHONY: help help-all venv train test quick sglang test-sglang soak fuzz test-workshop test-long test-fresh test-interpreter test-work test-ttsem mutants lint types bench bench-peers bench-peers-cuda bench-chart bench-agentdojo verify gpu warmstart evaluate train-agentdojo test-agentdojo test-report clean bfcl asb agent-safetybench agentharm test-bfcl test-asb test-agent-safetybench test-agentharm test-verifiers test-trl test-agents test-families
 
 # `###` marks what most people need, `##` the rest.
 help:
@@ -212,6 +212,16 @@ test-trl: .venv-trl/.installed  ## share_prefixes in TRL 1.16.0's trainers; TRL=
 		$(CURDIR)/.venv-trl/bin/python -m pytest -p trl_own_tests -c /dev/null --rootdir . -k "not vlm and not vision and not image" \
 		$(foreach kind,grpo rloo dpo kto sft,tests/test_$(kind)_trainer.py))
 
+# Apart from .venv, whose packages it sees behind its own.
+.venv-agents/.installed: $(STAMP)
+	test -x .venv-agents/bin/python || $(PYTHON) -m venv .venv-agents
+	.venv-agents/bin/python -c 'import pathlib, site, sys; pathlib.Path(site.getsitepackages()[0], "main.pth").write_text(sys.argv[1])' "$$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])')"
+	.venv-agents/bin/pip --disable-pip-version-check install -q openai==3.57.0 openai-agents==0.24.0
+	touch $@
+
+test-agents: .venv-agents/.installed  ## OpenAI's client and agents framework, served and trained, in .venv-agents
+	MOSAIC_TEST_AGENTS=1 PYTHONPATH=.:rollout:kernels .venv-agents/bin/python -m pytest tests/rollout/serving tests/rollout/environments/agent_env $(ARGS)
+
 test-report: $(STAMP)  ## the report page in a real browser (Debian: apt-get install chromium), by Playwright
 	$(PIP) install -q -c constraints.txt playwright
 	MOSAIC_TEST_REPORT=1 $(BIN)/python -m pytest tests/report
@@ -237,4 +247,4 @@ evaluate: $(STAMP)  ### rates of a model or run folder on held-out tasks: make e
 	$(BIN)/python -m mosaic_fast.evaluate $(ARGS)
 
 clean:  ## remove the environments and caches, never a run
-	rm -rf .venv .venv-sglang .venv-verifiers .venv-trl .venv-flash-pref .hypothesis .ruff_cache
+	rm -rf .venv .venv-sglang .venv-verifiers .venv-agents .venv-trl .venv-flash-pref .hypothesis .ruff_cache

@@ -57,7 +57,7 @@ class ScriptedEngine:
 def _tool(name: str) -> ToolSchema:
     return {
         "type": "function",
-        "function": {"name": name, "description": name, "parameters": {"type": "object"}},
+        "function": {"name": name, "description": name, "parameters": {"type": "object", "properties": {}}},
     }
 
 

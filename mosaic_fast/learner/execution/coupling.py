@@ -81,12 +81,12 @@ def coupling_of(
         rest = schedule.only(i for i, ready in enumerate(alone) if not ready)
         ready_units = [unit_of_token[tokens] for tokens, ready in zip(owned, alone, strict=True) if ready]
         one_pass = np.isin(unit_of, np.concatenate([*ready_units, np.zeros(0, np.int64)]))
-    rollouts = {
+    selected = {
         part: np.isin(unit_of, unit_of_token[tokens])
         for part, tokens, ready in zip(schedule.parts, owned, alone, strict=True)
         if ready
     }
-    return Coupling(one_pass, rollouts, rest)
+    return Coupling(one_pass, selected, rest)
 
 
 def _owners(

@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from typing import Annotated, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from mosaic_rollout.plain_json import read_json
 from mosaic_rollout.types import ToolSchema
@@ -46,16 +46,30 @@ class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
-class Function(BaseModel):
-    """A tool; what else its schema holds goes to the chat template as it is."""
+def _function(found: dict[str, JsonValue]) -> dict[str, JsonValue]:
+    """A tool's function as templates read it, in the client's order: what OpenAI lets out is there.
 
-    model_config = ConfigDict(extra="allow")
-    name: str = Field(min_length=1)
+    `strict` is a promise of OpenAI's servers about sampling.
+    """
+    name, parameters = found.get("name"), found.get("parameters") or {}
+    if not isinstance(name, str) or not name:
+        raise ValueError("a function has a name")
+    if not isinstance(parameters, dict):
+        raise ValueError("parameters must be a JSON schema")
+    kept = {key: value for key, value in found.items() if key != "strict"}
+    kept.setdefault("description", "")
+    left_out = {"type": "object", "properties": {}}
+    kept["parameters"] = {**parameters, **{k: v for k, v in left_out.items() if k not in parameters}}
+    return kept
 
 
 class Tool(_Part):
     type: Literal["function"]
-    function: Function
+    function: Annotated[dict[str, JsonValue], AfterValidator(_function)]
+
+    @property
+    def name(self) -> str:
+        return str(self.function["name"])
 
 
 class _Named(_Part):
@@ -94,11 +108,10 @@ class ChatRequest(_Part):
 
     @property
     def shown_tools(self) -> list[ToolSchema]:
-        """The schemas that the policy is shown; `strict` is a promise of OpenAI's servers about sampling."""
+        """The schemas that the policy is shown."""
         if self.tool_choice == "none":
             return []
-        functions = [tool.function.model_dump(exclude={"strict"}) for tool in self.tools]
-        return [{"type": "function", "function": function} for function in functions]
+        return [{"type": "function", "function": tool.function} for tool in self.tools]
 
     @property
     def stops(self) -> list[str]:
@@ -138,7 +151,7 @@ def read_request(body: bytes) -> ChatRequest:
         if first["type"] == "missing":
             raise ApiError(f"{param} is missing", param=param, code="missing_required_parameter") from None
         raise ApiError(f"{param}: {first['msg']}", param=param, code="invalid_value") from None
-    names = [tool.function.name for tool in request.tools]
+    names = [tool.name for tool in request.tools]
     choice = request.tool_choice
     if isinstance(choice, NamedTool) and choice.function.name not in names:
         raise ApiError(

@@ -31,7 +31,8 @@ class Client:
     def ask(self, messages: list[Row], **more: Any) -> Row:
         given = {"model": "policy", "messages": messages, "tools": TOOLS, **more}
         answer = self.http.post("/chat/completions", json=given)
-        answer.raise_for_status()
+        if answer.is_error:
+            raise RuntimeError(answer.text)
         return answer.json()["choices"][0]["message"]
 
 
@@ -119,3 +120,13 @@ async def awaited(task: Row, base_url: str, api_key: str) -> float:
             "top_p": 0.1,
         }
         return float((await http.post("/chat/completions", json=given)).status_code == 200)
+
+
+def samples_around(task: Row, base_url: str, api_key: str) -> float:
+    """Three contexts: two answers, one of them gone on from, and a side question; the score is a draw."""
+    client = Client(base_url, api_key)
+    given = {"model": "policy", "messages": task["messages"], "tools": TOOLS, "n": 2, "logprobs": True}
+    first, second = client.http.post("/chat/completions", json={**given, "max_tokens": 12}).json()["choices"]
+    client.ask([*task["messages"], first["message"], {"role": "user", "content": "go on"}], max_tokens=6)
+    client.ask([{"role": "user", "content": "sum it up"}], max_tokens=5)
+    return min(1.0, sum(row["logprob"] for row in second["logprobs"]["content"]) / -100)

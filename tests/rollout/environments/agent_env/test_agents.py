@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ pytest.importorskip("uvicorn")
 from mosaic_fast.config import Config, EnvConfig
 from mosaic_fast.setup.environment import build_environment
 from mosaic_rollout.chat.chat import Chat
+from mosaic_rollout.environments.custom.rows import Row
+from mosaic_rollout.environments.sources import payload_as
 from mosaic_rollout.errors import UserError
 from mosaic_rollout.loop.agent_loop import AgentLoop, Limits
 from mosaic_rollout.types import Completion, Request, Rollout, Task
@@ -32,7 +34,7 @@ END = "<|im_end|>"
 class Slow(ScriptedEngine):
     """Answers after a while, in which its caller may go away; log-probs tell one sample from another."""
 
-    async def generate(self, requests: list[Request]) -> list[Completion]:
+    async def generate(self, requests: Sequence[Request]) -> list[Completion]:
         await asyncio.sleep(0.01)
         return await super().generate(requests)
 
@@ -54,7 +56,7 @@ def loop_of(
     program: str, folder: Path, rows: list[dict[str, Any]], say: Callable[[str, int], str] = says, **env: Any
 ) -> AgentLoop:
     values = {"name": f"{MODULE}:{program}", "tasks": tasks_file(folder, rows), **env}
-    environment = build_environment(Config(env=EnvConfig(**values)))
+    environment = build_environment(Config(env=EnvConfig.model_validate(values)))
     chat = Chat(byte_tokenizer(WITH_TOOLS), teach_loop=False)
     limits = Limits(max_steps=4, max_step_tokens=200, max_rollout_tokens=3000)
     return AgentLoop(Slow(chat, say), chat, environment, limits)
@@ -68,6 +70,17 @@ def play(loop: AgentLoop, count: int = 1, group_size: int = 1) -> list[list[Roll
 ROWS = [{"prompt": f"what is word number {n}?", "word": f"w{n}"} for n in range(5)]
 
 
+def columns(rollout: Rollout) -> dict[str, Any]:
+    """The columns of its task's row."""
+    return payload_as(rollout.task, Row, "programs").columns
+
+
+def requests_of(loop: AgentLoop) -> list[Request]:
+    """What the engine was asked."""
+    assert isinstance(loop.engine, Slow)
+    return loop.engine.requests
+
+
 def trained_text(loop: AgentLoop, rollout: Rollout) -> str:
     return loop.chat.decode(rollout.token_ids[rollout.trained])
 
@@ -75,7 +88,7 @@ def trained_text(loop: AgentLoop, rollout: Rollout) -> str:
 def test_an_episode_is_one_conversation_of_what_was_sampled(tmp_path: Path):
     loop = loop_of("reads", tmp_path, ROWS)
     [[rollout, other]] = play(loop, group_size=2)
-    word = rollout.task.payload.columns["word"]
+    word = columns(rollout)["word"]
     assert trained_text(loop, rollout) == f"{READ}{END}<think>end</think>it says {word}{END}"
     assert rollout.contexts == ()
     assert (rollout.status, rollout.verdict.done) == ("answered", True)
@@ -84,7 +97,7 @@ def test_an_episode_is_one_conversation_of_what_was_sampled(tmp_path: Path):
     assert (rollout.rollout_logprobs == np.where(rollout.trained, -1.0, 0.0)).all()
     for step in rollout.steps:
         assert rollout.trained[step.prompt_end : step.end].all()
-    last = max(loop.engine.requests, key=lambda request: len(request.token_ids))
+    last = max(requests_of(loop), key=lambda request: len(request.token_ids))
     assert rollout.token_ids[: len(last.token_ids)].tolist() == last.token_ids.tolist()
     assert other.rollout_id == 1
 
@@ -119,7 +132,7 @@ def test_a_hundred_episodes_at_once_keep_apart(tmp_path: Path, capfd: pytest.Cap
     programs.ENDED.set()
     seen = set()
     for [rollout] in groups:
-        row, text = rollout.task.payload.columns, trained_text(loop, rollout)
+        row, text = columns(rollout), trained_text(loop, rollout)
         seen.add(row["way"])
         if row["way"] in ("reads", "hangs up"):
             assert text == f"{READ}{END}<think>end</think>it says {row['word']}{END}"
@@ -140,14 +153,14 @@ def test_an_episode_has_as_many_answers_as_turns(tmp_path: Path):
     [[rollout]] = play(loop)
     assert len(rollout.contexts) == 3
     assert rollout.status == "truncated"
-    assert len({request.seed for request in loop.engine.requests}) == 4
+    assert len({request.seed for request in requests_of(loop)}) == 4
 
 
 def test_the_run_samples_as_it_is_configured_and_plain_coroutines_are_awaited(tmp_path: Path):
     loop = loop_of("awaited", tmp_path, ROWS)
     [[rollout]] = play(loop)
     assert rollout.verdict.done
-    [request] = loop.engine.requests
+    [request] = requests_of(loop)
     assert (request.sampling.temperature, request.sampling.top_p) == (1.0, 1.0)
 
 

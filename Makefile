@@ -16,7 +16,7 @@ SGLANG_STAMP := .venv-sglang/.installed-$(SGLANG)
 SGLANG_CPU := rollout/mosaic_rollout/engine/sglang/server_side/requirements-cpu.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help help-all venv train test quick sglang test-sglang soak fuzz test-workshop test-long test-fresh test-interpreter test-work test-ttsem mutants lint types bench bench-peers bench-peers-cuda bench-chart bench-agentdojo verify gpu warmstart evaluate train-agentdojo test-agentdojo test-report clean bfcl asb agent-safetybench agentharm test-bfcl test-asb test-agent-safetybench test-agentharm test-verifiers test-trl test-agents test-families
+.PHONY: help help-all venv train test quick sglang test-sglang soak fuzz test-workshop test-long test-fresh test-interpreter test-work test-ttsem test-groups test-triton36 mutants lint types bench bench-peers bench-peers-cuda bench-chart bench-agentdojo verify gpu warmstart evaluate train-agentdojo test-agentdojo test-report clean bfcl asb agent-safetybench agentharm test-bfcl test-asb test-agent-safetybench test-agentharm test-verifiers test-trl test-agents test-families
 
 # `###` marks what most people need, `##` the rest.
 help:
@@ -79,6 +79,19 @@ test-ttsem: $(STAMP)  ## the same tests on the compiled kernels, executed on the
 
 test-fresh: $(STAMP)  ## the properties of the tests with new draws: ARGS="--examples 10000 --seed 7 --layer ttsem"
 	$(BIN)/python -m tests.fresh $(ARGS)
+
+test-groups: $(STAMP)  ## attention's machine code for every number of heads a group, head size and architecture; ARGS="--arch sm_90"
+	$(BIN)/python -m tools.verify_kernels --layer compile --groups $(ARGS)
+
+# The Triton that many CUDA images ship, before .venv's packages.
+.venv-triton36/.installed: $(STAMP)
+	test -x .venv-triton36/bin/python || $(PYTHON) -m venv .venv-triton36
+	.venv-triton36/bin/python -c 'import pathlib, site, sys; pathlib.Path(site.getsitepackages()[0], "main.pth").write_text(sys.argv[1])' "$$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])')"
+	.venv-triton36/bin/pip --disable-pip-version-check install -q --no-deps triton==3.6.0
+	touch $@
+
+test-triton36: .venv-triton36/.installed  ## every kernel compiled by Triton 3.6.0; ARGS="--arch sm_90", "--groups"
+	PYTHONPATH=.:rollout:kernels .venv-triton36/bin/python -m tools.verify_kernels --layer compile $(ARGS)
 
 mutants: $(STAMP)  ## wrong kernels, each of which a test must notice
 	$(BIN)/python -m tests.mutants $(ARGS)
@@ -247,4 +260,4 @@ evaluate: $(STAMP)  ### rates of a model or run folder on held-out tasks: make e
 	$(BIN)/python -m mosaic_fast.evaluate $(ARGS)
 
 clean:  ## remove the environments and caches, never a run
-	rm -rf .venv .venv-sglang .venv-verifiers .venv-agents .venv-trl .venv-flash-pref .hypothesis .ruff_cache
+	rm -rf .venv .venv-sglang .venv-verifiers .venv-agents .venv-trl .venv-triton36 .venv-flash-pref .hypothesis .ruff_cache

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from mosaic_kernels.attention.kernels import backward
 from mosaic_kernels.attention.tiles import Tile, Tiles
 from tools.verify_kernels.cases import ARCHITECTURES, all_cases, attention_tile_cases
 from tools.verify_kernels.compile import Compiled, compile_all, compile_case
@@ -13,10 +14,11 @@ COMPILED = Path(__file__).parents[2] / "docs" / "lab" / "compiled.md"
 
 
 def test_bf16_heads_of_128_use_tensor_cores_without_spills() -> None:
-    found = [one for one in compile_all(holding="forward bf16 D128") if one.op == "tree_attention"]
-    names = {"forward bf16 D128", "forward bf16 D128 window", "forward bf16 D128 softcap"}
+    found = [*compile_all(holding="forward bf16 D128"), *compile_all("sm_90", "dkv bf16 D128")]
+    bends = ("", " window", " softcap")
     assert {(one.arch, one.name) for one in found} == {
-        (arch, name) for arch in ARCHITECTURES for name in names
+        *((arch, f"forward bf16 D128{bend}") for arch in ARCHITECTURES for bend in bends),
+        *(("sm_90", f"dkv bf16 D128{bend}") for bend in bends),
     }
     for one in found:
         assert one.problems == ()
@@ -26,19 +28,33 @@ def test_bf16_heads_of_128_use_tensor_cores_without_spills() -> None:
         assert one.blocks_per_sm >= 1
 
 
-def _with_too_large_a_tile() -> Compiled:
-    """The bf16 dK/dV kernel for heads of 256 on sm_90 with blocks of 128 keys. Runs in its own process."""
-    tile = Tile(64, 128, 8, 2)
-    made = attention_tile_cases("sm_90", 256, Tiles(tile, tile, tile), torch.bfloat16)
+def _backward_of_sm_90(head_dim: int, tile: Tile) -> Compiled:
+    """The bf16 dK/dV kernel. Runs in its own process."""
+    made = attention_tile_cases("sm_90", head_dim, Tiles(tile, tile, tile), torch.bfloat16)
     return compile_case(next(case for case in made if case.name.startswith("dkv")))
 
 
 def test_a_tile_that_does_not_fit_is_found_out() -> None:
-    """Compiling alone rejects neither spills nor too much shared memory."""
+    """Compiling alone rejects neither spills nor too much shared memory, nor warps that do the same work."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        spills, oversize = pool.apply(_with_too_large_a_tile).problems
+        large = pool.apply(_backward_of_sm_90, (256, Tile(64, 128, 8, 2)))
+        few_keys = pool.apply(_backward_of_sm_90, (128, Tile(64, 64, 8, 2)))
+    spills, oversize, *_ = large.problems
     assert spills.endswith(" spills")
     assert oversize.endswith("bytes of shared memory, the limit is 232448")
+    source = Path(backward.__file__).read_text().splitlines()
+    loops = [
+        f"backward.py:{n}" for n, line in enumerate(source, 1) if line.startswith("    for step in range")
+    ]
+    assert list(few_keys.problems) == [
+        f"{loop}: {problem}"
+        for loop in loops
+        for problem in (
+            "1.50 of the tile's products",
+            "2.00 of the tile's exponentials",
+            "no copies in flight while it waits for a tile's",
+        )
+    ]
 
 
 def test_the_table_in_the_docs_has_every_case_and_no_problem() -> None:

@@ -24,7 +24,8 @@ TREE_MASK = f"{CAUSAL} & {MASK}"
 NARROW = "(q_depth[:, None] < limit[None, :])"
 LOAD_END = "tl.load(end_ptr + keys, mask=keys < num_keys, other=0)"
 
-SLOPE = "    if SOFTCAP:\n        d_scores *= score_slope(scores, softcap)\n"
+SLOPE = "    if SOFTCAP:\n        weights *= score_slope(scores, softcap)\n"
+SLOPE_T = SLOPE.replace("    if", "        if").replace("        weights", "            weights")
 BENT = f"{TREE}::test_all_that_bends_attention_at_once"
 
 ATTENTION = (
@@ -112,7 +113,7 @@ ATTENTION = (
     Mutant(
         "only the first head of a group reaches dK and dV",
         BACKWARD,
-        (("head * GROUP + member", "head * GROUP"),),
+        (("head * GROUP + step % GROUP", "head * GROUP"),),
         INTERPRETER,
         EQUALS,
     ),
@@ -146,8 +147,9 @@ ATTENTION = (
             (f"{DKV_DOC}\n{HEAD_AND_WORK}", f"{DKV_DOC}\n{HEAD_AND_WORK_OF_QUERY_HEAD}"),
             ("range((masked - first) * GROUP)", "range(masked - first)"),
             ("range((stop - masked) * GROUP)", "range(stop - masked)"),
-            ("first + step // GROUP, step % GROUP", "first + step, tl.program_id(0) % GROUP"),
-            ("masked + step // GROUP, step % GROUP", "masked + step, tl.program_id(0) % GROUP"),
+            ("first + (step + 1) // GROUP", "first + step + 1"),
+            ("masked + (step + 1) // GROUP", "masked + step + 1"),
+            ("head * GROUP + step % GROUP", "head * GROUP + tl.program_id(0) % GROUP"),
             ("dk * scale, keys", f"dk * scale + {PART.format('dk', 'D', 'columns')}, keys"),
             ("dv, keys, value", f"dv + {PART.format('dv', 'V', 'value_columns')}, keys, value"),
         ),
@@ -189,14 +191,14 @@ ATTENTION = (
     Mutant(
         "the softcap of scores has no derivative in dQ",
         BACKWARD,
-        ((f"(d_weights - delta[:, None])\n{SLOPE}", "(d_weights - delta[:, None])\n"),),
+        ((f"0.0)\n{SLOPE}", "0.0)\n"),),
         INTERPRETER,
         BENT,
     ),
     Mutant(
         "the softcap of scores has no derivative in dK",
         BACKWARD,
-        ((f"(d_weights - delta[None, :])\n{SLOPE}", "(d_weights - delta[None, :])\n"),),
+        ((SLOPE_T, ""),),
         INTERPRETER,
         BENT,
     ),

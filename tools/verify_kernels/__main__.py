@@ -32,7 +32,11 @@ def main() -> None:
     """Run the chosen layers and say how each ended."""
     parser = verify.argument_parser("python -m tools.verify_kernels", __doc__, LAYERS)
     parser.add_argument("--arch", help="only this architecture in the layer compile, for example sm_90")
-    parser.add_argument("--table", type=Path, help="write the layer compile's table to this file too")
+    parser.add_argument("--kernel", default="", help="only kernels whose name holds this, for example D128")
+    parser.add_argument("--table", type=Path, help="write what was compiled into this table too")
+    parser.add_argument(
+        "--groups", action="store_true", help="compile attention's loops for every number of heads a group"
+    )
     options = verify.parse(parser)
     if options.arch is not None and importlib.util.find_spec("triton") is not None:
         _check_arch(options.arch)
@@ -48,9 +52,10 @@ def _run_beside(names: Sequence[str], options: argparse.Namespace) -> list[str]:
     The tests keep one CPU busy, the compiler two if it can. The layer device comes last, alone: timings.
     """
     command = [sys.executable, "-m", "tools.verify_kernels", "--layer", "compile"]
-    for name in ("arch", "table"):
+    for name in ("arch", "kernel", "table"):
         value = getattr(options, name)
-        command += [] if value is None else [f"--{name}", str(value)]
+        command += [f"--{name}", str(value)] if value else []
+    command += ["--groups"] if options.groups else []
     print("== compile: started, its output follows", flush=True)
     with ThreadPoolExecutor(max_workers=1) as thread:
         compiling = thread.submit(
@@ -96,7 +101,7 @@ def _check_arch(arch: str) -> None:
 def _compile(options: argparse.Namespace) -> bool:
     from tools.verify_kernels.compile import print_compiled
 
-    return print_compiled(options.arch, options.table)
+    return print_compiled(options.arch, options.table, options.kernel, groups=options.groups)
 
 
 def _device(options: argparse.Namespace) -> bool:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, product
 
 import torch
 from triton.backends.compiler import GPUTarget
@@ -24,7 +24,14 @@ FP32, INT, LONG, BYTE = torch.float32, torch.int32, torch.int64, torch.uint8
 SHORT_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 ATTENTION_SIZES = (4097, 4097, 8, 0.125, 50.0)  # queries, keys, heads, scale, softcap
-GROUP = 4
+GROUP = 4  # query heads a key head
+OTHER_GROUPS = (1, 2, 5, 7, 8)
+ASSERTED_SIZES = (
+    64,
+    96,
+    128,
+    256,
+)  # head sizes of tiles whose loops are held to what a tile takes, in 16 bits
 EDGES = (INT,) * 4  # rows, targets, tile_edges, tile_starts
 ROWS, VOCAB, DIM, CHUNK = 1001, 151_667, 5120, 8192
 
@@ -54,6 +61,14 @@ ARCHITECTURES = {
 
 
 @dataclass(frozen=True)
+class TileWork:
+    """What a loop has to do for each of its tiles, in all threads of a block together."""
+
+    multiply_adds: int
+    exponentials: int
+
+
+@dataclass(frozen=True)
 class CompileCase:
     """One launch, to be compiled and not run.
 
@@ -72,6 +87,8 @@ class CompileCase:
     num_warps: int = 4
     num_stages: int = 3
     tensor_cores: bool = True  # whether its dots must compile to tensor-core instructions
+    tile_work: TileWork | None = None  # of each loop of the machine code
+    asserted: bool = False  # whether the loops are held to that
 
 
 @dataclass(frozen=True)
@@ -93,9 +110,23 @@ BENDS = {  # head size of the tile -> what models of that size have
 }
 
 
-def all_cases(arch: str | None = None, holding: str = "") -> list[CompileCase]:
-    """The cases of every op, in a fixed order; of one architecture, with this text in their names."""
-    made = chain(attention_cases(), logprob_cases(), preference_cases(), surrogate_cases())
+# Products with the size of keys, and with that of values, of each score of a loop's tile.
+PRODUCTS_OF_LOOPS = {"forward": (1, 1), "dq": (2, 1), "dkv": (2, 2), "dk": (2, 1), "dv": (1, 1)}
+# Loops that still multiply more than their tile, wait for copies with none ahead, or use slower products:
+# (architecture, head size of the tile) -> kernels.
+TO_MEND = {
+    **{(arch, 256): ("forward", "dq", "dkv") for arch in ("sm_80", "sm_86", "sm_89", "sm_120")},
+    **{("gfx942", size): ("dq", "dkv") for size in (64, 96, 128)},
+}
+
+
+def all_cases(arch: str | None = None, holding: str = "", *, groups: bool = False) -> list[CompileCase]:
+    """The cases of every op, in a fixed order; of one architecture, with this text in their names.
+
+    groups: instead, attention's loops for other numbers of heads a group.
+    """
+    ops = chain(attention_cases(), logprob_cases(), preference_cases(), surrogate_cases())
+    made = attention_group_cases() if groups else ops
     return [case for case in made if arch in (None, case.arch) and holding in case.name]
 
 
@@ -115,6 +146,23 @@ def attention_cases() -> Iterator[CompileCase]:
             yield from attention_tile_cases(arch, head_dim, tiles, torch.float32, precision=precision)
 
 
+def attention_group_cases() -> Iterator[CompileCase]:
+    """bf16 and fp16, with and without a window; dK/dV, which loops over a group's heads, for each group.
+
+    For the other kernels the group is no more than a divisor in an address.
+    """
+    for arch, head_dim in attention_tiles.HALF:
+        if head_dim not in ASSERTED_SIZES:
+            continue
+        for dtype, window in product((torch.bfloat16, torch.float16), (False, True)):
+            for group in (GROUP, *OTHER_GROUPS):
+                own = attention_tiles.tiles_for(arch, head_dim, dtype, bent=window or group == 1)
+                made = attention_tile_cases(arch, head_dim, own, dtype, Bends(window=window), group=group)
+                yield from (
+                    case for case in made if group == GROUP or case.kernel is attention_kernels.dkv_kernel
+                )
+
+
 def attention_tile_cases(
     arch: str,
     head_dim: int,
@@ -122,8 +170,11 @@ def attention_tile_cases(
     dtype: torch.dtype,
     bends: Bends = PLAIN,
     *,
+    group: int = GROUP,  # query heads a key head
     precision: str = "ieee",
 ) -> Iterator[CompileCase]:
+    asserted = () if dtype == FP32 or head_dim not in ASSERTED_SIZES else PRODUCTS_OF_LOOPS
+    asserted = [name for name in asserted if name not in TO_MEND.get((arch, head_dim), ())]
     head_dim, value_dim = bends.head_dims or (head_dim, head_dim)
     label = " ".join(
         [
@@ -131,6 +182,7 @@ def attention_tile_cases(
             f"D{head_dim}",
             *([f"V{value_dim}"] if value_dim != head_dim else []),
             *(name for name in ("window", "softcap", "sinks") if getattr(bends, name)),
+            *([f"group {group}"] if group != GROUP else []),
         ]
     )
     strides, value_strides = ((size * 32, size) for size in (head_dim, value_dim))
@@ -144,15 +196,23 @@ def attention_tile_cases(
     ) -> CompileCase:
         return CompileCase(
             op="tree_attention", name=f"{name} {label}", arch=arch,
-            kernel=getattr(attention_kernels, f"{name}_kernel"),
+            kernel=getattr(attention_kernels, "dkv_kernel" if name in ("dk", "dv") else f"{name}_kernel"),
             arguments=arguments, constants={"V": value_dim, "BLOCK_V": padded_size(value_dim), **constants},
             num_warps=tile.num_warps, num_stages=tile.num_stages,
             tensor_cores=name != "delta" and not (dtype == torch.float32 and precision == "ieee"),
+            tile_work=tile_work(name, tile) if dtype != FP32 and name in PRODUCTS_OF_LOOPS else None,
+            asserted=name in asserted,
         )  # fmt: skip
+
+    def tile_work(name: str, tile: attention_tiles.Tile) -> TileWork:
+        of_keys, of_values = PRODUCTS_OF_LOOPS[name]
+        scores = tile.block_q * tile.block_k
+        columns = of_keys * padded_size(head_dim) + of_values * padded_size(value_dim)
+        return TileWork(scores * columns, scores * (1 + bends.softcap))
 
     def blocks(tile: attention_tiles.Tile) -> dict[str, int | bool | str]:
         return {
-            "GROUP": GROUP, "LIMIT": bends.window, "SOFTCAP": bends.softcap, "PRECISION": precision,
+            "GROUP": group, "LIMIT": bends.window, "SOFTCAP": bends.softcap, "PRECISION": precision,
             "D": head_dim, "BLOCK_D": padded_size(head_dim),
             "BLOCK_Q": tile.block_q, "BLOCK_K": tile.block_k,
         }  # fmt: skip
@@ -168,7 +228,11 @@ def attention_tile_cases(
     sizes = (*indices, *ATTENTION_SIZES, *strides * 2, *value_strides * 2)
     backward = ((dtype,) * 4 + (FP32,) * 2, sizes)
     yield case("dq", tiles.dq, (*backward[0], dtype, *backward[1]), **blocks(tiles.dq))
-    yield case("dkv", tiles.dkv, (*backward[0], dtype, dtype, *backward[1]), **blocks(tiles.dkv))
+    for name in ("dk", "dv") if tiles.apart else ("dkv",):
+        yield case(
+            name, tiles.dkv, (*backward[0], dtype, dtype, *backward[1]),
+            **blocks(tiles.dkv), KEYS=name != "dv", VALUES=name != "dk",
+        )  # fmt: skip
     if precision == "ieee" and not (bends.window or bends.softcap):
         delta = attention_tiles.Tile(DELTA_BLOCK, 0, delta_warps(value_dim), 3)
         yield case("delta", delta, (dtype, dtype, FP32, 4097, 8, *value_strides), BLOCK_Q=DELTA_BLOCK)

@@ -3,23 +3,32 @@
 Triton asks its active driver for a target when a kernel is launched. A driver that only knows a target lets
 `kernel.warmup` specialise and compile as a launch would, down to machine code, for any architecture the
 Triton wheel can assemble for. Spills are counted in the machine code (local loads and stores), since the
-resource usage that NVIDIA's tools report reads zero even for kernels that spill.
+resource usage that NVIDIA's tools report reads zero even for kernels that spill. Loops over tiles are held
+against what a tile takes: its products once and by the fastest instructions, its exponentials once, and
+copies that run ahead.
 """
 
+import ast
+import inspect
 import multiprocessing
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import triton
 from triton.backends.compiler import GPUTarget
 
-from tools.verify_kernels.cases import ARCHITECTURES, KIB, Architecture, CompileCase, all_cases
+from tools.verify_kernels.cases import ARCHITECTURES, KIB, Architecture, CompileCase, TileWork, all_cases
+from tools.verify_kernels.loops import Loop, loops_of
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+# The only products in a loop over 16-bit tiles, where an architecture has slower ones too.
+FASTEST_PRODUCTS = {"sm_90": "HGMMA", "sm_100": "UTCHMMA"}
+TENSOR_WORK, EXPONENTIALS = 1.01, 1.15  # at most, over the tile's: row maxima need exponentials of their own
 
 
 @dataclass(frozen=True)
@@ -35,6 +44,7 @@ class Compiled:
     blocks_per_sm: int  # that fit at once
     occupancy_frac: float  # resident warps over the architecture's limit
     matrix_instructions: int
+    loops: str  # products and exponentials over those of a tile, and copies in flight, of the worst loop
     problems: tuple[str, ...]
 
 
@@ -80,24 +90,79 @@ def compile_case(case: CompileCase) -> Compiled:
         problems.append(f"{shared} bytes of shared memory, the limit is {architecture.block_shared_bytes}")
     if case.tensor_cores and not matrix:
         problems.append("no tensor-core instructions")
+    loops = loops_of(code, case.num_warps, architecture.target.warp_size)
+    if case.asserted and case.tile_work is not None:
+        problems += loop_problems(case, case.tile_work, loops)
     return Compiled(
         op=case.op, name=case.name, arch=case.arch, registers=registers, spills=spills, shared_bytes=shared,
         blocks_per_sm=blocks, occupancy_frac=blocks * case.num_warps / architecture.warps,
-        matrix_instructions=matrix, problems=tuple(problems),
+        matrix_instructions=matrix, loops=_summary(loops, case.tile_work), problems=tuple(problems),
     )  # fmt: skip
 
 
-def compile_all(arch: str | None = None, holding: str = "", processes: int = 2) -> Iterator[Compiled]:
+def loop_problems(case: CompileCase, work: TileWork, loops: Sequence[Loop]) -> Iterator[str]:
+    """What is wrong with the loops over tiles, each by its line in the kernel's source."""
+    statements = _loop_statements(case)
+    if len(loops) != len(statements):
+        yield f"{len(loops)} loops with products, the source has {len(statements)}"
+    fastest = FASTEST_PRODUCTS.get(case.arch)
+    for loop in loops:
+        at = _line_of(loop, statements)
+        products = sum(loop.multiply_adds.values())
+        if products > TENSOR_WORK * work.multiply_adds:
+            yield f"{at}: {products / work.multiply_adds:.2f} of the tile's products"
+        if loop.exponentials > EXPONENTIALS * work.exponentials:
+            yield f"{at}: {loop.exponentials / work.exponentials:.2f} of the tile's exponentials"
+        if fastest is not None and set(loop.multiply_adds) != {fastest}:
+            yield f"{at}: products by {', '.join(loop.multiply_adds)}, not by {fastest} alone"
+        if not loop.in_flight and ARCHITECTURES[case.arch].target.backend == "cuda":
+            yield f"{at}: no copies in flight while it waits for a tile's"
+
+
+def _summary(loops: Sequence[Loop], work: TileWork | None) -> str:
+    if not loops or work is None:
+        return ""
+    products = max(sum(loop.multiply_adds.values()) for loop in loops) / work.multiply_adds
+    exponentials = max(loop.exponentials for loop in loops) / work.exponentials
+    waits = [loop.in_flight for loop in loops if loop.in_flight is not None]
+    return f"{products:.2f} {exponentials:.2f} {min(waits, default='-')}"
+
+
+def _loop_statements(case: CompileCase) -> list[tuple[str, range]]:
+    """The file and the lines of each loop in a kernel's source."""
+    lines, start = inspect.getsourcelines(case.kernel.fn)
+    file = Path(inspect.getsourcefile(case.kernel.fn) or "").name
+    body = ast.parse("".join(lines))
+    return [
+        (file, range(start - 1 + one.lineno, start + one.end_lineno))
+        for one in ast.walk(body)
+        if isinstance(one, ast.For) and one.end_lineno is not None
+    ]
+
+
+def _line_of(loop: Loop, statements: Sequence[tuple[str, range]]) -> str:
+    """Where the loop begins that most of the instructions come from: "forward.py:117"."""
+
+    def instructions(statement: tuple[str, range]) -> int:
+        return sum(loop.lines.get((statement[0], line), 0) for line in statement[1])
+
+    file, lines = max(statements, key=instructions)
+    return f"{file}:{lines[0]}"
+
+
+def compile_all(
+    arch: str | None = None, holding: str = "", processes: int = 2, *, groups: bool = False
+) -> Iterator[Compiled]:
     """Compile the cases that `all_cases` gives, in processes of their own; in order."""
-    count = len(all_cases(arch, holding))
+    count = len(all_cases(arch, holding, groups=groups))
     context = multiprocessing.get_context("spawn")
     with context.Pool(min(processes, max(count, 1))) as pool:
-        yield from pool.imap(_compile_index, [(arch, holding, index) for index in range(count)])
+        yield from pool.imap(_compile_index, [(arch, holding, groups, index) for index in range(count)])
 
 
-def _compile_index(which: tuple[str | None, str, int]) -> Compiled:
-    arch, holding, index = which
-    return compile_case(all_cases(arch, holding)[index])
+def _compile_index(which: tuple[str | None, str, bool, int]) -> Compiled:
+    arch, holding, groups, index = which
+    return compile_case(all_cases(arch, holding, groups=groups)[index])
 
 
 def _read_cubin(cubin: bytes) -> tuple[int, int, str]:
@@ -106,7 +171,7 @@ def _read_cubin(cubin: bytes) -> tuple[int, int, str]:
         file.write(cubin)
         file.flush()
         usage = _output("cuobjdump", "-res-usage", file.name)
-        sass = _output("nvdisasm", "-c", file.name)
+        sass = _output("nvdisasm", "-c", "-g", file.name)
     found = re.search(r"REG:(\d+)", usage)
     if found is None:
         raise RuntimeError(f"cuobjdump -res-usage printed no register count: {usage[:200]!r}")
@@ -153,17 +218,20 @@ HEADER = (
     "blocks/SM",
     "occupancy",
     "matrix instr.",
+    "loops",
 )
 
 
-def print_compiled(arch: str | None = None, path: Path | None = None) -> bool:
-    """Compile all cases, of one architecture if named; print a row each, write them as Markdown if asked.
+def print_compiled(
+    arch: str | None = None, path: Path | None = None, holding: str = "", *, groups: bool = False
+) -> bool:
+    """Compile all cases, or some; print a row each, and write them into a table in Markdown if asked.
 
     True if no case has a problem.
     """
     rows, problems = [], []
     print(" ".join(f"{name:<14}" for name in HEADER))
-    for compiled in compile_all(arch):
+    for compiled in compile_all(arch, holding, groups=groups):
         rows.append(compiled)
         print(" ".join(f"{cell:<14}" for cell in _cells(compiled)), *compiled.problems, flush=True)
         problems += [f"{compiled.arch} {compiled.op} {compiled.name}: {one}" for one in compiled.problems]
@@ -171,27 +239,35 @@ def print_compiled(arch: str | None = None, path: Path | None = None) -> bool:
     for problem in problems:
         print(problem)
     if path is not None:
-        path.write_text("\n".join(markdown(rows)) + "\n")
+        before = path.read_text().splitlines() if path.exists() else []
+        path.write_text("\n".join(markdown(rows, before)) + "\n")
     return bool(rows) and not problems
 
 
-def markdown(rows: Iterable[Compiled]) -> Iterator[str]:
-    """The lines of docs/lab/compiled.md."""
+def markdown(rows: Iterable[Compiled], before: Iterable[str]) -> Iterator[str]:
+    """The lines of docs/lab/compiled.md, in which what was not compiled now stays as it was before."""
     yield "# Compiled kernels"
     yield ""
     yield f"Every entry of the tile tables as Triton {triton.__version__} compiles it, ahead of time and"
     yield "without a GPU; none of these numbers is a measurement of speed. Registers are a thread's, shared"
-    yield "memory is a block's; occupancy is the share of the multiprocessor's warps that fit at once."
+    yield "memory is a block's; occupancy is the share of the multiprocessor's warps that fit at once. Loops:"
+    yield "matrix products and exponentials of the worst loop over its tile's, and the fewest groups of copies"
+    yield "that stay in flight while it waits for others (-: it copies nothing ahead)."
     yield "Rewritten by `python -m tools.verify_kernels --layer compile --table docs/lab/compiled.md`."
     yield ""
     yield "| " + " | ".join(HEADER) + " |"
     yield "|" + "---|" * len(HEADER)
-    for row in rows:
-        yield "| " + " | ".join(_cells(row)) + " |"
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in before if line.startswith("| ")]
+    table = {tuple(row[:3]): row + [""] * (len(HEADER) - len(row)) for row in cells}
+    table |= {(row.arch, row.op, row.name): list(_cells(row)) for row in rows}
+    for case in all_cases():
+        if row := table.get((case.arch, case.op, case.name)):
+            yield "| " + " | ".join(row) + " |"
 
 
 def _cells(row: Compiled) -> tuple[str, ...]:
     return (
         row.arch, row.op, row.name, str(row.registers), str(row.spills), f"{row.shared_bytes / 1024:.0f}",
         str(row.blocks_per_sm), f"{row.occupancy_frac:.2f}", str(row.matrix_instructions),
+        row.loops,
     )  # fmt: skip

@@ -36,7 +36,7 @@ class BlockLists:
     """For each block of one side, the blocks of the other side to visit. Longest lists come first."""
 
     work: torch.Tensor  # [B, 4] int32: block, first entry, first entry that needs a mask, end of entries
-    blocks: torch.Tensor  # [entries] int32: of a block the full ones, then the masked ones, each rising
+    blocks: torch.Tensor  # [entries + 1] int32: of a block the full ones, then the masked ones, each rising
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,4 +138,5 @@ def _lists(visited: torch.Tensor, full: torch.Tensor) -> BlockLists:
     stop = count.cumsum(0)
     first = stop - count
     work = torch.stack([block, first, first + full.sum(1), stop], 1)
-    return BlockLists(work=work.int(), blocks=entries.int())
+    # The kernels read an entry ahead: behind the last one there is one more, which nobody visits.
+    return BlockLists(work=work.int(), blocks=torch.nn.functional.pad(entries, (0, 1)).int())

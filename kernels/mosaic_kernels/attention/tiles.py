@@ -1,7 +1,12 @@
 """The tile table of the Triton kernels: block sizes, warps and stages by (architecture, head size, dtype).
 
 Every entry compiles without spills, within shared memory and to tensor-core instructions
-(`python -m mosaic_kernels.verify --layer compile`; docs/lab/compiled.md). What has no such entry is absent.
+(`python -m tools.verify_kernels --layer compile`; docs/lab/compiled.md). What has no such entry is absent.
+
+In 16 bits, from head size 64 on, a loop multiplies its tile once. Triton lays the warps of a loop out by the
+sides of its accumulator, along the rows (queries; keys in dK/dV) or along the head, and all products of the
+loop follow. So tiles have at least 16 rows a warp (sm_90) or 8 columns of scores a warp (other NVIDIA): with
+fewer, warps compute the same scores. Three stages keep the next block's copies in flight while one is used.
 """
 
 from dataclasses import dataclass, replace
@@ -29,49 +34,50 @@ class Tiles:
     forward: Tile
     dq: Tile
     dkv: Tile
+    apart: bool = False  # dK in one pass, dV in another: sums of both would not fit into registers
 
 
-def _tiles(forward: Sides, dq: Sides, dkv: Sides) -> Tiles:
-    return Tiles(Tile(*forward), Tile(*dq), Tile(*dkv))
+def _tiles(forward: Sides, dq: Sides, dkv: Sides, *, apart: bool = False) -> Tiles:
+    return Tiles(Tile(*forward), Tile(*dq), Tile(*dkv), apart)
 
 
 # (architecture, head size): queries, keys, warps, stages of the forward, dQ and dK/dV kernels.
 HALF = {  # bf16 and fp16
     ("sm_80", 32): _tiles((128, 64, 8, 3), (64, 64, 4, 3), (64, 64, 4, 2)),
-    ("sm_80", 64): _tiles((128, 64, 8, 3), (64, 64, 4, 3), (64, 64, 4, 2)),
-    ("sm_80", 96): _tiles((128, 32, 8, 3), (64, 64, 8, 2), (32, 64, 8, 2)),
-    ("sm_80", 128): _tiles((128, 32, 8, 3), (64, 64, 8, 2), (64, 64, 8, 2)),
+    ("sm_80", 64): _tiles((128, 64, 8, 3), (64, 64, 4, 3), (64, 64, 4, 3)),
+    ("sm_80", 96): _tiles((128, 32, 8, 3), (64, 64, 8, 3), (64, 64, 8, 3)),
+    ("sm_80", 128): _tiles((128, 32, 8, 3), (64, 64, 8, 3), (64, 64, 8, 3)),
     ("sm_80", 256): _tiles((64, 64, 8, 2), (64, 32, 8, 2), (32, 32, 8, 2)),
     ("sm_80", 512): _tiles((32, 32, 8, 2), (32, 32, 8, 2), (32, 16, 8, 2)),
     ("sm_86", 32): _tiles((128, 64, 8, 3), (64, 64, 4, 2), (64, 64, 4, 2)),
-    ("sm_86", 64): _tiles((128, 64, 8, 3), (64, 64, 4, 2), (64, 64, 4, 2)),
-    ("sm_86", 96): _tiles((128, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2)),
-    ("sm_86", 128): _tiles((128, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2)),
+    ("sm_86", 64): _tiles((128, 64, 8, 3), (64, 64, 4, 3), (64, 64, 4, 3)),
+    ("sm_86", 96): _tiles((128, 32, 8, 3), (64, 32, 4, 3), (64, 32, 8, 3)),
+    ("sm_86", 128): _tiles((128, 32, 8, 3), (64, 32, 4, 3), (32, 64, 4, 3)),
     ("sm_86", 256): _tiles((64, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2)),
     ("sm_86", 512): _tiles((32, 16, 8, 1), (32, 16, 8, 1), (16, 16, 8, 1)),
     ("sm_89", 32): _tiles((128, 64, 8, 3), (64, 64, 4, 2), (64, 64, 4, 2)),
-    ("sm_89", 64): _tiles((128, 64, 8, 3), (64, 64, 4, 2), (64, 64, 4, 2)),
-    ("sm_89", 96): _tiles((128, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2)),
-    ("sm_89", 128): _tiles((128, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2)),
+    ("sm_89", 64): _tiles((128, 64, 8, 3), (64, 64, 4, 3), (64, 64, 4, 3)),
+    ("sm_89", 96): _tiles((128, 32, 8, 3), (64, 32, 4, 3), (64, 32, 8, 3)),
+    ("sm_89", 128): _tiles((128, 32, 8, 3), (64, 32, 4, 3), (32, 64, 4, 3)),
     ("sm_89", 256): _tiles((64, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2)),
     ("sm_89", 512): _tiles((32, 16, 8, 1), (32, 16, 8, 1), (16, 16, 8, 1)),
     ("sm_120", 32): _tiles((128, 64, 8, 3), (64, 64, 4, 2), (64, 64, 4, 2)),
-    ("sm_120", 64): _tiles((128, 64, 8, 3), (64, 64, 4, 2), (64, 64, 4, 2)),
-    ("sm_120", 96): _tiles((128, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2)),
-    ("sm_120", 128): _tiles((128, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2)),
+    ("sm_120", 64): _tiles((128, 64, 8, 3), (64, 64, 4, 3), (64, 64, 4, 3)),
+    ("sm_120", 96): _tiles((128, 32, 8, 3), (64, 32, 4, 3), (64, 32, 8, 3)),
+    ("sm_120", 128): _tiles((128, 32, 8, 3), (64, 32, 4, 3), (32, 64, 4, 3)),
     ("sm_120", 256): _tiles((64, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2)),
     ("sm_120", 512): _tiles((32, 16, 8, 1), (32, 16, 8, 1), (16, 16, 8, 1)),
     ("sm_90", 32): _tiles((128, 64, 8, 3), (64, 64, 4, 3), (64, 64, 4, 2)),
-    ("sm_90", 64): _tiles((128, 64, 8, 3), (64, 64, 4, 2), (64, 64, 4, 2)),
-    ("sm_90", 96): _tiles((128, 64, 8, 3), (64, 64, 4, 2), (64, 64, 8, 3)),
-    ("sm_90", 128): _tiles((128, 128, 8, 2), (64, 64, 4, 2), (64, 64, 8, 2)),
-    ("sm_90", 256): _tiles((128, 32, 8, 3), (64, 32, 8, 2), (32, 32, 8, 2)),
+    ("sm_90", 64): _tiles((128, 64, 8, 3), (128, 64, 8, 3), (64, 128, 8, 3)),
+    ("sm_90", 96): _tiles((128, 128, 8, 3), (128, 64, 8, 3), (32, 128, 8, 3)),
+    ("sm_90", 128): _tiles((128, 128, 8, 3), (128, 64, 8, 3), (64, 128, 8, 3)),
+    ("sm_90", 256): _tiles((128, 32, 8, 3), (128, 32, 8, 3), (32, 128, 8, 3), apart=True),
     ("sm_90", 512): _tiles((32, 32, 8, 2), (32, 32, 8, 2), (32, 16, 8, 2)),
     ("sm_100", 32): _tiles((128, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 2)),
-    ("sm_100", 64): _tiles((128, 64, 8, 3), (64, 64, 4, 2), (64, 64, 8, 3)),
-    ("sm_100", 96): _tiles((128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 8, 2)),
-    ("sm_100", 128): _tiles((128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 8, 2)),
-    ("sm_100", 256): _tiles((128, 32, 8, 3), (64, 32, 8, 2), (32, 64, 8, 2)),
+    ("sm_100", 64): _tiles((128, 64, 8, 3), (128, 64, 8, 3), (64, 128, 8, 3)),
+    ("sm_100", 96): _tiles((128, 64, 8, 3), (128, 64, 8, 3), (64, 128, 8, 3)),
+    ("sm_100", 128): _tiles((128, 64, 8, 3), (128, 64, 8, 3), (64, 128, 8, 3)),
+    ("sm_100", 256): _tiles((128, 32, 8, 3), (64, 32, 8, 3), (32, 64, 8, 3)),
     ("sm_100", 512): _tiles((32, 32, 8, 2), (32, 32, 8, 2), (32, 16, 8, 2)),
     ("gfx942", 32): _tiles((128, 32, 4, 1), (64, 32, 4, 1), (16, 64, 4, 1)),
     ("gfx942", 64): _tiles((128, 32, 4, 1), (64, 32, 4, 1), (16, 64, 4, 1)),
@@ -119,10 +125,13 @@ TF32 = {  # fp32 where torch allows TF32
     ("sm_120", 64): _tiles((32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2)),
 }
 
-# What takes more registers with a limit, a softcap or values of another size than keys, in 16 bits.
+# What takes more registers, in 16 bits: with a limit, a softcap, values of another size than keys, or one
+# query head a key head.
 BENT = {
+    **{(arch, 128): {"dkv": Tile(64, 32, 8, 3)} for arch in ("sm_86", "sm_89", "sm_120")},
     ("sm_80", 256): {"forward": Tile(64, 32, 8, 2)},
-    ("sm_100", 256): {"forward": Tile(128, 32, 8, 2)},
+    ("sm_90", 128): {"dkv": Tile(32, 128, 8, 3)},
+    ("sm_100", 64): {"dq": Tile(64, 64, 4, 3)},
     ("gfx942", 96): {"dkv": Tile(16, 64, 8, 1)},
     ("gfx942", 128): {"dkv": Tile(16, 64, 8, 1)},
 }
@@ -149,7 +158,7 @@ def architecture_of(device: torch.device) -> str:
 def tiles_for(arch: str, head_dim: int, dtype: torch.dtype, *, bent: bool = False) -> Tiles:
     """The table's entry for a head size, or for the next larger one that it has.
 
-    bent: with a limit, a softcap, or values of another size than keys.
+    bent: with a limit, a softcap, values of another size than keys, or one query head a key head.
     ValueError, naming the backends that can, where there is none.
     """
     if missing := missing_tile(arch, head_dim, dtype):

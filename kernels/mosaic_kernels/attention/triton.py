@@ -68,7 +68,7 @@ class Variant:
 
 def _tiles(variant: Variant, device: torch.device) -> Tiles:
     size, value_size = variant.head_dim, variant.value_dim
-    bent = variant.limit or variant.softcap or size != value_size
+    bent = variant.limit or variant.softcap or size != value_size or variant.group == 1
     return tiles_for(architecture_of(device), max(size, value_size), variant.dtype, bent=bent)
 
 
@@ -152,12 +152,13 @@ class _TreeAttention(torch.autograd.Function):
             )  # fmt: skip
         if dk is not None and dv is not None:
             lists = tree.lists(tiles.dkv.block_q, tiles.dkv.block_k, by_key=True)
-            launch(
-                kernels.dkv_kernel, len(lists.work) * k.shape[1],
-                *inputs, dk, dv, *_indices(tree), lists.work, lists.blocks,
-                *_sizes(q, k, k.shape[1], scale, softcap), *_strides(q, k, v, grad),
-                **_constants(q, k, v, tree, tiles.dkv, softcap),
-            )  # fmt: skip
+            for keys, values in ((True, False), (False, True)) if tiles.apart else ((True, True),):
+                launch(
+                    kernels.dkv_kernel, len(lists.work) * k.shape[1],
+                    *inputs, dk, dv, *_indices(tree), lists.work, lists.blocks,
+                    *_sizes(q, k, k.shape[1], scale, softcap), *_strides(q, k, v, grad),
+                    **_constants(q, k, v, tree, tiles.dkv, softcap), KEYS=keys, VALUES=values,
+                )  # fmt: skip
         if needs_sinks:  # a key of value 0 whose gradient of the weight is 0
             d_sinks = -(torch.exp2(sinks[:, None] * LOG2_E - lse) * delta).sum(1)
         return dq, dk if needs_k else None, dv if needs_v else None, d_sinks, None, None, None, None

@@ -1,5 +1,7 @@
 """The attention kernels against each rollout alone, on random forests."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mosaic_kernels import PackedForest, pack_forest, tree_attention
+from mosaic_kernels.attention.blocks import tree_for
+from mosaic_kernels.attention.tiles import Tile, Tiles
+from mosaic_kernels.attention.triton import attend
 from mosaic_kernels.forest.layout import IntArray
 from tests.kernels.attention_for_tests import Bends
 from tests.kernels.attention_for_tests import check as check_attention
@@ -223,3 +228,19 @@ def test_the_same_call_gives_the_same_bits() -> None:
         out = tree_attention(*leaves, subtree_end=forest.subtree_end, backend="triton")
         runs.append([out, *torch.autograd.grad(out.float().sin().sum(), leaves)])
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_keys_and_values_in_passes_of_their_own_get_the_same_gradient() -> None:
+    """As tiles of large heads make them; bit for bit."""
+    forest = small_forest()
+    qkv = [
+        x.detach().to(machine().device) for x in Heads(4, 2, 32).draw_qkv(forest.num_nodes, 0, torch.float32)
+    ]
+    tree = tree_for(torch.from_numpy(forest.subtree_end).to(machine().device), None, None, None)
+    tiles = Tiles(Tile(32, 16, 4, 2), Tile(32, 16, 4, 2), Tile(32, 16, 4, 2))
+    gradients = []
+    for apart in (False, True):
+        leaves = [x.clone().requires_grad_() for x in qkv]
+        attend(*leaves, tree=tree, scale=0.2, tiles=replace(tiles, apart=apart)).sin().sum().backward()
+        gradients.append([x.grad for x in leaves])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))

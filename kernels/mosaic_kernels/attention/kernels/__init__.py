@@ -7,6 +7,9 @@ zeros, as keys they are hidden by subtree_end 0. No program writes what another 
 are no atomics and the result is the same every time. Matrix sizes reach the kernels unspecialised, so that
 one compilation serves every forest.
 
+Each loop reads the number of the next block while it works on one. So the copies of blocks ahead start
+without waiting for it, and with three stages those of one are in flight while those of another are awaited.
+
 LIMIT: a key is seen for some depths only, by a sliding window or a chunk. SOFTCAP: scores are bent. SINKS: a
 head's softmax has one logit more. What is off compiles to nothing.
 """

@@ -71,10 +71,10 @@ def _dq_step(
             limit = tl.load(limit_ptr + keys, mask=keys < num_keys, other=0)
             visible = visible & (q_depth[:, None] < limit[None, :])
         weights = tl.where(visible, weights, 0.0)
+    if SOFTCAP:
+        weights *= score_slope(scores, softcap)
     d_weights = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
     d_scores = weights * (d_weights - delta[:, None])
-    if SOFTCAP:
-        d_scores *= score_slope(scores, softcap)
     return tl.dot(d_scores.to(k.dtype), k, dq, input_precision=PRECISION)
 
 
@@ -92,7 +92,7 @@ def dq_kernel(
     limit_ptr,  # [U] int32: the first depth that no longer sees the key, read with LIMIT
     row_depth_ptr,  # [Uq] int32, read with LIMIT
     work_ptr,  # [query blocks, 4] int32
-    blocks_ptr,  # [entries] int32: key blocks
+    blocks_ptr,  # [entries + 1] int32: key blocks
     num_queries,
     num_keys,
     num_heads,
@@ -120,8 +120,8 @@ def dq_kernel(
     """One program: one block of queries of one head, over the same lists as the forward kernel."""
     head = tl.program_id(0) % num_heads
     work = work_ptr + tl.program_id(0) // num_heads * 4
-    block, first, masked, stop = tl.load(work), tl.load(work + 1), tl.load(work + 2), tl.load(work + 3)
-    rows = block * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    q_block, first, masked, stop = tl.load(work), tl.load(work + 1), tl.load(work + 2), tl.load(work + 3)
+    rows = q_block * BLOCK_Q + tl.arange(0, BLOCK_Q)
     columns = tl.arange(0, BLOCK_D)
     q_at = tl.load(rows_ptr + rows, mask=rows < num_queries, other=-1)
     q_depth = q_at
@@ -137,18 +137,23 @@ def dq_kernel(
     v_base = v_ptr + (head // GROUP).to(tl.int64) * v_head_stride
 
     dq = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
+    block = tl.load(blocks_ptr + first)
     for entry in range(first, masked):
+        following = tl.load(blocks_ptr + entry + 1)
         dq = _dq_step(
             dq, q, grad, lse, delta, q_at, q_depth, k_base, v_base, end_ptr, limit_ptr,
-            tl.load(blocks_ptr + entry), num_keys, scale, softcap, k_row_stride, v_row_stride,
+            block, num_keys, scale, softcap, k_row_stride, v_row_stride,
             D, V, BLOCK_K, BLOCK_D, BLOCK_V, False, LIMIT, SOFTCAP, PRECISION,
         )  # fmt: skip
+        block = following
     for entry in range(masked, stop):
+        following = tl.load(blocks_ptr + entry + 1)
         dq = _dq_step(
             dq, q, grad, lse, delta, q_at, q_depth, k_base, v_base, end_ptr, limit_ptr,
-            tl.load(blocks_ptr + entry), num_keys, scale, softcap, k_row_stride, v_row_stride,
+            block, num_keys, scale, softcap, k_row_stride, v_row_stride,
             D, V, BLOCK_K, BLOCK_D, BLOCK_V, True, LIMIT, SOFTCAP, PRECISION,
         )  # fmt: skip
+        block = following
     store_tile(dq_ptr + head * D, dq * scale, rows, columns, num_heads * D, num_queries, D)
 
 
@@ -185,6 +190,8 @@ def _dkv_step(
     LIMIT: tl.constexpr,
     SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
+    KEYS: tl.constexpr,
+    VALUES: tl.constexpr,
 ):
     """One block of queries of one head; scores are transposed, [BLOCK_K, BLOCK_Q]."""
     rows = block * BLOCK_Q + tl.arange(0, BLOCK_Q)
@@ -194,7 +201,6 @@ def _dkv_step(
     grad = load_tile(grad_base, rows, tl.arange(0, BLOCK_V), grad_row_stride, num_queries, V)
     statistic = head.to(tl.int64) * num_queries + rows
     lse = tl.load(lse_ptr + statistic, mask=rows < num_queries, other=0.0)
-    delta = tl.load(delta_ptr + statistic, mask=rows < num_queries, other=0.0)
     scores = score_tile(tl.dot(k, tl.trans(q), input_precision=PRECISION), scale, softcap, SOFTCAP)
     weights = tl.exp2(scores - lse[None, :])
     if MASKED:
@@ -204,12 +210,15 @@ def _dkv_step(
             q_depth = tl.load(row_depth_ptr + rows, mask=rows < num_queries, other=0)
             visible = visible & (q_depth[None, :] < limit[:, None])
         weights = tl.where(visible, weights, 0.0)
-    dv = tl.dot(weights.to(grad.dtype), grad, dv, input_precision=PRECISION)
-    d_weights = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
-    d_scores = weights * (d_weights - delta[None, :])
-    if SOFTCAP:
-        d_scores *= score_slope(scores, softcap)
-    dk = tl.dot(d_scores.to(q.dtype), q, dk, input_precision=PRECISION)
+    if VALUES:
+        dv = tl.dot(weights.to(grad.dtype), grad, dv, input_precision=PRECISION)
+    if KEYS:
+        delta = tl.load(delta_ptr + statistic, mask=rows < num_queries, other=0.0)
+        if SOFTCAP:
+            weights *= score_slope(scores, softcap)
+        d_weights = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
+        d_scores = weights * (d_weights - delta[None, :])
+        dk = tl.dot(d_scores.to(q.dtype), q, dk, input_precision=PRECISION)
     return dk, dv
 
 
@@ -228,7 +237,7 @@ def dkv_kernel(
     limit_ptr,  # [U] int32: the first depth that no longer sees the key, read with LIMIT
     row_depth_ptr,  # [Uq] int32, read with LIMIT
     work_ptr,  # [key blocks, 4] int32
-    blocks_ptr,  # [entries] int32: query blocks
+    blocks_ptr,  # [entries + 1] int32: query blocks
     num_queries,
     num_keys,
     num_heads,  # Hkv
@@ -252,12 +261,14 @@ def dkv_kernel(
     LIMIT: tl.constexpr,
     SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
+    KEYS: tl.constexpr,  # whether dK is made
+    VALUES: tl.constexpr,  # whether dV is made
 ):
     """One program: one block of keys of one key head, over the query blocks of all heads of its group."""
     head = tl.program_id(0) % num_heads
     work = work_ptr + tl.program_id(0) // num_heads * 4
-    block, first, masked, stop = tl.load(work), tl.load(work + 1), tl.load(work + 2), tl.load(work + 3)
-    keys = block * BLOCK_K + tl.arange(0, BLOCK_K)
+    k_block, first, masked, stop = tl.load(work), tl.load(work + 1), tl.load(work + 2), tl.load(work + 3)
+    keys = k_block * BLOCK_K + tl.arange(0, BLOCK_K)
     columns = tl.arange(0, BLOCK_D)
     end = tl.load(end_ptr + keys, mask=keys < num_keys, other=0)
     limit = end
@@ -269,21 +280,26 @@ def dkv_kernel(
 
     dk = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
+    block = tl.load(blocks_ptr + first)
     for step in range((masked - first) * GROUP):  # the heads of a group, block by block, as one loop
-        entry, member = first + step // GROUP, step % GROUP  # pyrefly: ignore [unsupported-operation]
+        following = tl.load(blocks_ptr + first + (step + 1) // GROUP)  # pyrefly: ignore [unsupported-operation]
         dk, dv = _dkv_step(
             dk, dv, k, v, keys, end, limit, q_ptr, grad_ptr, lse_ptr, delta_ptr, rows_ptr, row_depth_ptr,
-            tl.load(blocks_ptr + entry), head * GROUP + member, num_queries, scale, softcap,
+            block, head * GROUP + step % GROUP, num_queries, scale, softcap,
             q_row_stride, q_head_stride, grad_row_stride, grad_head_stride,
-            D, V, BLOCK_Q, BLOCK_D, BLOCK_V, False, LIMIT, SOFTCAP, PRECISION,
+            D, V, BLOCK_Q, BLOCK_D, BLOCK_V, False, LIMIT, SOFTCAP, PRECISION, KEYS, VALUES,
         )  # fmt: skip
+        block = following
     for step in range((stop - masked) * GROUP):
-        entry, member = masked + step // GROUP, step % GROUP  # pyrefly: ignore [unsupported-operation]
+        following = tl.load(blocks_ptr + masked + (step + 1) // GROUP)  # pyrefly: ignore [unsupported-operation]
         dk, dv = _dkv_step(
             dk, dv, k, v, keys, end, limit, q_ptr, grad_ptr, lse_ptr, delta_ptr, rows_ptr, row_depth_ptr,
-            tl.load(blocks_ptr + entry), head * GROUP + member, num_queries, scale, softcap,
+            block, head * GROUP + step % GROUP, num_queries, scale, softcap,
             q_row_stride, q_head_stride, grad_row_stride, grad_head_stride,
-            D, V, BLOCK_Q, BLOCK_D, BLOCK_V, True, LIMIT, SOFTCAP, PRECISION,
+            D, V, BLOCK_Q, BLOCK_D, BLOCK_V, True, LIMIT, SOFTCAP, PRECISION, KEYS, VALUES,
         )  # fmt: skip
-    store_tile(dk_ptr + head * D, dk * scale, keys, columns, num_heads * D, num_keys, D)
-    store_tile(dv_ptr + head * V, dv, keys, value_columns, num_heads * V, num_keys, V)
+        block = following
+    if KEYS:
+        store_tile(dk_ptr + head * D, dk * scale, keys, columns, num_heads * D, num_keys, D)
+    if VALUES:
+        store_tile(dv_ptr + head * V, dv, keys, value_columns, num_heads * V, num_keys, V)

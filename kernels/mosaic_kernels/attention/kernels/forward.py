@@ -70,7 +70,7 @@ def forward_kernel(
     limit_ptr,  # [U] int32: the first depth that no longer sees the key, read with LIMIT
     row_depth_ptr,  # [Uq] int32, read with LIMIT
     work_ptr,  # [query blocks, 4] int32
-    blocks_ptr,  # [entries] int32: key blocks
+    blocks_ptr,  # [entries + 1] int32: key blocks
     num_queries,
     num_keys,
     num_heads,  # Hq
@@ -97,8 +97,8 @@ def forward_kernel(
     """One program: one block of queries of one head. Heads are neighbours, to share K and V in L2."""
     head = tl.program_id(0) % num_heads
     work = work_ptr + tl.program_id(0) // num_heads * 4
-    block, first, masked, stop = tl.load(work), tl.load(work + 1), tl.load(work + 2), tl.load(work + 3)
-    rows = block * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    q_block, first, masked, stop = tl.load(work), tl.load(work + 1), tl.load(work + 2), tl.load(work + 3)
+    rows = q_block * BLOCK_Q + tl.arange(0, BLOCK_Q)
     columns = tl.arange(0, BLOCK_D)
     q_at = tl.load(rows_ptr + rows, mask=rows < num_queries, other=-1)
     q_depth = q_at
@@ -114,18 +114,23 @@ def forward_kernel(
     if SINKS:  # a key before all others, whose value is 0
         highest = tl.zeros([BLOCK_Q], tl.float32) + tl.load(sinks_ptr + head) * LOG2_E
         total += 1.0
+    block = tl.load(blocks_ptr + first)
     for entry in range(first, masked):
+        following = tl.load(blocks_ptr + entry + 1)
         accumulator, highest, total = _attend(
             accumulator, highest, total, q, q_at, q_depth, k_base, v_base, end_ptr, limit_ptr,
-            tl.load(blocks_ptr + entry), num_keys, scale, softcap, k_row_stride, v_row_stride,
+            block, num_keys, scale, softcap, k_row_stride, v_row_stride,
             D, V, BLOCK_K, BLOCK_D, BLOCK_V, False, LIMIT, SOFTCAP, PRECISION,
         )  # fmt: skip
+        block = following
     for entry in range(masked, stop):
+        following = tl.load(blocks_ptr + entry + 1)
         accumulator, highest, total = _attend(
             accumulator, highest, total, q, q_at, q_depth, k_base, v_base, end_ptr, limit_ptr,
-            tl.load(blocks_ptr + entry), num_keys, scale, softcap, k_row_stride, v_row_stride,
+            block, num_keys, scale, softcap, k_row_stride, v_row_stride,
             D, V, BLOCK_K, BLOCK_D, BLOCK_V, True, LIMIT, SOFTCAP, PRECISION,
         )  # fmt: skip
+        block = following
 
     total = tl.where(rows < num_queries, total, 1.0)  # every real row has seen itself
     out_base = out_ptr + head * V

@@ -251,7 +251,7 @@ def markdown(rows: Iterable[Compiled], before: Iterable[str]) -> Iterator[str]:
     yield f"Every entry of the tile tables as Triton {triton.__version__} compiles it, ahead of time and"
     yield "without a GPU; none of these numbers is a measurement of speed. Registers are a thread's, shared"
     yield "memory is a block's; occupancy is the share of the multiprocessor's warps that fit at once. Loops:"
-    yield "matrix products and exponentials of the worst loop over its tile's, and the fewest groups of copies"
+    yield "products and exponentials of the worst loop over its tile's, and the fewest groups of copies"
     yield "that stay in flight while it waits for others (-: it copies nothing ahead)."
     yield "Rewritten by `python -m tools.verify_kernels --layer compile --table docs/lab/compiled.md`."
     yield ""

@@ -10,6 +10,7 @@ fewer, warps compute the same scores. Three stages keep the next block's copies 
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -127,7 +128,7 @@ TF32 = {  # fp32 where torch allows TF32
 
 # What takes more registers, in 16 bits: with a limit, a softcap, values of another size than keys, or one
 # query head a key head.
-BENT = {
+BENT: dict[tuple[str, int], dict[str, Any]] = {  # a kernel's name -> its tile
     **{(arch, 128): {"dkv": Tile(64, 32, 8, 3)} for arch in ("sm_86", "sm_89", "sm_120")},
     ("sm_80", 256): {"forward": Tile(64, 32, 8, 2)},
     ("sm_90", 128): {"dkv": Tile(32, 128, 8, 3)},

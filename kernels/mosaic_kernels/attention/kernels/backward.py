@@ -285,8 +285,8 @@ def dkv_kernel(
         following = tl.load(blocks_ptr + first + (step + 1) // GROUP)  # pyrefly: ignore [unsupported-operation]
         dk, dv = _dkv_step(
             dk, dv, k, v, keys, end, limit, q_ptr, grad_ptr, lse_ptr, delta_ptr, rows_ptr, row_depth_ptr,
-            block, head * GROUP + step % GROUP, num_queries, scale, softcap,
-            q_row_stride, q_head_stride, grad_row_stride, grad_head_stride,
+            block, head * GROUP + step % GROUP,  # pyrefly: ignore [unsupported-operation]
+            num_queries, scale, softcap, q_row_stride, q_head_stride, grad_row_stride, grad_head_stride,
             D, V, BLOCK_Q, BLOCK_D, BLOCK_V, False, LIMIT, SOFTCAP, PRECISION, KEYS, VALUES,
         )  # fmt: skip
         block = following
@@ -294,8 +294,8 @@ def dkv_kernel(
         following = tl.load(blocks_ptr + masked + (step + 1) // GROUP)  # pyrefly: ignore [unsupported-operation]
         dk, dv = _dkv_step(
             dk, dv, k, v, keys, end, limit, q_ptr, grad_ptr, lse_ptr, delta_ptr, rows_ptr, row_depth_ptr,
-            block, head * GROUP + step % GROUP, num_queries, scale, softcap,
-            q_row_stride, q_head_stride, grad_row_stride, grad_head_stride,
+            block, head * GROUP + step % GROUP,  # pyrefly: ignore [unsupported-operation]
+            num_queries, scale, softcap, q_row_stride, q_head_stride, grad_row_stride, grad_head_stride,
             D, V, BLOCK_Q, BLOCK_D, BLOCK_V, True, LIMIT, SOFTCAP, PRECISION, KEYS, VALUES,
         )  # fmt: skip
         block = following

@@ -30,7 +30,7 @@ from mosaic_fast.config.read import parse_train_command
 from mosaic_fast.distributed import ALONE, World
 from mosaic_fast.distributed.world import run_as_rank
 from mosaic_fast.errors import UserError
-from mosaic_fast.learner.step_batch import step_batch
+from mosaic_fast.learner.step_batch import StepBatch, step_batch
 from mosaic_fast.run.findings import update_findings
 from mosaic_fast.run.folder import RunFolder
 from mosaic_fast.run.interrupt import Clock, Interrupt
@@ -81,7 +81,9 @@ class _Supervised(Training):
 
     def __init__(self, run: ReadyRun, interrupt: Interrupt) -> None:
         super().__init__(run, interrupt)
-        self._demonstrations = run.demonstrations
+        self._demonstrations = run.demonstrations.rollouts
+        heldout = run.demonstrations.heldout
+        self._heldout_batch = _batch_of(heldout) if heldout else None
         self._order = lru_cache(maxsize=2)(self._order_anew)
 
     def train(self, step: int) -> Trained:
@@ -91,16 +93,22 @@ class _Supervised(Training):
         if self.world.is_first:
             with self.folder.writing("the trajectories"):
                 write_rows(self.folder.trajectory_path(step + 1), map(rollout_row, rollouts))
-        nobody, ones = [np.full((1, 1), 0.5)] * len(rollouts), [np.ones(1)] * len(rollouts)
-        batch = step_batch([[rollout] for rollout in rollouts], nobody, ones, ones)
+        batch, apart = _batch_of(rollouts), self._heldout_batch
+        heldout: dict[str, float] = {}
+        if apart is not None and step == 0:
+            heldout["heldout/nll_before"] = self.learner.nats_a_token(apart)
         updated, forest = self.learner.update(batch, step), batch.forest
         figures = {name: value for name, value in updated.items() if not name.startswith("mismatch/")}
         found = update_findings(figures, int(forest.trained.sum()), config)
         clock.lap("time/update_s")
+        every = config.env.eval_every or config.steps
+        if apart is not None and (step + 1 == config.steps or (step + 1) % every == 0):
+            heldout["heldout/nll"] = self.learner.nats_a_token(apart)
         of_rollouts = rollout_figures(rollouts)
         figures = {
             **{name: value for name, value in of_rollouts.items() if name.startswith("rollout/")},
             **figures,
+            **heldout,
             "sft/passes": (step + 1) * config.sft.per_step / len(self._demonstrations),
             "perf/update_tokens_per_s": forest.num_tokens * config.optim.epochs / clock.laps["time/update_s"],
         }
@@ -108,7 +116,14 @@ class _Supervised(Training):
 
     def finish(self, after: dict[str, Rate], view: ProgressView) -> None:
         super().finish(after, view)
-        if self.world.is_first and not self.unfinished:
+        if not self.world.is_first:
+            return
+        rows = self.folder.metrics()
+        before = [row["heldout/nll_before"] for row in rows if "heldout/nll_before" in row]
+        last = [row["heldout/nll"] for row in rows if "heldout/nll" in row]
+        if before and last:
+            view.say(f"held-out      {before[0]:.3f} nats a trained token before, {last[-1]:.3f} after")
+        if not self.unfinished:
             view.say(f"then          python -m mosaic_fast.train --model.path {self.folder.path}")
 
     def _rollouts(self, step: int) -> list[Rollout]:
@@ -122,6 +137,12 @@ class _Supervised(Training):
         """The order of all conversations after so many passes over them."""
         seed = derived_seed(self.config.seed, "conversations", done)
         return np.random.default_rng(seed).permutation(len(self._demonstrations)).tolist()
+
+
+def _batch_of(rollouts: Sequence[Rollout]) -> StepBatch:
+    """Demonstrations as a batch in which each counts alike, and none is compared with another."""
+    nobody, ones = [np.full((1, 1), 0.5)] * len(rollouts), [np.ones(1)] * len(rollouts)
+    return step_batch([[rollout] for rollout in rollouts], nobody, ones, ones)
 
 
 if __name__ == "__main__":

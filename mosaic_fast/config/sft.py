@@ -14,6 +14,8 @@ class SftConfig(Section):
 
     conversations: Annotated[tuple[str, ...], Field(strict=False)] = ()
     """JSON Lines files, a conversation a line: OpenAI's messages and tools (docs/quickstart.md)."""
+    heldout_conversations: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    """Such files that are not learnt from, but predicted: before, after, and every env.eval_every steps."""
     demonstrations: CountOrZero = 0
     """Training tasks of env.name that its own solutions demonstrate; all it has, if there are fewer."""
     per_step: Count = 16

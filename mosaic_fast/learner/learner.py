@@ -143,6 +143,12 @@ class Learner:
             **self._tree_figures(batch, prepared),
         }
 
+    def nats_a_token(self, batch: StepBatch) -> float:
+        """The mean of -log p over a batch's trained tokens, by the weights as they are. Every rank calls it."""
+        schedule = self._execution.supported(self.policy, self._execution.schedule(batch.forest))
+        logprobs, _ = self._execution.logprobs(self.policy, schedule)
+        return -float(logprobs.double().sum()) / max(1, int(batch.forest.trained.sum()))
+
     def _prepare(self, batch: StepBatch) -> _Prepared:
         """Credit and normaliser over all tokens of the step, then all pruned to what the loss reads."""
         config, forest = self._config, batch.by_rollout

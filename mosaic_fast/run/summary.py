@@ -33,7 +33,11 @@ _REWARD = {
     "reward/length_penalty": ("p_len", "tab:orange"),
     "reward/tied_groups_frac": ("groups of ties", "tab:grey"),
 }
-_LOSS = {"policy/nll": ("nats a token", "tab:blue"), "policy/entropy": ("entropy", "tab:grey")}
+_LOSS = {
+    "policy/nll": ("nats a token", "tab:blue"),
+    "heldout/nll": ("held out", "tab:orange"),
+    "policy/entropy": ("entropy", "tab:grey"),
+}
 _TIME = {"time/rollout_s": "roll out", "time/update_s": "update", "time/checkpoint_s": "checkpoint"}
 
 
@@ -98,14 +102,18 @@ def draw_curves(
     steps = np.array([row["step"] for row in rows])
     _lines(axes[0, 0], steps, rows, _SAFETY)
     last = float(steps[-1]) if len(steps) else 0.0
-    for name, (_, colour) in _SAFETY.items():
-        for place, rates in ((0.0, before), (last, after)):
-            if name in rates:
-                axes[0, 0].plot(place, rates[name], "o", color=colour, markersize=7, clip_on=False)
-    axes[0, 0].set(title="what it does (lines: training tasks; dots: held-out, greedy)", ylim=(0, 1))
+    supervised = any("policy/nll" in row for row in rows)
+    for name, (label, colour) in _SAFETY.items():
+        dots = [(place, rates[name]) for place, rates in ((0.0, before), (last, after)) if name in rates]
+        if dots:
+            legend = {"label": label} if supervised else {}  # there are no lines that have it
+            places, values = zip(*dots, strict=True)
+            axes[0, 0].plot(places, values, "o", color=colour, markersize=7, clip_on=False, **legend)
+    lines = "" if supervised else "lines: training tasks; "
+    axes[0, 0].set(title=f"what it does ({lines}dots: held-out, greedy)", ylim=(0, 1))
     _lines(axes[0, 1], steps, rows, _GATE)
-    axes[0, 1].set(title="the learned gate", ylim=(0, 1))
-    if any("policy/nll" in row for row in rows):  # supervised learning
+    axes[0, 1].set(title="checks in the conversations" if supervised else "the learned gate", ylim=(0, 1))
+    if supervised:
         _lines(axes[1, 0], steps, rows, _LOSS)
         axes[1, 0].set(title="how well conversations are predicted", xlabel="step")
     else:

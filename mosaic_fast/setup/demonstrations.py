@@ -35,12 +35,13 @@ class Demonstrations:
     """The rollouts that are learnt from, and what is to be told of them."""
 
     rollouts: Sequence[Rollout] = ()
+    heldout: Sequence[Rollout] = ()
     notes: list[str] = field(default_factory=list)
 
     @property
     def record(self) -> dict[str, object]:
         digest = hashlib.sha256()
-        for rollout in self.rollouts:
+        for rollout in (*self.rollouts, *self.heldout):
             digest.update(rollout.token_ids.tobytes() + b"|" + rollout.trained.tobytes() + b"|")
         return {"conversations": len(self.rollouts), "sha256": digest.hexdigest()}
 
@@ -64,13 +65,18 @@ class Demonstrations:
             write_text(run_folder / RECORD, json.dumps(self.record, indent=1) + "\n")
 
 
-def recorded_conversations(config: Config) -> list[Recorded]:
-    """The conversations of all files of [sft]. UserError names file and line of the first that is none."""
-    return [found for name in config.sft.conversations for found in read_conversations(Path(name))]
+def recorded_conversations(names: Sequence[str]) -> list[Recorded]:
+    """The conversations of files. UserError names file and line of the first that is none."""
+    return [found for name in names for found in read_conversations(Path(name))]
 
 
 def find_demonstrations(
-    config: Config, setup: Setup, recorded: Sequence[Recorded], run_folder: Path, world: World
+    config: Config,
+    setup: Setup,
+    recorded: Sequence[Recorded],
+    heldout: Sequence[Recorded],
+    run_folder: Path,
+    world: World,
 ) -> Demonstrations:
     """Everything that [sft] names, in the policy's tokens; the same on every rank.
 
@@ -81,14 +87,18 @@ def find_demonstrations(
         world.from_first(None)  # the first rank asks a model for plans, the others find them written
     longest = setup.loop.limits.max_rollout_tokens
     loop = replace(setup.loop, limits=Limits(_NO_LIMIT, longest, longest))
-    found = asyncio.run(_all(config, loop, recorded, run_folder))
+    found = asyncio.run(_all(config, loop, recorded, heldout, run_folder))
     if world.is_first:
         world.from_first(None)
     return found
 
 
 async def _all(
-    config: Config, loop: AgentLoop, recorded: Sequence[Recorded], run_folder: Path
+    config: Config,
+    loop: AgentLoop,
+    recorded: Sequence[Recorded],
+    heldout: Sequence[Recorded],
+    run_folder: Path,
 ) -> Demonstrations:
     async with AsyncExitStack() as stack:
         writer: PlanWriter | None = None
@@ -99,6 +109,7 @@ async def _all(
         elif config.sft.rewriting != "none":
             rewrite = _by_template(config.sft.checked_tools)
         rollouts = list(await asyncio.gather(*(_recorded(loop, one, rewrite) for one in recorded)))
+        apart = await asyncio.gather(*(_recorded(loop, one, rewrite) for one in heldout))
         notes = [f"{len(rollouts)} conversations of files"] if rollouts else []
         if config.sft.demonstrations:
             own, left_out = await _of_environment(config, loop, rewrite)
@@ -108,6 +119,10 @@ async def _all(
             notes.append(f"{len(own)} demonstrations of {loop.environment.name}{without}")
         if not rollouts:
             raise UserError(f"sft.demonstrations: nothing is left to learn from; {'; '.join(notes)}")
+        learnt = {rollout.token_ids.tobytes() for rollout in rollouts}
+        for one, rollout in zip(heldout, apart, strict=True):
+            if rollout.token_ids.tobytes() in learnt:
+                raise UserError(f"{one.where}: this conversation is held out, and learnt from as well")
         if writer is not None:
             notes.append(writer.in_words())
     passes = config.steps * config.sft.per_step / len(rollouts)
@@ -116,9 +131,9 @@ async def _all(
         f"learning from {len(rollouts)} conversations, {tokens} trained tokens, {passes:.2g} times each in "
         f"{config.steps} steps of {config.sft.per_step}"
     )
-    if not config.env.eval_tasks:
-        notes.append("nothing is evaluated, as env.eval_tasks is 0")
-    return Demonstrations(rollouts, notes)
+    if not config.env.eval_tasks and not apart:
+        notes.append("nothing is evaluated: set env.eval_tasks, or sft.heldout_conversations")
+    return Demonstrations(rollouts, apart, notes)
 
 
 async def _recorded(loop: AgentLoop, recorded: Recorded, rewrite: Rewrite) -> Rollout:

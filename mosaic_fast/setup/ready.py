@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,7 +34,6 @@ from mosaic_fast.setup.given import Given
 from mosaic_fast.setup.gpus import why_slow
 from mosaic_fast.setup.memory import microbatch_tokens
 from mosaic_fast.setup.model_folder import model_folder
-from mosaic_rollout.types import Rollout
 
 
 @dataclass(frozen=True)
@@ -49,7 +47,7 @@ class ReadyRun:
     judge: Judge | None  # of the first rank
     progress: Progress
     notes: list[str]  # to tell the user before the first step
-    demonstrations: Sequence[Rollout] = ()  # of a cold start
+    demonstrations: Demonstrations  # of a cold start; of another run none
 
 
 def with_microbatches(config: Config, world: World) -> Config:
@@ -78,7 +76,9 @@ def ready_run(
     checkpoint = checkpoint_to_load(folder.checkpoints, world)
     if world.is_first:
         given.refuse_another(folder.path)
-    supervised, recorded = config.sft.is_set, recorded_conversations(config)
+    supervised = config.sft.is_set
+    recorded = recorded_conversations(config.sft.conversations)
+    heldout = recorded_conversations(config.sft.heldout_conversations)
     judges = world.is_first and not supervised
     judge = given.judge or (build_judge(config.judge, folder.path) if judges else None)
     check_loss(config)  # the user's own code is looked at before a model is loaded
@@ -94,7 +94,7 @@ def ready_run(
     )  # fmt: skip
     found = Demonstrations()
     if supervised:
-        found = find_demonstrations(config, setup, recorded, folder.path, world)
+        found = find_demonstrations(config, setup, recorded, heldout, folder.path, world)
         found.refuse_others(folder.path)
     cost = cost_model_of_run(folder.path, config.forest.cost_model)
     reference = build_reference(config, initial, setup)
@@ -130,4 +130,4 @@ def ready_run(
         with folder.writing("judge.json"):
             keep_judge_record(judge, folder.path)
     told = [note for note in notes if note]
-    return ReadyRun(config, folder, setup, learner, judge, progress, told, found.rollouts)
+    return ReadyRun(config, folder, setup, learner, judge, progress, told, found)

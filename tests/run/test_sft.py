@@ -125,6 +125,31 @@ def test_adapters_learn_from_a_file(small: list[str], tmp_path: Path, quick: Non
         run([*small, *own, "--env.eval-tasks", "0"], tmp_path / "run", "--resume", "--steps", "4")
 
 
+def test_conversations_apart_are_measured_before_and_after(
+    small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], quick: None
+):
+    """As the loss measures them: what one run holds out is what the other one begins with."""
+    other = {**TALK, "messages": [{"role": "user", "content": "please read budget.pdf."}, *MESSAGES[1:]]}
+    files = []
+    for name, talk in (("one", TALK), ("two", other)):
+        (tmp_path / name).mkdir()
+        files.append(talks(tmp_path / name, talk))
+    options = [*small, "--sft.per-step", "1", "--steps", "3", "--env.eval-tasks", "0"]
+    runs = []
+    for name, learnt, apart in (("a", *files), ("b", *files[::-1])):
+        own = ["--sft.conversations", learnt, "--sft.heldout-conversations", apart]
+        assert run([*options, *own, "--trackers.console", "plain"], tmp_path / name) == 0
+        runs.append(learned(tmp_path / name))
+    for mine, theirs in (runs, runs[::-1]):
+        assert mine[0]["heldout/nll_before"] == pytest.approx(theirs[0]["policy/nll"], rel=1e-5)
+        assert "heldout/nll" not in mine[1]
+        assert mine[2]["heldout/nll"] < mine[0]["heldout/nll_before"]
+    assert f"{runs[1][0]['heldout/nll_before']:.3f} nats a trained token before, " in capsys.readouterr().out
+    own = ["--sft.conversations", files[0], "--sft.heldout-conversations", files[0]]
+    with pytest.raises(UserError, match=r"talks\.jsonl, line 1: .* held out, and learnt from as well"):
+        run([*options, *own], tmp_path / "both")
+
+
 def test_plans_by_a_model_are_asked_for_once(small: list[str], tmp_path: Path, quick: None):
     def think(request: Json) -> Json:
         messages = cast("list[dict[str, str]]", request["messages"])

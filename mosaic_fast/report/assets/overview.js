@@ -18,7 +18,7 @@ const CHARTS = [
   { title: "The learned gate", note: "Share of steps with a safety check, and of safety tokens among all generated.", format: percent, low: 0, high: 1, smooth: true,
     metrics: [["rollout/gate_rate_harmful", "harmful", "green"], ["rollout/gate_rate_injected", "injected", "red"], ["rollout/gate_rate_benign", "benign", "blue"], ["rollout/safety_token_share", "safety tokens", "grey"]] },
   { title: "Learning from demonstrations", note: "A cold start: nats a trained token.", low: 0, smooth: true,
-    metrics: [["policy/nll", "nats a token", "blue"]] },
+    metrics: [["policy/nll", "nats a token", "blue"], ["heldout/nll", "held out", "orange"]] },
   { title: "Reward parts", note: "r_align has a fixed mean: what one rollout wins, another loses.", low: 0, smooth: true,
     metrics: [["reward/align", "r_align", "purple"], ["reward/format", "r_fmt", "blue"], ["reward/length_penalty", "p_len", "orange"]] },
   { title: "Signal", note: "Groups of ties teach nothing; the spread of R drives the advantages.", low: 0, smooth: true,

@@ -144,7 +144,7 @@ class Learner:
         }
 
     def nats_a_token(self, batch: StepBatch) -> float:
-        """The mean of -log p over a batch's trained tokens, by the weights as they are. Every rank calls it."""
+        """The mean of -log p over a batch's trained tokens, by the current weights. Every rank calls it."""
         schedule = self._execution.supported(self.policy, self._execution.schedule(batch.forest))
         logprobs, _ = self._execution.logprobs(self.policy, schedule)
         return -float(logprobs.double().sum()) / max(1, int(batch.forest.trained.sum()))

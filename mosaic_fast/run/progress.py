@@ -34,10 +34,15 @@ _COLUMNS = {  # metric -> (head, format)
     "tree/engine_prefix_hit": ("prefix\nhit", "{:.0%}"),
     "time/step_s": ("s/step", "{:.1f}"),
 }
-_LESS_NEEDED = ("reward/format", "policy/clip_frac", "tree/engine_prefix_hit", "policy/kl", "tree/sharing")
+_LESS_NEEDED = (
+    "reward/format",
+    "policy/clip_frac",
+    "tree/engine_prefix_hit",
+    "policy/kl",
+    "tree/sharing",
+    "policy/nll",
+)
 """Columns that a narrow terminal does without, the first one first."""
-_OF_ONE_WAY = ("policy/nll",)
-"""Columns of one way of training: they are shown where a step has them."""
 _ROWS_SHOWN = 12
 
 
@@ -90,8 +95,8 @@ class ProgressView:
             self.say("  ".join([*cells, *(f"! {note}" for note in notes)]))
 
     def _table(self) -> Table:
-        seldom = [name for name in _OF_ONE_WAY if not any(name in row for row in self._rows)]
-        columns = {name: self._column(name) for name in _COLUMNS if name not in seldom}
+        there = [name for name in _COLUMNS if any(name in row for row in self._rows)]
+        columns = {name: self._column(name) for name in there}
         for name in _LESS_NEEDED:
             if sum(_widest(column) + 2 for column in columns.values()) - 2 > self.console.width:
                 columns.pop(name, None)

@@ -125,8 +125,13 @@ async def _all(
                 raise UserError(f"{one.where}: this conversation is held out, and learnt from as well")
         if writer is not None:
             notes.append(writer.in_words())
+    unknown, taught = loop.chat.tokenizer.unk_token_id, [r.token_ids[r.trained] for r in rollouts]
+    if unknown is not None and (lost := sum(int((ids == unknown).sum()) for ids in taught)):
+        notes.append(
+            f"{lost} trained tokens are the tokenizer's unknown one: it cannot write all that was said"
+        )
     passes = config.steps * config.sft.per_step / len(rollouts)
-    tokens = sum(int(rollout.trained.sum()) for rollout in rollouts)
+    tokens = sum(map(len, taught))
     notes.append(
         f"learning from {len(rollouts)} conversations, {tokens} trained tokens, {passes:.2g} times each in "
         f"{config.steps} steps of {config.sft.per_step}"

@@ -19,7 +19,7 @@ from mosaic_rollout.errors import UserError
 from mosaic_rollout.loop.agent_loop import AgentLoop, Limits
 from mosaic_rollout.loop.demonstrated import TooLongError, demonstrated
 from mosaic_rollout.types import Engine, Episode, Move, Rollout, Task
-from tests.rollout.families_for_tests import FAMILIES
+from tests.rollout.families_for_tests import FAMILIES, Family
 from tests.rollout.templates_for_tests import KINDS, TEMPLATES, tokenizer
 
 TOOL = {
@@ -131,6 +131,41 @@ def test_every_template_writes_turns_that_are_read_back(tmp_path: Path, template
     assert all(rollout.token_ids[step.end - 1] in chat.stop_token_ids for step in rollout.steps)
     assert rollout.status == "answered"
     assert not rollout.rollout_logprobs.any()
+
+
+# As GLM's: a turn ends with the mark of the next speaker, which nothing writes at a conversation's end.
+NEXT_SPEAKER = """\
+{%- if tools -%}<|system|>
+{% for tool in tools %}{{ tool | tojson }}
+{% endfor %}{%- endif -%}
+{%- for message in messages -%}
+{%- if message.role == 'tool' -%}<|observation|>
+{{ message.content }}
+{%- else -%}<|{{ message.role }}|>
+{{ message.content }}
+{%- for call in message.tool_calls or [] -%}
+{%- set made = {'name': call.function.name, 'arguments': call.function.arguments} -%}
+{{ '\n<tool_call>' + (made | tojson) + '</tool_call>' }}
+{%- endfor -%}{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}<|assistant|>
+{% endif %}"""
+
+
+def test_a_turn_that_the_next_speaker_ends_has_its_end_as_well(tmp_path: Path):
+    """Before a tool's output its mark; before the user, and where nobody speaks any more, the user's."""
+    marks = ("<|user|>", "<|observation|>", "<|assistant|>", "<|system|>")
+    coder = Family(NEXT_SPEAKER, marks, ("<tool_call>", "</tool_call>")).tokenizer()
+    user, output = (coder.convert_tokens_to_ids(mark) for mark in marks[:2])
+    (one,) = recorded(tmp_path, {"messages": [*OPENING, *TURNS, *MORE], "tools": [TOOL]})
+    rollout = played(Chat(coder, teach_loop=False, end_token_ids=[user, output]), one.task, one.episode())
+    assert [rollout.token_ids[end - 1] for _, end in spans(rollout)] == [output, user, user]
+    whole = coder.apply_chat_template(
+        cast("list[dict[str, str]]", [*OPENING, *TURNS, *MORE]),
+        tools=[TOOL, REFUSAL_SCHEMA],
+        return_dict=False,
+    )
+    assert rollout.token_ids.tolist() == [*cast("list[int]", whole), user]
 
 
 def test_what_is_called_at_once_is_taken_one_after_the_other(tmp_path: Path):

@@ -112,15 +112,20 @@ def test_training_goes_on_from_it_as_its_reference(small: list[str], cold: Path,
     assert row["tree/unique_tokens"] > 0
 
 
-def test_adapters_learn_from_a_file(small: list[str], tmp_path: Path, quick: None):
+def test_adapters_learn_from_a_file(
+    small: list[str], tmp_path: Path, quick: None, capsys: pytest.CaptureFixture[str]
+):
+    """Of the words that the template sentences bring, the world's tokenizer does not know all."""
     file = talks(tmp_path, TALK, TALK)
     own = ["--model.lora-rank", "4", "--sft.conversations", file, "--sft.per-step", "2", "--steps", "3"]
+    own += ["--trackers.console", "plain"]
     assert run([*small, *own, "--env.eval-tasks", "0"], tmp_path / "run") == 0
     rows = learned(tmp_path / "run")
     assert rows[-1]["policy/nll"] < rows[0]["policy/nll"]
     assert rows[0]["tree/sharing"] == 2.0, "the same conversation twice"
     assert (tmp_path / "run" / "checkpoints" / "step-000003" / "adapter").is_dir()
     talks(tmp_path, TALK, {**TALK, "messages": [*MESSAGES[:3], {"role": "assistant", "content": "done."}]})
+    assert "trained tokens are the tokenizer's unknown one" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"learnt from .* put its files .* back, or start a new run"):
         run([*small, *own, "--env.eval-tasks", "0"], tmp_path / "run", "--resume", "--steps", "4")
 

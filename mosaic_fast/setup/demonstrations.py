@@ -126,10 +126,9 @@ async def _all(
         if writer is not None:
             notes.append(writer.in_words())
     unknown, taught = loop.chat.tokenizer.unk_token_id, [r.token_ids[r.trained] for r in rollouts]
-    if unknown is not None and (lost := sum(int((ids == unknown).sum()) for ids in taught)):
-        notes.append(
-            f"{lost} trained tokens are the tokenizer's unknown one: it cannot write all that was said"
-        )
+    lost = sum(int((ids == unknown).sum()) for ids in taught) if unknown is not None else 0
+    if lost and unknown not in loop.chat.stop_token_ids:
+        notes.append(f"{lost} trained tokens are the tokenizer's unknown one: it lacks what was said there")
     passes = config.steps * config.sft.per_step / len(rollouts)
     tokens = sum(map(len, taught))
     notes.append(

@@ -156,7 +156,7 @@ def test_a_turn_that_the_next_speaker_ends_has_its_end_as_well(tmp_path: Path):
     """Before a tool's output its mark; before the user, and where nobody speaks any more, the user's."""
     marks = ("<|user|>", "<|observation|>", "<|assistant|>", "<|system|>")
     coder = Family(NEXT_SPEAKER, marks, ("<tool_call>", "</tool_call>")).tokenizer()
-    user, output = (coder.convert_tokens_to_ids(mark) for mark in marks[:2])
+    user, output = (coder.get_vocab()[mark] for mark in marks[:2])
     (one,) = recorded(tmp_path, {"messages": [*OPENING, *TURNS, *MORE], "tools": [TOOL]})
     rollout = played(Chat(coder, teach_loop=False, end_token_ids=[user, output]), one.task, one.episode())
     assert [rollout.token_ids[end - 1] for _, end in spans(rollout)] == [output, user, user]

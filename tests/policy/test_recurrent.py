@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from functools import wraps
+from inspect import signature
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
+from torch import Tensor
+from transformers.models.qwen3_5 import modeling_qwen3_5
 
+from mosaic_fast.errors import UserError
 from mosaic_fast.policy import Policy
 from mosaic_fast.policy.forest_tensors import forest_tensors
 from mosaic_kernels import pack_forest
@@ -86,3 +92,52 @@ def test_the_model_is_left_as_it_was() -> None:
     assert recurrent_modules(model) == modules
     ids = torch.tensor([[1, 2, 3]])
     assert model(input_ids=ids).logits.shape == (1, 3, VOCAB)
+
+
+def test_a_forward_of_somebodys_own_is_not_replaced() -> None:
+    model = model_of(config_of("lfm2"), torch.float32)
+    policy = Policy(model)
+    [first, _] = recurrent_modules(model)
+    first.forward = lambda hidden_states, **_: hidden_states
+    with pytest.raises(UserError, match="layer 0 mixes positions outside attention"):
+        policy.logprobs(pack_forest([[1, 2, 3], [1, 2, 4]]))
+
+
+def test_kernels_of_other_packages_are_called_as_the_layer_calls_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """flash-linear-attention names arguments otherwise; transformers drops what it has no name for."""
+    name, calls = "torch_chunk_gated_delta_rule", 0
+    stock = getattr(modeling_qwen3_5, name)
+
+    def chunk_gated_delta_rule(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        g: Tensor,
+        beta: Tensor,
+        scale: float | None = None,
+        initial_state: Tensor | None = None,
+        output_final_state: bool = False,
+        use_qk_l2norm_in_kernel: bool = False,
+        cu_seqlens: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        nonlocal calls
+        calls += 1
+        assert initial_state is None or initial_state.is_contiguous()
+        return stock(
+            q, k, v, g, beta, initial_state=initial_state, output_final_state=output_final_state,
+            use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
+        )  # fmt: skip
+
+    def wrapped(*args: Tensor, **kwargs: object) -> tuple[Tensor, Tensor | None]:
+        known = signature(chunk_gated_delta_rule).parameters
+        given = {key: value for key, value in kwargs.items() if key in known}
+        return chunk_gated_delta_rule(*args, **given)  # pyrefly: ignore [bad-argument-type]
+
+    model, forest = model_of(config_of("qwen3_5_text"), torch.float32), pack_forest([[1, 2, 3], [1, 2, 4]])
+    policy = Policy(model)
+    expected = policy.logprobs(forest)
+    monkeypatch.setattr(modeling_qwen3_5, name, wraps(stock)(wrapped))
+    torch.testing.assert_close(policy.logprobs(forest), expected, rtol=0, atol=1e-5)
+    assert calls == 4  # two layers, two levels

@@ -198,7 +198,10 @@ class _Layer:
                 values |= {how.initial: _initial(states, batch), how.final: True}
                 if on_cpu:  # there a whole chunk is computed, however little is in it
                     values["chunk_size"] = min(chunk, 1 << (batch.length - 1).bit_length())
-                out, final = cast(tuple[Tensor, Tensor], stock(**values))
+                # By place as the layer has it: kernels of other packages call these arguments otherwise.
+                by_place = [values[name] for name in list(values)[: len(args)]]
+                by_name = {name: values[name] for name in list(values)[len(args) :]}
+                out, final = cast(tuple[Tensor, Tensor], stock(*by_place, **by_name))
                 outs.append(out.flatten(0, 1))
                 finals.append(final)
             states = torch.cat(finals)
@@ -217,8 +220,10 @@ class _Layer:
 
 def _initial(states: Tensor | None, batch: Batch) -> Tensor | None:  # [rows, ...]
     """States that a batch begins with. states: of the level above or before the first, or one for all."""
-    if states is None or len(states) == 1:
-        return None if states is None else states.expand(batch.rows, *states.shape[1:])
+    if states is None:
+        return None
+    if len(states) == 1:
+        return states.expand(batch.rows, *states.shape[1:]).contiguous()
     return states.index_select(0, batch.above)
 
 

@@ -51,8 +51,8 @@ class AgentEnvironment:
     def reset(self, task: Task) -> NoReturn:
         """There are no steps to play one by one: the program has its own loop."""
         raise UserError(
-            f"env.name {self.name!r} is a program that asks the policy itself: name a model or run folder "
-            "to play it, not an endpoint"
+            f"env.name {self.name!r} is a program with a loop of its own: it is trained on, and evaluated "
+            "with a model or run folder, not with an endpoint, and has no demonstrations"
         )
 
     async def run(self, task: Task, base_url: str, api_key: str) -> Verdict | None:

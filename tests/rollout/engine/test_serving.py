@@ -291,3 +291,15 @@ def test_a_watch_sees_every_token_and_may_end_the_completion() -> None:
     assert ended.finish_reason == "stop"
     assert ended.token_ids.tolist() == whole.token_ids[:3].tolist() == [token for token, _ in seen]
     assert ended.logprobs.tolist() == [np.float32(logprob) for _, logprob in seen]
+
+
+def test_rows_keep_their_own_top_p_as_others_leave() -> None:
+    asked = [
+        replace(one, sampling=replace(one.sampling, top_p=top_p))
+        for one, top_p in (
+            (request(random_tokens(4, seed=n), 1 + 2 * n, key=n), 1.0 - 0.19 * n) for n in range(5)
+        )
+    ]
+    together = generate(local_engine(tiny_model()), asked)
+    for one, alone in zip(together, asked, strict=True):
+        assert one.token_ids.tolist() == generate(local_engine(tiny_model()), [alone])[0].token_ids.tolist()

@@ -5,17 +5,20 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from mosaic_rollout.chat.chat import Chat
 from mosaic_rollout.endpoint.client import _reply
 from mosaic_rollout.endpoint.server import read_completion
 from mosaic_rollout.loop.agent_loop import AgentLoop, Limits
 from mosaic_rollout.serving.history import History
-from mosaic_rollout.serving.protocol import read_request
+from mosaic_rollout.serving.protocol import ApiError, read_request
 from mosaic_rollout.serving.service import Service, Session
 from mosaic_rollout.serving.stream import Head, whole_answer
 from mosaic_rollout.types import ToolCall
@@ -45,8 +48,8 @@ class Client:
         return self.choices(messages, **more)[0]
 
     def choices(self, messages: list[Row], **more: object) -> list[Row]:
-        given = {"model": "m", "messages": messages, "tools": TOOLS, **more}
-        asked = read_request(json.dumps(given).encode())
+        whole_request = {"model": "m", "messages": messages, "tools": TOOLS, **more}
+        asked = read_request(json.dumps(whole_request).encode())
         answered = asyncio.run(self.service.answer(self.session, asked))
         whole = json.loads(json.dumps(whole_answer(answered, asked, Head("m"), self.chat)))
         return [choice["message"] for choice in whole["choices"]]
@@ -91,6 +94,12 @@ def test_an_agent_behind_the_endpoint_has_the_tokens_of_the_loop(template: str, 
     )
     assert said["content"] == "All done."
     assert client.session.history.turns[-1].token_ids.tolist() == rollout.token_ids.tolist()
+
+
+@lru_cache
+def hostile_client() -> Client:
+    """One for all examples."""
+    return Client(lambda text, key: "<think>p</think>hi")
 
 
 def after_one_call(client: Client) -> tuple[list[Row], Row, np.ndarray]:
@@ -187,6 +196,31 @@ def test_the_oldest_answers_of_a_server_are_forgotten():
     turns = client.session.history.turns
     assert 1 <= len(turns) < 6
     assert sum(len(turn.token_ids) for turn in turns) <= 1500
+
+
+_KEYS = ("type", "text", "function", "name", "arguments", "id")
+_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 3) | st.sampled_from(["", "read", "<think>a</think>b"]),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(_KEYS), inner, max_size=3),
+    max_leaves=4,
+)
+_PARTS = ("content", "tool_calls", "tool_call_id", "name", "refusal", "reasoning_content", "odd")
+_MESSAGES = st.fixed_dictionaries(
+    {"role": st.sampled_from(["user", "assistant", "tool", "system", "function", "no"])},
+    optional=dict.fromkeys(_PARTS, _VALUES),
+)
+_ASKED = st.sampled_from(["tools", "tool_choice", "stop", "n", "seed", "stream_options"])
+
+
+@settings(max_examples=150)
+@given(st.lists(_MESSAGES, max_size=4), st.dictionaries(_ASKED, _VALUES))
+def test_whatever_is_asked_is_answered_or_refused_as_openai_does(messages: list[Row], more: Row):
+    status = 200
+    try:
+        assert hostile_client().ask([*TASK, *messages], **more)
+    except ApiError as error:
+        status = error.status
+    assert status < 500
 
 
 def test_a_plan_and_a_check_reach_our_own_client():

@@ -179,7 +179,7 @@ def test_a_program_of_no_use_ends_the_run_in_a_line(tmp_path: Path, program: str
 
 def test_it_is_played_by_a_local_model_and_from_the_prompt_alone(tmp_path: Path):
     loop = loop_of("reads", tmp_path, ROWS)
-    with pytest.raises(UserError, match="not an endpoint"):
+    with pytest.raises(UserError, match="not with an endpoint"):
         loop.environment.reset(Task("t", "benign", "train"))
     with pytest.raises(ValueError, match=r"needs env\.tasks"):
         EnvConfig(name=f"{MODULE}:reads")

@@ -32,7 +32,12 @@ _NUMBERS: dict[str, int] = {
     "linear_num_heads": 2,
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
+    "linear_head_dim": 32,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32,
     "mamba_num_heads": 4,
+    "mamba_d_state": 16,
+    "ssm_state_size": 16,
     "mamba_n_groups": 2,
     "n_groups": 2,
     "mamba_chunk_size": WINDOW,
@@ -43,7 +48,7 @@ _NUMBERS: dict[str, int] = {
     "vocab_size": VOCAB,
     "vocab_size_per_layer_input": VOCAB,
 }
-"""The most that the copy has of what a configuration names so. Sizes of heads stay as they are."""
+"""The most that the copy has of what a configuration names so. Heads of attention keep their sizes."""
 _WIDTHS = ("intermediate_size", "ffn_dim", "ffn_hidden_size")
 _MOST_WIDE = 64
 

@@ -13,13 +13,14 @@ from torch import Tensor
 from transformers.models.qwen3_5 import modeling_qwen3_5
 
 from mosaic_fast.errors import UserError
+from mosaic_fast.learner.execution.schedule import hold
 from mosaic_fast.policy import Policy
 from mosaic_fast.policy.forest_tensors import forest_tensors
 from mosaic_kernels import pack_forest
 from mosaic_rollout.engine.recurrent import recurrent_modules
 from mosaic_rollout.engine.segments import Segments
 from tests.families.families import VOCAB, config_of, model_of, wholly_fp64
-from tests.families.test_forests import _compare
+from tests.families.test_forests import PLANS, _compare
 from tests.policy.policy_helpers import Rollouts, rollouts
 
 CPU = torch.device("cpu")
@@ -41,6 +42,20 @@ def test_segments_longer_than_a_chunk(family: str) -> None:
     Policy(model)
     with wholly_fp64():
         _compare(model, long_rollouts(), ["tree"])
+
+
+@pytest.mark.parametrize("family", ["qwen3_5_text", "lfm2"])
+def test_kept_prefixes_shorter_than_a_convolution(family: str) -> None:
+    """Forks at 5, 6 and 7 tokens: what is kept of two forwards is one token each, on what is above it."""
+    rng = np.random.default_rng(0)
+    trunk = rng.integers(0, VOCAB, 13)
+    sequences = [trunk, *(np.append(trunk[:at], rng.integers(0, VOCAB, 12 - at)) for at in (5, 6, 7))]
+    data = Rollouts(sequences, [np.arange(len(one)) > 0 for one in sequences])
+    assert [part.num_nodes for part in hold(data.pack(), PLANS["kept"]) if part.kept] == [5, 1, 1]
+    model = model_of(config_of(family))
+    Policy(model)
+    with wholly_fp64():
+        _compare(model, data, ["kept"])
 
 
 @given(rollouts())

@@ -21,7 +21,7 @@ from mosaic_rollout.loop.play import Limits
 from mosaic_rollout.loop.step import read_step
 from mosaic_rollout.loop.tools import UNRESOLVED_VERDICT
 from mosaic_rollout.serving.history import History, SampledTurn
-from mosaic_rollout.serving.service import Course, Service, Session
+from mosaic_rollout.serving.service import EpisodeRules, Service, Session
 from mosaic_rollout.types import Engine, Rollout, Status, Step, Task, Verdict
 
 
@@ -48,8 +48,8 @@ async def play_agents(
     access = Access()
 
     async def episode(task: Task, group_id: int, rollout_id: int) -> Rollout:
-        course = Course(temperature, seed, rollout_id, group_id, limits.max_steps)
-        session, key = Session(History(chat), course), secrets.token_urlsafe(24)
+        rules = EpisodeRules(temperature, seed, rollout_id, group_id, limits.max_steps)
+        session, key = Session(History(chat), rules), secrets.token_urlsafe(24)
         access.by_key[key] = session
         try:
             verdict = await environment.run(task, url, key)
@@ -70,28 +70,28 @@ async def play_agents(
 
 def rollout_of(session: Session, chat: Chat, task: Task, verdict: Verdict | None) -> Rollout:
     """An episode that has ended, as a rollout. verdict: None where it had to be ended."""
-    turns, course = session.history.turns, session.course
-    assert course is not None, "an episode has a course"
+    turns, rules = session.history.turns, session.rules
+    assert rules is not None, "an episode has rules"
     paths = contexts(turns)
     ids = [path[-1].token_ids for path in paths] or [np.zeros(0, np.int64)]
     starts = np.cumsum([0, *map(len, ids)])
     trained = np.zeros(starts[-1], np.bool_)
     logprobs = np.zeros(starts[-1], np.float32)
     steps: list[Step] = []
-    told: set[SampledTurn] = set()
+    trained_turns: set[SampledTurn] = set()
     for path, start in zip(paths, starts.tolist(), strict=False):
         for turn, following in zip(path, [*path[1:], None], strict=True):
-            if turn in told:
+            if turn in trained_turns:
                 continue
-            told.add(turn)
+            trained_turns.add(turn)
             begin = start + len(turn.prompt.token_ids)
             span = slice(begin, begin + len(turn.completion.token_ids))
             trained[span], logprobs[span] = True, turn.completion.logprobs
             steps.append(_step(chat, turn, begin, following))
     opening = turns[0].prompt if turns else None
     return Rollout(
-        rollout_id=course.rollout_id,
-        group_id=course.group_id,
+        rollout_id=rules.rollout_id,
+        group_id=rules.group_id,
         task=task,
         token_ids=np.concatenate(ids),
         trained=trained,

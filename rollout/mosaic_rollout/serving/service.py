@@ -28,7 +28,7 @@ DRAWS = 8
 
 
 @dataclass(frozen=True)
-class Course:
+class EpisodeRules:
     """How an episode of training samples, whatever its requests ask for: as the trainer computes."""
 
     temperature: float
@@ -40,14 +40,14 @@ class Course:
 
 @dataclass(eq=False)
 class Session:
-    """Those who share a key: an episode, which has a course, or all clients of a server."""
+    """Those who share a key: an episode, which has rules of its own, or all clients of a server."""
 
     history: History
-    course: Course | None = None
+    rules: EpisodeRules | None = None
     closed: bool = False
     refused: bool = False  # a request came after the last one that it may have, or did not fit the context
     under_way: set[asyncio.Task[object]] = field(default_factory=set)
-    asked: Counter[bytes] = field(default_factory=Counter)  # answers given, by prompt
+    asked: Counter[bytes] = field(default_factory=Counter)  # answers asked for in an episode, by prompt
 
     def close(self) -> None:
         """No more answers: those under way end, later requests are refused."""
@@ -143,12 +143,11 @@ class Service:
                 code="context_length_exceeded",
             )
         wanted = asked.max_completion_tokens or asked.max_tokens or self.max_tokens
-        if session.course is not None:
+        if session.rules is not None:
             wanted = min(wanted, self.max_tokens)
         choices = await self._until_called(session, asked, prompt, min(wanted, room), listener)
         if session.closed:
             raise _over()
-        session.asked[prompt.token_ids.tobytes()] += len(choices)
         for choice in choices:
             session.history.add(prompt, choice.completion, choice.answer)
         return Answered(prompt, choices)
@@ -161,11 +160,11 @@ class Service:
             )  # fmt: skip
         if session.closed:
             raise _over()
-        course = session.course
-        if course is not None and len(session.history.turns) + asked.n > course.max_calls:
+        rules = session.rules
+        if rules is not None and len(session.history.turns) + asked.n > rules.max_calls:
             session.refused = True
             raise ApiError(
-                f"the episode has had its {course.max_calls} answers (rollout.max_steps)", code="episode_over"
+                f"the episode has had its {rules.max_calls} answers (rollout.max_steps)", code="episode_over"
             )
 
     async def _until_called(
@@ -175,7 +174,7 @@ class Service:
 
         What is drawn until it calls has another distribution than the one that is trained.
         """
-        if session.course is not None or asked.tool_choice in ("auto", "none"):
+        if session.rules is not None or asked.tool_choice in ("auto", "none"):
             return await self._draw(session, asked, prompt, max_tokens, listener, 0)
         for attempt in range(DRAWS):
             choices = await self._draw(session, asked, prompt, max_tokens, lambda *_: None, attempt)
@@ -195,9 +194,12 @@ class Service:
         listener: Listener,
         attempt: int,
     ) -> list[Choice]:
-        course, before = session.course, session.asked[prompt.token_ids.tobytes()]
-        top_p = 1.0 if course else asked.top_p
-        temperature = course.temperature if course else asked.temperature
+        rules, before = session.rules, 0
+        if rules is not None:  # each has draws of its own, also those that are asked for at once
+            before = session.asked[prompt.token_ids.tobytes()]
+            session.asked[prompt.token_ids.tobytes()] += asked.n
+        top_p = 1.0 if rules else asked.top_p
+        temperature = rules.temperature if rules else asked.temperature
         seed = secrets.randbits(62) if asked.seed is None else asked.seed
         watches = [
             _Watch(self.chat, asked.stops, lambda tokens, number=number: listener(prompt, number, tokens))
@@ -207,9 +209,9 @@ class Service:
             Request(
                 token_ids=prompt.token_ids,
                 sampling=SamplingParams(max_tokens, temperature, self.chat.stop_token_ids, top_p),
-                seed=_episode_seed(course, prompt, before + number) if course else seed + (attempt << 32),
-                rollout_key=course.rollout_id if course else number,
-                group_key=course.group_id if course else int.from_bytes(prompt.opening[:4], "little"),
+                seed=_episode_seed(rules, prompt, before + number) if rules else seed + (attempt << 32),
+                rollout_key=rules.rollout_id if rules else number,
+                group_key=rules.group_id if rules else int.from_bytes(prompt.opening[:4], "little"),
                 watch=watch,
             )
             for number, watch in enumerate(watches)
@@ -247,9 +249,9 @@ class Service:
         return Choice(answer, completion, text, completion.finish_reason == "stop")
 
 
-def _episode_seed(course: Course, prompt: Prompt, number: int) -> int:
-    """Of the `number`-th answer to a prompt: the same whenever it is asked for, another for every prompt."""
-    key = f"{course.seed}/{number}".encode() + np.ascontiguousarray(prompt.token_ids).tobytes()
+def _episode_seed(rules: EpisodeRules, prompt: Prompt, number: int) -> int:
+    """Of the `number`-th answer that is asked for to a prompt, and of no other prompt."""
+    key = f"{rules.seed}/{number}".encode() + np.ascontiguousarray(prompt.token_ids).tobytes()
     return int.from_bytes(hashlib.sha256(key).digest()[:8], "little") >> 2
 
 

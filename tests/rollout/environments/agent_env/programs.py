@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -81,6 +82,14 @@ def never_asks(task: Row, base_url: str, api_key: str) -> float:
 def never_ends(task: Row, base_url: str, api_key: str) -> float:
     Client(base_url, api_key).ask(task["messages"])
     ENDED.wait(30)
+    return 1.0
+
+
+def asks_at_once(task: Row, base_url: str, api_key: str) -> float:
+    """Four times the same, at the same time."""
+    client = Client(base_url, api_key)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(client.ask, [task["messages"]] * 4))
     return 1.0
 
 

@@ -147,12 +147,15 @@ def test_a_hundred_episodes_at_once_keep_apart(tmp_path: Path, capfd: pytest.Cap
     assert sum("Traceback" in line for line in capfd.readouterr().err.splitlines()) == 1
 
 
-def test_an_episode_has_as_many_answers_as_turns(tmp_path: Path):
-    """The same asked again and again has other draws each time; then the episode is over."""
-    loop = loop_of("asks_for_ever", tmp_path, ROWS)
+@pytest.mark.parametrize(
+    ("program", "status"), [("asks_for_ever", "truncated"), ("asks_at_once", "answered")]
+)
+def test_an_episode_has_as_many_answers_as_turns(program: str, status: str, tmp_path: Path):
+    """The same asked again, or at once, has other draws each time; then the episode is over."""
+    loop = loop_of(program, tmp_path, ROWS)
     [[rollout]] = play(loop)
     assert len(rollout.contexts) == 3
-    assert rollout.status == "truncated"
+    assert rollout.status == status
     assert len({request.seed for request in requests_of(loop)}) == 4
 
 

@@ -77,7 +77,12 @@ def preference_rows(group: Sequence[RolloutRow]) -> Iterator[dict[str, JsonValue
 
 
 def _turns(row: RolloutRow) -> list[Message]:
-    """What followed the opening messages: the policy's turns as sampled, and what the tools returned."""
+    """What followed the opening messages: the policy's turns as sampled, and what the tools returned.
+
+    Nothing of an episode with several contexts, which are no one conversation.
+    """
+    if row.contexts:
+        return []
     messages: list[Message] = []
     for step in row.steps:
         messages.append({"role": "assistant", "content": step.text})

@@ -36,6 +36,8 @@ def test_every_decided_pair_gives_a_row_and_a_tie_gives_none(tmp_path: Path):
         "reason": "task complete beats refused a task that should be done",
     }
     assert all(row["chosen"] != row["rejected"] for row in rows)
+    several = [row.model_copy(update={"contexts": [5]}) for row in benign]
+    assert not list(preference_rows(several)), "several conversations are not shown as one"
 
 
 def test_the_command_writes_json_lines_and_names_mistakes(

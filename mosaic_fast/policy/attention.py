@@ -52,7 +52,7 @@ class TreeForward:
         return self.forest.segments
 
     @property
-    def leaves(self) -> bool:
+    def wants_states(self) -> bool:
         return self.kept is not None
 
     def begin(self, layer: int) -> tuple[Tensor, ...] | None:

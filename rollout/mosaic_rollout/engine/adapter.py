@@ -84,7 +84,7 @@ _ONE_SCALE_ROPE = ("default", "linear", "llama3", "yarn", "proportional")
 
 @dataclass(frozen=True)
 class KeyValueShape:
-    """Shape of what one token leaves in the cache."""
+    """Shape of what one token wants_states in the cache."""
 
     layers: int
     heads: int  # Hkv
@@ -249,7 +249,7 @@ class _Probe:
         self.windows: list[int | None] = []
         self.layers: list[int] = []
         self.states: dict[int, States] = {}
-        self.segments, self.leaves = Segments.of(np.array([-1]), device), True
+        self.segments, self.wants_states = Segments.of(np.array([-1]), device), True
 
     def begin(self, layer: int) -> None:
         """Nothing."""

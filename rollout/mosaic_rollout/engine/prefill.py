@@ -176,12 +176,12 @@ class _Chunk:
             for block in blocks_of(segments)
         ]
         self._parts, self._first = segments, []
-        if self.leaves:
+        if self.wants_states:
             self.segments = self._segments(offsets)
             self._ended: list[dict[int, States]] = [{} for _ in segments]
 
     @property
-    def leaves(self) -> bool:
+    def wants_states(self) -> bool:
         """Whether the model has recurrent layers: what follows is theirs."""
         return bool(self._pool.shape.states)
 
@@ -234,7 +234,7 @@ def prefill(model: CausalModel, pool: KeyValuePool, nodes: Sequence[Node], chunk
         model.forward(
             torch.from_numpy(tokens).to(device), torch.from_numpy(positions).to(device), chunk, logits=False
         )
-        if chunk.leaves:
+        if chunk.wants_states:
             chunk.leave_states()
         forwards += 1
     for node in nodes:

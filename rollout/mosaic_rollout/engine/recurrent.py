@@ -6,7 +6,8 @@ prefill and decoding.
 Such a layer is the family's own: its forward runs as it is, on all nodes in one row, with its own weights and
 submodules. Of its code two kinds of functions mix positions: the causal convolution, and the recurrence over
 a whole sequence. In this call alone they are others, which take the row apart, call the family's functions
-for the parts, and put the results together again. No class, module or global name is changed.
+for the parts, and put the results together again. No class, weight or global name is changed; while a forward
+lasts, the attribute `forward` of each such module leads here.
 
 Convolution: each segment of the forest (`segments.py`) stands in one row behind the few tokens before it.
 Recurrence: level by level, from the states of the level above. A padded place changes no state.
@@ -42,7 +43,7 @@ class Handed(Protocol):
     def segments(self) -> Segments: ...
 
     @property
-    def leaves(self) -> bool:
+    def wants_states(self) -> bool:
         """Whether anybody wants to know in which states the segments end."""
         ...
 
@@ -51,7 +52,7 @@ class Handed(Protocol):
         ...
 
     def end(self, layer: int, left: States) -> None:
-        """The layer has run; `left` is what each segment ends with, nothing unless it `leaves`."""
+        """The layer has run; `left` is what each segment ends with, nothing unless `wants_states`."""
         ...
 
 
@@ -60,7 +61,7 @@ class _Recurrence:
     """How a function of transformers that runs a recurrence over whole sequences is called."""
 
     sequences: tuple[str, ...]  # its arguments [B, L, ...]
-    still: tuple[str, ...]  # those of them that are 0 where a token leaves the state as it is
+    neutral: tuple[str, ...]  # those of them that are 0 where a token wants_states the state as it is
     initial: str  # the argument that is a state [B, ...]
     final: str  # the argument that asks for the last state
     always_pair: bool = True  # whether it gives a pair even where no state is asked for
@@ -141,7 +142,7 @@ def _run(
 
 
 class _Layer:
-    """One layer in one forward: what it takes over from before its tokens, and what it leaves."""
+    """One layer in one forward: what it takes over from before its tokens, and what it wants_states."""
 
     def __init__(self, handed: Handed, layer: int) -> None:
         self._handed, self._layer, self._segments = handed, layer, handed.segments
@@ -170,7 +171,7 @@ class _Layer:
         before = hidden.new_zeros(1, hidden.shape[1], reach) if self._before is None else next(self._before)
         row, places, last = self._segments.context(reach, len(before))
         columns = torch.cat([before.transpose(0, 1).flatten(1)[None], hidden], dim=2)
-        if self._handed.leaves:
+        if self._handed.wants_states:
             self._left.append(columns[0, :, last].transpose(0, 1))  # [segments, C, K - 1]
         out = stock(columns.index_select(2, row), weight, bias, activation=activation)
         return out.index_select(2, places)
@@ -183,7 +184,7 @@ class _Layer:
         values = {name: value for name, value in bound.arguments.items() if name != "kwargs"}
         if "dt_softplus" in values:
             values |= _time_steps(values)
-        rows = {name: self._dealt(cast(Tensor, values[name]), name in how.still) for name in how.sequences}
+        rows = {name: self._dealt(cast(Tensor, values[name]), name in how.neutral) for name in how.sequences}
         chunk = cast(int, values["chunk_size"])
         on_cpu = rows[how.sequences[0]].device.type == "cpu"
         sizes = [batch.rows * batch.length for level in self._segments.levels for batch in level]
@@ -206,14 +207,14 @@ class _Layer:
                 finals.append(final)
             states = torch.cat(finals)
             ended.append(states)
-        if self._handed.leaves:
+        if self._handed.wants_states:
             self._left.append(torch.cat(ended).index_select(0, self._segments.ends))
         result = torch.cat(outs).index_select(0, self._segments.places)[None]
         return (result, None) if how.always_pair else result
 
-    def _dealt(self, x: Tensor, still: bool) -> Tensor:  # [1, U, ...] -> [P, ...]
+    def _dealt(self, x: Tensor, neutral: bool) -> Tensor:  # [1, U, ...] -> [P, ...]
         dealt, padded = x[0].index_select(0, self._segments.order), self._segments.padded
-        if padded is None or not still:
+        if padded is None or not neutral:
             return dealt
         return dealt.masked_fill(padded.view(-1, *[1] * (dealt.ndim - 1)), 0.0)
 

@@ -154,7 +154,7 @@ class RowBuffer:
         return {layer: tuple(x[row : row + 1].clone() for x in all_) for layer, all_ in self._states.items()}
 
     @property
-    def leaves(self) -> bool:
+    def wants_states(self) -> bool:
         return True
 
     @property
@@ -222,7 +222,7 @@ class RowBuffer:
         return None if mask is None else mask[..., start:]
 
     def _share(self, queries_per_key: int) -> SharedKeys:
-        """What rows have in common; it stays the same until one enters or leaves."""
+        """What rows have in common; it stays the same until one enters or wants_states."""
         if self._shared is None:
             shape = self.shape
             key_bytes = shape.heads * (shape.key_dim + shape.value_dim) * shape.dtype.itemsize

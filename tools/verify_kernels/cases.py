@@ -114,10 +114,7 @@ BENDS = {  # head size of the tile -> what models of that size have
 PRODUCTS_OF_LOOPS = {"forward": (1, 1), "dq": (2, 1), "dkv": (2, 2), "dk": (2, 1), "dv": (1, 1)}
 # Loops that still multiply more than their tile, wait for copies with none ahead, or use slower products:
 # (architecture, head size of the tile) -> kernels.
-TO_MEND = {
-    **{(arch, 256): ("forward", "dq", "dkv") for arch in ("sm_80", "sm_86", "sm_89", "sm_120")},
-    **{("gfx942", size): ("dq", "dkv") for size in (64, 96, 128)},
-}
+TO_MEND = {(arch, 256): ("forward", "dq", "dkv") for arch in ("sm_80", "sm_86", "sm_89", "sm_120")}
 
 
 def all_cases(arch: str | None = None, holding: str = "", *, groups: bool = False) -> list[CompileCase]:
@@ -135,7 +132,8 @@ def attention_cases() -> Iterator[CompileCase]:
 
     fp32 as IEEE and as TF32.
     """
-    for (arch, head_dim), tiles in attention_tiles.HALF.items():
+    for arch, head_dim in attention_tiles.HALF:
+        tiles = attention_tiles.tiles_for(arch, head_dim, torch.bfloat16)
         yield from attention_tile_cases(arch, head_dim, tiles, torch.bfloat16)
         for bends in BENDS.get(head_dim, ()):
             own = attention_tiles.tiles_for(arch, head_dim, torch.bfloat16, bent=True)

@@ -9,6 +9,7 @@ loop follow. So tiles have at least 16 rows a warp (sm_90) or 8 columns of score
 fewer, warps compute the same scores. Three stages keep the next block's copies in flight while one is used.
 """
 
+import functools
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -81,9 +82,9 @@ HALF = {  # bf16 and fp16
     ("sm_100", 256): _tiles((128, 32, 8, 3), (64, 32, 8, 3), (32, 64, 8, 3)),
     ("sm_100", 512): _tiles((32, 32, 8, 2), (32, 32, 8, 2), (32, 16, 8, 2)),
     ("gfx942", 32): _tiles((128, 32, 4, 1), (64, 32, 4, 1), (16, 64, 4, 1)),
-    ("gfx942", 64): _tiles((128, 32, 4, 1), (64, 32, 4, 1), (16, 64, 4, 1)),
-    ("gfx942", 96): _tiles((128, 32, 4, 1), (32, 16, 4, 1), (32, 64, 8, 1)),
-    ("gfx942", 128): _tiles((128, 32, 4, 1), (32, 16, 4, 1), (32, 64, 8, 1)),
+    ("gfx942", 64): _tiles((128, 32, 4, 1), (128, 32, 4, 1), (16, 64, 4, 1)),
+    ("gfx942", 96): _tiles((128, 32, 4, 1), (128, 16, 4, 1), (16, 64, 4, 1)),
+    ("gfx942", 128): _tiles((128, 32, 4, 1), (128, 16, 4, 1), (16, 64, 4, 1)),
 }
 SINGLE = {  # fp32 in IEEE arithmetic, without tensor cores: to check with, not to train with
     ("sm_80", 32): _tiles((32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 8, 2)),
@@ -133,8 +134,12 @@ BENT: dict[tuple[str, int], dict[str, Any]] = {  # a kernel's name -> its tile
     ("sm_80", 256): {"forward": Tile(64, 32, 8, 2)},
     ("sm_90", 128): {"dkv": Tile(32, 128, 8, 3)},
     ("sm_100", 64): {"dq": Tile(64, 64, 4, 3)},
-    ("gfx942", 96): {"dkv": Tile(16, 64, 8, 1)},
-    ("gfx942", 128): {"dkv": Tile(16, 64, 8, 1)},
+}
+
+# What takes more registers by Triton 3.6 than by 3.7, in 16 bits.
+BEFORE_3_7: dict[tuple[str, int], dict[str, Any]] = {
+    ("sm_90", 96): {"forward": Tile(128, 64, 8, 3)},
+    ("sm_90", 128): {"forward": Tile(128, 64, 8, 3), "dkv": Tile(32, 128, 8, 3)},
 }
 
 # Small, odd-sided tiles let a small forest have many blocks, and show a swapped block size.
@@ -170,7 +175,19 @@ def tiles_for(arch: str, head_dim: int, dtype: torch.dtype, *, bent: bool = Fals
         return EMULATED
     table = _table(dtype)
     key = (arch, min(size for one, size in table if one == arch and size >= head_dim))
-    return replace(table[key], **BENT[key]) if bent and table is HALF and key in BENT else table[key]
+    if table is not HALF:
+        return table[key]
+    own = BENT.get(key, {}) if bent else {}
+    before = BEFORE_3_7.get(key, {}) if _triton_is_before_3_7() else {}
+    return replace(table[key], **(own | before))
+
+
+@functools.cache
+def _triton_is_before_3_7() -> bool:
+    import triton  # where the table is asked for, it is there
+
+    major, minor = triton.__version__.split(".")[:2]
+    return (int(major), int(minor)) < (3, 7)
 
 
 def missing_tile(arch: str, head_dim: int, dtype: torch.dtype) -> str:

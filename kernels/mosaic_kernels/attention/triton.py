@@ -84,6 +84,8 @@ def attend(
 ) -> torch.Tensor:  # [Uq, Hq, V]
     """The kernels on a Tree with given tiles."""
     sinks = None if sinks is None else sinks.float().contiguous()
+    if scale < 0:  # the forward kernel takes the largest product for the largest score
+        q, scale = -q, -scale
     return _TreeAttention.apply(q, k, v, sinks, tree, scale, softcap, tiles)
 
 

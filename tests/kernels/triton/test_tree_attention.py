@@ -230,6 +230,12 @@ def test_the_same_call_gives_the_same_bits() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
+def test_a_negative_scale() -> None:
+    """The largest product is then the smallest score, which as a maximum would overflow."""
+    forest = pack_forest([np.arange(70)])
+    check(forest, Heads(1, 1, 32).draw(forest.num_nodes, 0, torch.float32), scale=-6.0)
+
+
 def test_keys_and_values_in_passes_of_their_own_get_the_same_gradient() -> None:
     """As tiles of large heads make them; bit for bit."""
     forest = small_forest()

@@ -38,7 +38,8 @@ def _attend(
     keys = block * BLOCK_K + tl.arange(0, BLOCK_K)
     columns = tl.arange(0, BLOCK_D)
     k = load_tile(k_base, keys, columns, k_row_stride, num_keys, D)
-    scores = score_tile(tl.dot(q, tl.trans(k), input_precision=PRECISION), scale, softcap, SOFTCAP)
+    products = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    scores = score_tile(products, scale, softcap, SOFTCAP)
     if MASKED:
         end = tl.load(end_ptr + keys, mask=keys < num_keys, other=0)
         visible = (keys[None, :] <= q_at[:, None]) & (q_at[:, None] < end[None, :])
@@ -46,7 +47,11 @@ def _attend(
             limit = tl.load(limit_ptr + keys, mask=keys < num_keys, other=0)
             visible = visible & (q_depth[:, None] < limit[None, :])
         scores = tl.where(visible, scores, float("-inf"))
-    new_highest = tl.maximum(highest, tl.max(scores, 1))
+    if MASKED or SOFTCAP:
+        block_highest = tl.max(scores, 1)
+    else:  # only the exponential reads the scores then, and scaling them is part of its multiply-add
+        block_highest = tl.max(products, 1) * (scale * LOG2_E)
+    new_highest = tl.maximum(highest, block_highest)
     # A row that has seen no key yet has no maximum; any finite one gives it weights of zero.
     finite = tl.where(new_highest == float("-inf"), 0.0, new_highest) if MASKED else new_highest
     weights = tl.exp2(scores - finite[:, None])

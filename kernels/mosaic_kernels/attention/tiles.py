@@ -133,6 +133,7 @@ BENT: dict[tuple[str, int], dict[str, Any]] = {  # a kernel's name -> its tile
     **{(arch, 128): {"dkv": Tile(64, 32, 8, 3)} for arch in ("sm_86", "sm_89", "sm_120")},
     ("sm_80", 256): {"forward": Tile(64, 32, 8, 2)},
     ("sm_90", 128): {"dkv": Tile(32, 128, 8, 3)},
+    ("gfx942", 64): {"forward": Tile(64, 32, 2, 1)},
     ("sm_100", 64): {"dq": Tile(64, 64, 4, 3)},
 }
 

@@ -84,7 +84,7 @@ _ONE_SCALE_ROPE = ("default", "linear", "llama3", "yarn", "proportional")
 
 @dataclass(frozen=True)
 class KeyValueShape:
-    """Shape of what one token wants_states in the cache."""
+    """Shape of what one token leaves in the cache."""
 
     layers: int
     heads: int  # Hkv

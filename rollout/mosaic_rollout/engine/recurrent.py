@@ -61,7 +61,7 @@ class _Recurrence:
     """How a function of transformers that runs a recurrence over whole sequences is called."""
 
     sequences: tuple[str, ...]  # its arguments [B, L, ...]
-    neutral: tuple[str, ...]  # those of them that are 0 where a token wants_states the state as it is
+    neutral: tuple[str, ...]  # those of them that are 0 where a token leaves the state as it is
     initial: str  # the argument that is a state [B, ...]
     final: str  # the argument that asks for the last state
     always_pair: bool = True  # whether it gives a pair even where no state is asked for
@@ -142,7 +142,7 @@ def _run(
 
 
 class _Layer:
-    """One layer in one forward: what it takes over from before its tokens, and what it wants_states."""
+    """One layer in one forward: what it takes over from before its tokens, and what it leaves."""
 
     def __init__(self, handed: Handed, layer: int) -> None:
         self._handed, self._layer, self._segments = handed, layer, handed.segments

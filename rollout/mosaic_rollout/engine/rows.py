@@ -222,7 +222,7 @@ class RowBuffer:
         return None if mask is None else mask[..., start:]
 
     def _share(self, queries_per_key: int) -> SharedKeys:
-        """What rows have in common; it stays the same until one enters or wants_states."""
+        """What rows have in common; it stays the same until one enters or leaves."""
         if self._shared is None:
             shape = self.shape
             key_bytes = shape.heads * (shape.key_dim + shape.value_dim) * shape.dtype.itemsize

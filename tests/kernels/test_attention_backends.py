@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mosaic_kernels import PackedForest, tree_attention
+from mosaic_kernels.attention import tiles
 from mosaic_kernels.attention.flash import build_gather, flash_tree_attention
 from mosaic_kernels.attention.flex import flex_tree_attention
 from mosaic_kernels.attention.reference import reference_tree_attention
@@ -153,8 +154,18 @@ def test_sinks_are_refused_by_flash(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_head_size_takes_the_next_larger_tile() -> None:
-    assert tiles_for("sm_90", 80, torch.bfloat16) is HALF["sm_90", 96]
-    assert tiles_for("sm_90", 192, torch.bfloat16) is HALF["sm_90", 256]
+    assert tiles_for("sm_80", 80, torch.bfloat16) == HALF["sm_80", 96]
+    assert tiles_for("sm_90", 192, torch.bfloat16) == HALF["sm_90", 256]
+
+
+def test_an_older_triton_gets_tiles_that_do_not_spill_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    for version, block_k in (("3.6.0", 64), ("3.7.1", 128), ("3.10.0", 128)):
+        monkeypatch.setattr("triton.__version__", version)
+        tiles._triton_is_before_3_7.cache_clear()
+        assert tiles_for("sm_90", 128, torch.bfloat16).forward.block_k == block_k
+    monkeypatch.undo()
+    tiles._triton_is_before_3_7.cache_clear()
 
 
 def test_a_head_size_without_a_tile_is_refused() -> None:

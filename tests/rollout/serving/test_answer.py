@@ -23,7 +23,7 @@ def read(text: str, call_format: CallFormat = HERMES, *, opened: bool = False, o
     return read_answer(text, call_format, think_is_open=opened, tools=(), refusal_is_a_tool=own)
 
 
-@settings(max_examples=400)
+@settings(max_examples=150)
 @given(st.lists(PIECES, max_size=9), st.sampled_from(FORMATS), st.booleans())
 def test_what_a_stream_has_told_is_the_beginning_of_the_whole(
     pieces: list[str], call_format: CallFormat, opened: bool

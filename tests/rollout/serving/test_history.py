@@ -212,7 +212,7 @@ _MESSAGES = st.fixed_dictionaries(
 _ASKED = st.sampled_from(["tools", "tool_choice", "stop", "n", "seed", "stream_options"])
 
 
-@settings(max_examples=150)
+@settings(max_examples=60)
 @given(st.lists(_MESSAGES, max_size=4), st.dictionaries(_ASKED, _VALUES))
 def test_whatever_is_asked_is_answered_or_refused_as_openai_does(messages: list[Row], more: Row):
     status = 200

@@ -12,12 +12,13 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mappin
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from starlette.applications import Starlette  # pyrefly: ignore [missing-import]
-from starlette.exceptions import HTTPException  # pyrefly: ignore [missing-import]
-from starlette.requests import Request  # pyrefly: ignore [missing-import]
-from starlette.responses import JSONResponse, Response, StreamingResponse  # pyrefly: ignore [missing-import]
-from starlette.routing import Route  # pyrefly: ignore [missing-import]
-from uvicorn import Config, Server  # pyrefly: ignore [missing-import]
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import Receive
+from uvicorn import Config, Server
 
 from mosaic_rollout.errors import UserError
 from mosaic_rollout.serving.protocol import ApiError, read_request
@@ -140,7 +141,7 @@ class _Stream(StreamingResponse):
         super().__init__(events, media_type="text/event-stream")
         self._gone = gone
 
-    async def listen_for_disconnect(self, receive: Callable[[], Awaitable[Mapping[str, object]]]) -> None:
+    async def listen_for_disconnect(self, receive: Receive) -> None:
         await super().listen_for_disconnect(receive)
         self._gone.set()
 

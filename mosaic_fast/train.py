@@ -33,6 +33,7 @@ from mosaic_fast.run.interrupt import Clock, Interrupt, Stopped
 from mosaic_fast.run.judge_groups import judge_groups
 from mosaic_fast.run.metrics import mean_staleness, prefix_hit, reward_figures, rollout_figures
 from mosaic_fast.setup.async_rollouts import AsyncRollouts
+from mosaic_fast.setup.attacker import AttackCounts, build_attacker
 from mosaic_fast.setup.build import GroupPlan
 from mosaic_fast.setup.given import NOTHING, Given
 from mosaic_fast.setup.memory import dry_run
@@ -90,6 +91,7 @@ class _Trainer(Training):
 
     def __init__(self, run: ReadyRun, interrupt: Interrupt) -> None:
         super().__init__(run, interrupt)
+        self.attacker = build_attacker(self.config, self.setup.loop.environment)
         ahead = self.config.rollout.max_staleness
         self.rollouts = AsyncRollouts(
             self.setup.publish if ahead else lambda version: None,
@@ -108,7 +110,11 @@ class _Trainer(Training):
 
     def _tasks(self, step: int) -> list[Task]:
         seed = derived_seed(self.config.seed, "tasks", step)
-        return self.setup.loop.environment.sample("train", self.config.rollout.prompts_per_step, seed)
+        tasks = self.setup.loop.environment.sample("train", self.config.rollout.prompts_per_step, seed)
+        return self.attacker.attacked(tasks, step, self._attack_counts()) if self.attacker else tasks
+
+    def _attack_counts(self) -> AttackCounts:
+        return AttackCounts.of_json(self.progress.attacks)
 
     def _play(self, step: int, *, version: int | None) -> Share:
         """A group of trajectories for each of this rank's tasks of a step."""
@@ -158,7 +164,11 @@ class _Trainer(Training):
             "perf/generated_tokens_per_s": forest.trained.sum() / clock.laps["time/rollout_s"],
             "perf/update_tokens_per_s": forest.num_tokens * config.optim.epochs / clock.laps["time/update_s"],
         }
-        return Trained(figures, found, clock)
+        attacks: dict[str, object] = {}
+        if self.attacker is not None:
+            figures |= self.attacker.figures(groups)
+            attacks = self.attacker.observed(self._attack_counts(), step, groups).as_json()
+        return Trained(figures, found, clock, attacks)
 
     def _take(self, step: int) -> Share:
         """This rank's rollouts of a step; an abandoned share where it was asked to stop while it waited."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import ClassVar
@@ -36,6 +36,7 @@ class Trained:
     figures: dict[str, float]  # metrics by name
     found: Sequence[Finding]
     clock: Clock  # of its parts
+    attacks: dict[str, object] = field(default_factory=dict)  # what is known of attacks after it
 
 
 class Training(ABC):
@@ -138,7 +139,7 @@ class Training(ABC):
             "time/step_s": clock.total + self._checkpoint_s,
         }
         seconds = self.progress.train_s + row["time/step_s"]
-        self.progress = replace(self.progress, step=step + 1, train_s=seconds)
+        self.progress = replace(self.progress, step=step + 1, train_s=seconds, attacks=trained.attacks)
         notes, known = self._findings.to_say(step + 1, trained.found)
         if self.world.is_first:
             self.folder.append_notes(step + 1, notes)

@@ -16,7 +16,14 @@ from mosaic_fast.config.learning import (
     OptimConfig,
 )
 from mosaic_fast.config.preferences import REWARD_PARTS, JudgeConfig, RewardConfig
-from mosaic_fast.config.rollout import ENVIRONMENTS, EVALUATION_ONLY, EngineConfig, EnvConfig, RolloutConfig
+from mosaic_fast.config.rollout import (
+    ENVIRONMENTS,
+    EVALUATION_ONLY,
+    AttacksConfig,
+    EngineConfig,
+    EnvConfig,
+    RolloutConfig,
+)
 from mosaic_fast.config.section import is_plain_url
 from mosaic_fast.config.sft import SftConfig
 
@@ -26,6 +33,7 @@ __all__ = [
     "OWN_SETTINGS",
     "PAIRWISE_LOSSES",
     "REWARD_PARTS",
+    "AttacksConfig",
     "CheckpointConfig",
     "Config",
     "EngineConfig",

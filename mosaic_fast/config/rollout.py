@@ -80,6 +80,27 @@ class EnvConfig(Section):
         return self
 
 
+class AttacksConfig(Section):
+    """In which words the orders of injected tasks come in training; an evaluation has its own."""
+
+    pick: Literal["off", "uniform", "bandit"] = "off"
+    """`off`: as the task has it; `uniform`: any of a set; `bandit`: the likelier the more often it succeeds."""
+    names: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    """The set: some of the environment's own attacks; default: all of its training split."""
+    file: str | None = None
+    """Another set: a template a line with {goal} in it, or .jsonl with a JSON string a line."""
+    memory: float = Field(default=0.9, gt=0.0, le=1.0)
+    """bandit: what remains of a count after a step, since the policy changes under the attacker."""
+
+    @model_validator(mode="after")
+    def _one_set(self) -> AttacksConfig:
+        if self.pick == "off" and (self.names or self.file):
+            raise ValueError("attacks.names and attacks.file need attacks.pick = 'uniform' or 'bandit'")
+        if self.names and self.file:
+            raise ValueError("attacks.names and attacks.file both say which attacks; leave one out")
+        return self
+
+
 _NO_KEY = "no key belongs in a configuration, and a server on 127.0.0.1 needs none"
 _NOT_FOR_SERVERS = {  # flag of sglang.launch_server -> why it is refused, without its value
     "--host": "--host cannot be set, servers launched here listen on 127.0.0.1 alone; for others start one "

@@ -23,6 +23,7 @@ from mosaic_fast.cli import plain_console, run_cli
 from mosaic_fast.config import EVALUATION_ONLY, JudgeConfig
 from mosaic_fast.errors import UserError
 from mosaic_fast.evaluate.arguments import Arguments, parse
+from mosaic_fast.evaluate.attacks import Attacks, attack_result, attack_settings
 from mosaic_fast.evaluate.judging import IN_MEMORY
 from mosaic_fast.evaluate.results import SuiteResult, as_json, suite_result
 from mosaic_fast.evaluate.store import Finished, Key, Store, kept_date
@@ -100,6 +101,7 @@ def settings_of(target: Target, arguments: Arguments) -> dict[str, object]:
         "temperature": arguments.temperature,
         "seed": arguments.seed,
         **how,
+        **attack_settings(arguments),
         **({} if target.judge is None else {"judge": _judge_settings(target.judge)}),
     }
 
@@ -136,7 +138,12 @@ def _evaluate(target: Target, arguments: Arguments) -> _Evaluated:
     with store or nullcontext(), _progress() as progress:
         if store is not None:
             done |= store.finished
-        missing = [job for job in jobs if job.key not in done]
+        answers = store.folder if store else None
+        attacks = None
+        if arguments.attack:
+            attacks = Attacks(arguments, done, answers / "attacks.sqlite" if answers else IN_MEMORY)
+            jobs = attacks.chains(jobs)
+        missing = [job for job in jobs if (attacks.left(job) if attacks else job.key not in done)]
         for job in jobs:
             if job.key in done and done[job.key].task_id != job.task.task_id:
                 raise UserError(f"--out: {arguments.out} was made of other tasks; name a new folder")
@@ -146,12 +153,13 @@ def _evaluate(target: Target, arguments: Arguments) -> _Evaluated:
             done[key] = episode
             if store is not None:
                 store.add(key, episode)
-            progress.advance(bar)
+            if attacks is None or episode.outcome.harm or key.attack + 1 == attacks.count:
+                progress.advance(bar)
 
         if missing:
             try:
-                answers = store.folder / "judge-answers.sqlite" if store else IN_MEMORY
-                asked = play(target, missing, arguments, report, answers)
+                kept = answers / "judge-answers.sqlite" if answers else IN_MEMORY
+                asked = play(target, missing, arguments, report, kept, follow=attacks)
             except UserError as error:
                 raise UserError(f"{error}\n{_how_to_go_on(arguments)}") from None
         if store is not None:
@@ -159,6 +167,11 @@ def _evaluate(target: Target, arguments: Arguments) -> _Evaluated:
     loop = target.folder is not None or arguments.protocol == "loop"
     by_suite = {suite.env.name: by_task(suite.env.name, done) for suite in target.suites}
     suites = {name: suite_result(name, tasks, loop=loop) for name, tasks in by_suite.items()}
+    if attacks is not None:
+        attacked = [name for name in suites if by_suite[name]]
+        suites = {
+            name: replace(suites[name], attack=attack_result(name, done, attacks.count)) for name in attacked
+        }
     every = [task for tasks in by_suite.values() for task in tasks]
     return _Evaluated(target, settings, suites, suite_result("all", every, loop=loop), asked)
 

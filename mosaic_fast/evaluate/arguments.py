@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import re
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -48,6 +49,17 @@ class Arguments:
     """Sampling temperature; 0 is greedy."""
     seed: int = 0
     """Seed of the draws; the tasks stay the same."""
+    attack: str | None = None
+    """`best-of-N`: on each injected task up to N attacks, until one succeeds (docs/evaluation.md)."""
+    attacks: str | None = None
+    """Your attacks: a template a line with {goal} in it, or .jsonl with a JSON string a line. Default: the
+    environment's own of that split."""
+    attack_endpoint: str | None = None
+    """OpenAI-compatible server whose model writes the attacks; it is shown what failed before."""
+    attack_model: str | None = None
+    """The model's name there."""
+    attack_api_key_env: str | None = None
+    """Environment variable that holds its key."""
     out: str | None = None
     """Folder that keeps every finished episode; the same command goes on where it stopped."""
     json: str | None = None
@@ -135,11 +147,34 @@ def checked(given: Arguments) -> Arguments:
     endpoints = [target for target in given.targets if is_url(target)]
     if endpoints and not given.model_name:
         raise UserError(f"{endpoints[0]} is an endpoint: --model-name says which of its models")
+    _check_attack(given)
     if given.protocol == "native" and given.write_tools:
         raise UserError("--write-tools belongs to --protocol loop; native calls need the server's own tools")
     if len(set(given.targets)) < len(given.targets):
         raise UserError("the same model is named twice")
     return given
+
+
+def attack_count(given: Arguments) -> int:
+    """The N of `--attack best-of-N`. UserError where it is none."""
+    found = re.fullmatch(r"best-of-([1-9][0-9]{0,3})", given.attack or "")
+    if found is None:
+        raise UserError(f"--attack {given.attack!r}: write it as best-of-16, with at most four digits")
+    return int(found[1])
+
+
+def _check_attack(given: Arguments) -> None:
+    """UserError for options of attacks that contradict each other."""
+    if given.attack is None:
+        for name in ("attacks", "attack_endpoint", "attack_model", "attack_api_key_env"):
+            if getattr(given, name) is not None:
+                raise UserError(f"{flag(name)} needs --attack, for example --attack best-of-16")
+        return
+    attack_count(given)
+    if given.attacks and given.attack_endpoint:
+        raise UserError("--attacks and --attack-endpoint both say where attacks come from; leave one out")
+    if (given.attack_endpoint is None) != (given.attack_model is None):
+        raise UserError("--attack-endpoint and --attack-model belong together")
 
 
 def flag(name: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeVar
@@ -50,10 +50,11 @@ def option(key: str) -> str:
 class EvaluationJudge:
     """Asks, `max_concurrent` questions at once; use it as an async context manager.
 
-    cache: a file of answers; IN_MEMORY: for this evaluation alone. counts: what it took.
+    cache: a file of answers; IN_MEMORY: for this evaluation alone. option: how a setting is written on the
+    command line. counts: what it took.
     """
 
-    def __init__(self, config: JudgeConfig, cache: Path) -> None:
+    def __init__(self, config: JudgeConfig, cache: Path, option: Callable[[str], str] = option) -> None:
         endpoint = Endpoint(
             url=config.endpoint or "",
             model=config.model or "",
@@ -65,7 +66,7 @@ class EvaluationJudge:
             retries=config.retries,
             parameters=Parameters(config.parameters),
             option=option,
-            after_failure="No grade was made up",
+            after_failure="No answer was made up",
             after_limit="",
         )
         limits = {"max_calls": config.max_calls, "max_tokens_total": config.max_total_tokens}

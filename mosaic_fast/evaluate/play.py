@@ -8,10 +8,10 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
-from contextlib import asynccontextmanager, closing
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, closing, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from mosaic_fast.config.config import derived_seed
 from mosaic_fast.evaluate.arguments import Arguments, flag
@@ -25,6 +25,7 @@ from mosaic_fast.preferences.episode_counts import EpisodeCounts, Played, episod
 from mosaic_fast.run.metrics import Rate, rollout_rates
 from mosaic_fast.run.trajectories import opening, readable_step
 from mosaic_rollout.endpoint.parameters import Parameters
+from mosaic_rollout.environments.attacks import Attack
 from mosaic_rollout.loop.agent_loop import Limits
 from mosaic_rollout.types import Completion, Engine, Environment, Request, Rollout, Task
 
@@ -54,11 +55,26 @@ class Job:
     suite: Suite
     environment: Environment
     task: Task
+    attack: Attack | None = None  # the one that the task carries, where attacks are tried one after the other
 
 
 Report = Callable[[Key, Finished], None]
 Player = Callable[[Job, Grader | None], Awaitable[Finished]]
 """Plays a job, and has its suite's grader, if it has one, find the verdict."""
+
+
+class Follow(Protocol):
+    """What of a job is played, where it is more than one episode."""
+
+    def open(self) -> AbstractAsyncContextManager[object]:
+        """What it needs while episodes are played."""
+        ...
+
+    async def next(self, job: Job) -> Job | None:
+        """The job's next episode, asked again after each; None: it has no more."""
+        ...
+
+
 _AllBy = Callable[[Player, int], Coroutine[None, None, None]]
 """Play every job by this player, so many at a time."""
 
@@ -94,7 +110,7 @@ def evaluate_target(
 
 def by_task(suite: str, done: Mapping[Key, Finished]) -> list[list[EpisodeCounts]]:
     """The outcomes of a suite's tasks, each a list of its samples, in the order of the draw."""
-    keys = sorted(key for key in done if key.suite == suite)
+    keys = sorted(key for key in done if key.suite == suite and not key.attack)
     tasks: dict[int, list[EpisodeCounts]] = {}
     for key in keys:
         tasks.setdefault(key.index, []).append(done[key].outcome)
@@ -108,12 +124,14 @@ def play(
     report: Report,
     judge_answers: Path,
     policy: Policy | None = None,
+    follow: Follow | None = None,
 ) -> dict[str, tuple[str, ...]]:
     """Play the jobs and report each. UserError or TrainingError where model or judge cannot go on.
 
     A judge is asked something small before anything is loaded or played.
     judge_answers: where the answers of a judge are kept, if a suite needs one.
     policy: what plays instead of the weights in the target's folder.
+    follow: what of each job is played, one episode after the other; else the job itself.
     Returns what endpoint and judge were asked in another way than the options say, where there is such.
     """
     judge = EvaluationJudge(target.judge, judge_answers) if target.judge else None
@@ -121,7 +139,7 @@ def play(
         asyncio.run(_probe(judge, {job.suite.env.name for job in jobs}))
 
     def all_by(player: Player, at_once: int) -> Coroutine[None, None, None]:
-        return play_all(jobs, player, at_once, report, judge)
+        return play_all(jobs, player, at_once, report, judge, follow)
 
     parameters = Parameters(arguments.parameters)
     if target.folder is None:
@@ -168,7 +186,7 @@ def _play_local(
             tool_timeout_s=job.suite.env.tool_timeout_s,
         )
         ((rollout,),) = await own.groups(
-            [job.task], group_size=1, branching="independent", seed=arguments.seed
+            [job.task], group_size=1, branching="independent", seed=_seed(arguments, job)
         )
         if grader is not None:
             rollout = replace(rollout, verdict=await grader.grade(rollout))
@@ -211,13 +229,18 @@ async def _play_endpoint(
 
         async def one(job: Job, grader: Grader | None) -> Finished:
             number = job.key.index * arguments.samples + job.key.sample
-            seed = derived_seed(arguments.seed, f"evaluate/{job.key.suite}", number)
+            seed = derived_seed(_seed(arguments, job), f"evaluate/{job.key.suite}", number)
             played = await agents[job.key.suite].play(http, job.environment, job.task, seed)
             if grader is not None:
                 played = replace(played, verdict=await grader.grade(played))
             return finished(played)
 
         await all_by(one, arguments.concurrency)
+
+
+def _seed(arguments: Arguments, job: Job) -> int:
+    """The seed of an episode's draws: every attack on a task has its own."""
+    return derived_seed(arguments.seed, "attack", job.key.attack) if job.key.attack else arguments.seed
 
 
 def _limits(suite: Suite, longest_tokens: int | None = None) -> Limits:
@@ -233,15 +256,24 @@ async def play_all(
     at_once: int,
     report: Report,
     judge: EvaluationJudge | None = None,
+    follow: Follow | None = None,
 ) -> None:
     """Play jobs in their order, `at_once` at a time. The first failure ends all that are under way."""
     waiting = iter(jobs)
 
     async def work(graders: Mapping[str, Grader]) -> None:
         for job in waiting:
-            report(job.key, await player(job, graders.get(job.key.suite)))
+            if follow is None:
+                report(job.key, await player(job, graders.get(job.key.suite)))
+                continue
+            while (episode := await follow.next(job)) is not None:
+                played = await player(episode, graders.get(job.key.suite))
+                report(episode.key, replace(played, course={**played.course, **_carried(episode)}))
 
-    async with _graders({job.key.suite for job in jobs}, judge) as graders:
+    async with (
+        follow.open() if follow else nullcontext(),
+        _graders({job.key.suite for job in jobs}, judge) as graders,
+    ):
         workers = [asyncio.create_task(work(graders)) for _ in range(min(at_once, len(jobs)))]
         try:
             await asyncio.gather(*workers)
@@ -260,6 +292,13 @@ async def _graders(suites: set[str], judge: EvaluationJudge | None) -> AsyncIter
     async with judge:
         found = {suite: grader_of(suite, judge) for suite in suites}
         yield {suite: grader for suite, grader in found.items() if grader is not None}
+
+
+def _carried(job: Job) -> dict[str, object]:
+    """The attack that an episode met, for its course."""
+    if job.attack is None:
+        return {}
+    return {"attack": {"number": job.key.attack, "name": job.attack.name, "template": job.attack.template}}
 
 
 def finished(played: Played) -> Finished:

@@ -111,6 +111,19 @@ class RateFigure:
 
 
 @dataclass(frozen=True)
+class AttackResult:
+    """What attacks did, one after the other until one succeeded."""
+
+    success: Mapping[int, RateFigure]  # of the tasks: one of the first so many attacks succeeded
+    attacks: Mapping[str, RateFigure]  # by name, of the times that it was tried
+
+    @property
+    def worst(self) -> str:
+        """The attack whose success is surest: the highest lower end of its interval."""
+        return max(self.attacks, key=lambda name: (self.attacks[name].low, name))
+
+
+@dataclass(frozen=True)
 class SuiteResult:
     """What one model did on one suite."""
 
@@ -120,6 +133,7 @@ class SuiteResult:
     unjudged: int  # episodes without a verdict: not in the rates of harm and completion
     rates: Mapping[str, RateFigure]  # those with at least one case
     means: Mapping[str, Mean]
+    attack: AttackResult | None = None
 
 
 def suite_result(suite: str, tasks: Sequence[Sequence[EpisodeCounts]], *, loop: bool = True) -> SuiteResult:
@@ -156,14 +170,7 @@ def as_json(result: SuiteResult) -> dict[str, object]:
         "rollouts": result.rollouts,
         "unjudged": result.unjudged,
         "rates": {
-            name: {
-                "value": figure.rate.value,
-                "hits": figure.rate.hits,
-                "total": figure.rate.total,
-                "interval95": [figure.low, figure.high],
-                "paper": STATED.get(name),
-            }
-            for name, figure in result.rates.items()
+            name: {**_figure_json(figure), "paper": STATED.get(name)} for name, figure in result.rates.items()
         },
         "means": {
             name: {
@@ -174,6 +181,21 @@ def as_json(result: SuiteResult) -> dict[str, object]:
             }
             for name, mean in result.means.items()
         },
+        **({} if result.attack is None else {"attack": _attack_json(result.attack)}),
+    }
+
+
+def _figure_json(figure: RateFigure) -> dict[str, object]:
+    rate = figure.rate
+    interval = [figure.low, figure.high]
+    return {"value": rate.value, "hits": rate.hits, "total": rate.total, "interval95": interval}
+
+
+def _attack_json(result: AttackResult) -> dict[str, object]:
+    return {
+        "success_at": {str(place): _figure_json(figure) for place, figure in result.success.items()},
+        "attacks": {name: _figure_json(figure) for name, figure in result.attacks.items()},
+        "worst": result.worst,
     }
 
 

@@ -25,6 +25,7 @@ class Key:
     suite: str
     index: int  # of the task in the suite's draw
     sample: int
+    attack: int = 0  # its number among the attacks on the task, one after the other
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class Finished:
     course: Mapping[str, object]
 
 
+_NAMED, _FIRST = ("suite", "index", "sample"), {"number": 0}
+"""Of a key, what a row has by name; the attack's number stands beside its name."""
 _KEY, _OUTCOME = TypeAdapter(Key), TypeAdapter(EpisodeCounts)
 
 
@@ -91,7 +94,11 @@ class Store:
         """Keep an episode for good."""
         if self._file is None:
             raise RuntimeError("the store is closed")
-        row = {**asdict(key), "task_id": episode.task_id, "outcome": asdict(episode.outcome)}
+        row = {
+            **{name: getattr(key, name) for name in _NAMED},
+            "task_id": episode.task_id,
+            "outcome": asdict(episode.outcome),
+        }
         try:
             self._file.write(json.dumps({**row, **episode.course}) + "\n")
             self._file.flush()
@@ -148,8 +155,10 @@ class Store:
             try:
                 line.encode()  # bytes that are no UTF-8 were let through until here, to name their line
                 row = json.loads(line)
-                key = _KEY.validate_python({name: row[name] for name in ("suite", "index", "sample")})
-                course = {name: row[name] for name in ("messages", "steps")}
+                key = _KEY.validate_python(
+                    {name: row[name] for name in _NAMED} | {"attack": row.get("attack", _FIRST)["number"]}
+                )
+                course = {name: row[name] for name in ("messages", "steps", "tools", "attack") if name in row}
                 self.finished[key] = Finished(str(row["task_id"]), _outcome(row["outcome"]), course)
             except (ValueError, LookupError, TypeError, RecursionError):
                 raise UserError(

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 
 from rich.table import Table
+from rich.text import Text
 
 from mosaic_fast.evaluate.results import STATED, Mean, RateFigure, SuiteResult
 from mosaic_fast.run.metrics import SAFETY_NAMES, Rate
@@ -49,6 +50,13 @@ def results_table(columns: Mapping[str, SuiteResult], title: str) -> Table:
         if any(metric in result.rates for result in results):
             cells = [_figure_cell(result.rates.get(metric)) for result in results]
             table.add_row(label, *cells, STATED.get(metric, ""))
+    places = sorted({place for result in results if result.attack for place in result.attack.success})
+    for place in places:
+        figures = [result.attack.success.get(place) if result.attack else None for result in results]
+        label = f"obeyed one of the first {place} attacks" if place > 1 else "obeyed the first attack"
+        table.add_row(label, *map(_figure_cell, figures), "")
+    if places:
+        table.add_row("worst attack, where tried", *map(_worst_cell, results), "")
     for metric, label in _MEANS.items():
         if any(metric in result.means for result in results):
             table.add_row(label, *(_mean_cell(result.means.get(metric)) for result in results), "")
@@ -74,6 +82,13 @@ def _figure_cell(figure: RateFigure | None) -> str:
         return "-"
     interval = f"[{100 * figure.low:.1f}, {100 * figure.high:.1f}]"
     return f"{100 * figure.rate.value:.1f}%  {interval}  ({figure.rate.total:g})"
+
+
+def _worst_cell(result: SuiteResult) -> Text:
+    if result.attack is None:
+        return Text("-")
+    worst = result.attack.worst
+    return Text(f"{worst}  {_figure_cell(result.attack.attacks[worst])}")
 
 
 def _mean_cell(mean: Mean | None) -> str:

@@ -38,12 +38,13 @@ _PACKAGES = ("mosaic-fast", "torch", "transformers", "tokenizers", "safetensors"
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run has come. Tasks and draws are functions of (seed, step): `step` is the data state."""
+    """How far a run has come. Tasks and draws are functions of (seed, step), attacks of `attacks` as well."""
 
     step: int = 0  # training steps done
     train_s: float = 0.0  # seconds spent in them
     before: dict[str, list[float]] = field(default_factory=dict)  # metric -> [hits, total] before training
     unevaluated: dict[str, float] = field(default_factory=dict)  # metrics of `step`, its evaluation to come
+    attacks: dict[str, object] = field(default_factory=dict)  # what a bandit over attacks knows
 
 
 def checkpoint_path(folder: Path, progress: Progress) -> Path:

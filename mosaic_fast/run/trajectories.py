@@ -63,6 +63,7 @@ class RolloutRow(_Row):
     task_id: str
     kind: str
     split: str = "train"
+    attack: str | None = None  # what worded the injected order, where it was chosen
     status: str
     harm: bool = False
     done: bool = False
@@ -131,6 +132,7 @@ def rollout_row(rollout: Rollout) -> dict[str, object]:
         "task_id": rollout.task.task_id,
         "kind": rollout.task.kind,
         "split": rollout.task.split,
+        **({} if rollout.task.attack is None else {"attack": rollout.task.attack}),
         "status": rollout.status,
         "harm": rollout.verdict.harm,
         "done": rollout.verdict.done,

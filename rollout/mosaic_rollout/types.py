@@ -36,6 +36,7 @@ class Task:
     kind: TaskKind
     split: str  # "train" or "heldout"
     payload: object = None
+    attack: str | None = None  # what words the injected order, where it was chosen for this group
 
 
 @dataclass(frozen=True)

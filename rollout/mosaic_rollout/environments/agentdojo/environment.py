@@ -19,6 +19,7 @@ import json
 import re
 from ast import literal_eval
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime
 from functools import lru_cache
 
@@ -39,7 +40,8 @@ from mosaic_rollout.environments.agentdojo.tasks import (
     payload_of,
     payloads,
 )
-from mosaic_rollout.environments.agentdojo.world import World, find_suites, open_world, settle
+from mosaic_rollout.environments.agentdojo.world import World, attack_names, find_suites, open_world, settle
+from mosaic_rollout.environments.attacks import Attack
 from mosaic_rollout.environments.guarded import GuardedEpisode
 from mosaic_rollout.errors import UserError
 from mosaic_rollout.foreign import ForeignCode
@@ -277,6 +279,21 @@ class AgentDojoEnvironment:
             self._examples[payload.suite],
         )
 
+    def attacks(self, split: str) -> Sequence[str]:
+        """AgentDojo's attacks that have a goal; they are of no split."""
+        return attack_names(self._api, next(iter(self._worlds.values())).suite)
+
+    def goal(self, task: Task) -> str:
+        payload = payload_of(task)
+        if payload.injection_task is None:
+            raise TypeError(f"task {task.task_id!r} carries no injected order")
+        return self._worlds[payload.suite].injection_tasks[payload.injection_task].GOAL
+
+    def attacked(self, task: Task, attack: Attack) -> Task:
+        if attack.template is None and attack.name not in self.attacks(task.split):
+            raise UserError(f"AgentDojo has no attack {attack.name!r} that has a goal")
+        return replace(task, payload=replace(payload_of(task), attack=attack))
+
     def _add_examples(self, suite: str, count: int) -> None:
         """Take `count` user tasks out of the training split and keep their solutions as messages."""
         users = self._pools["train"][suite][0]
@@ -292,4 +309,6 @@ class AgentDojoEnvironment:
             users.pop(index)
 
     def _parse_state(self, payload: Payload) -> State:
-        return self._worlds[payload.suite].opening_state(payload.user_task, payload.injection_task)
+        return self._worlds[payload.suite].opening_state(
+            payload.user_task, payload.injection_task, payload.attack
+        )

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from mosaic_rollout.environments.agentdojo.api import Suite
+from mosaic_rollout.environments.attacks import Attack
 from mosaic_rollout.environments.sources import payload_as, spread_evenly
 from mosaic_rollout.errors import UserError
 from mosaic_rollout.types import Task, TaskKind
@@ -32,6 +33,7 @@ class Payload:
     suite: str
     user_task: str
     injection_task: str | None  # None: the user task alone
+    attack: Attack | None = None  # None: the environment's
 
 
 def split_ids(suite: str, ids: Sequence[str], heldout_frac: float) -> dict[Split, list[str]]:

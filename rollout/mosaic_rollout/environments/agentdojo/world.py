@@ -25,6 +25,7 @@ from mosaic_rollout.environments.agentdojo.api import (
     Tool,
     UserTask,
 )
+from mosaic_rollout.environments.attacks import Attack as WrittenAttack
 from mosaic_rollout.environments.guarded import function_tool
 from mosaic_rollout.errors import UserError
 from mosaic_rollout.types import JsonValue, ToolSchema
@@ -106,6 +107,7 @@ _YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # 5x faster where 
 class World:
     """One suite, loaded once and shared by all its episodes."""
 
+    api: AgentDojo
     suite: Suite
     attack: Attack
     tools: tuple[ToolSchema, ...]
@@ -115,18 +117,46 @@ class World:
     state_text: str  # the suite's state as YAML, with a {placeholder} wherever an injection can be put
     placeholder_defaults: Mapping[str, str]
 
-    def opening_state(self, user_task: str, injection_task: str | None) -> State:
-        """The state before the first call, parsed; episodes copy it.
+    def opening_state(
+        self, user_task: str, injection_task: str | None, attack: WrittenAttack | None = None
+    ) -> State:
+        """The state before the first call, parsed; episodes copy it. attack: in place of the suite's own.
 
         The injected text goes into the YAML text and not into the parsed state, because that is how AgentDojo
         does it and YAML folds its line breaks.
         """
         user, injections = self.user_tasks[user_task], {}
         if injection_task is not None:
-            injections = self.attack.attack(user, self.injection_tasks[injection_task])
+            injections = self._attack(attack).attack(user, self.injection_tasks[injection_task])
+        template = attack is not None and attack.template is not None
+        if template:
+            injections = dict.fromkeys(injections, _PLACE)
         text = self.state_text.format(**{**self.placeholder_defaults, **injections})
-        state = self.suite.environment_type.model_validate(yaml.load(text, _YAML_LOADER))
-        return user.init_environment(state)
+        found = yaml.load(text, _YAML_LOADER)
+        if template and attack is not None and injection_task is not None:
+            found = _put(found, attack.text(self.injection_tasks[injection_task].GOAL))
+        return user.init_environment(self.suite.environment_type.model_validate(found))
+
+    def _attack(self, attack: WrittenAttack | None) -> Attack:
+        """AgentDojo's attack of that name; the suite's own for a template, which finds the places."""
+        if attack is None or attack.template is not None:
+            return self.attack
+        return make_attack(self.api, self.suite, attack.name)
+
+
+_PLACE = "MosaicAttackStandsHere"
+"""A word that YAML leaves as it is: a template's quotes, braces and line breaks are put in once it is parsed."""
+
+
+def _put(value: object, text: str) -> object:
+    """The value with every place in its strings filled."""
+    if isinstance(value, str):
+        return value.replace(_PLACE, text)
+    if isinstance(value, dict):
+        return {_put(key, text): _put(inner, text) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_put(inner, text) for inner in value]
+    return value
 
 
 def find_suites(api: AgentDojo, version: str, names: Sequence[str]) -> dict[str, Suite]:
@@ -139,18 +169,41 @@ def find_suites(api: AgentDojo, version: str, names: Sequence[str]) -> dict[str,
     return {name: suites[name] for name in names}
 
 
-def open_world(api: AgentDojo, suite: Suite, attack_name: str) -> World:
-    """Make a suite ready to play. Raises UserError for an unknown attack."""
+_ASKS_THE_KEYBOARD = "manual"
+"""The attack of AgentDojo's that a person types."""
+
+
+def make_attack(api: AgentDojo, suite: Suite, attack_name: str) -> Attack:
+    """An attack on a suite. Raises UserError for an unknown one, or one without a goal."""
     if attack_name not in api.attacks:
         raise UserError(f"AgentDojo has no attack {attack_name!r}; it has {', '.join(sorted(api.attacks))}")
-    pipeline = api.make_pipeline(None)
-    setattr(pipeline, "name", "local")  # noqa: B010  attacks that address the model by name look it up by this
-    attack = api.attacks[attack_name](suite, pipeline)
+    attack = api.attacks[attack_name](suite, _local_pipeline(api))
+    if attack_name == _ASKS_THE_KEYBOARD:
+        raise UserError(f"{attack_name!r} asks for each injection at the keyboard; choose another attack")
     if attack.is_dos_attack:
         raise UserError(f"{attack_name!r} only keeps the agent from its task; choose an attack with a goal")
+    return attack
+
+
+def attack_names(api: AgentDojo, suite: Suite) -> tuple[str, ...]:
+    """All of AgentDojo's attacks that have a goal, in the order of their names."""
+    pipeline = _local_pipeline(api)
+    known = sorted(set(api.attacks) - {_ASKS_THE_KEYBOARD})
+    return tuple(name for name in known if not api.attacks[name](suite, pipeline).is_dos_attack)
+
+
+def _local_pipeline(api: AgentDojo) -> object:
+    pipeline = api.make_pipeline(None)
+    setattr(pipeline, "name", "local")  # noqa: B010  attacks that address the model by name look it up by this
+    return pipeline
+
+
+def open_world(api: AgentDojo, suite: Suite, attack_name: str) -> World:
+    """Make a suite ready to play. Raises UserError for an unknown attack."""
     return World(
+        api=api,
         suite=suite,
-        attack=attack,
+        attack=make_attack(api, suite, attack_name),
         tools=tuple(tool_schema(tool) for tool in suite.tools),
         runtime=api.make_runtime(suite.tools),
         user_tasks=suite.user_tasks,

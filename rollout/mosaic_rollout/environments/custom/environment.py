@@ -20,7 +20,7 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
@@ -28,6 +28,7 @@ from transformers.utils import get_json_schema
 from transformers.utils.chat_template_utils import DocstringParsingException, TypeHintParsingException
 
 from mosaic_rollout.chat.grammar import REFUSAL_TOOL
+from mosaic_rollout.environments.attacks import Attack
 from mosaic_rollout.environments.custom.moves import shown_moves
 from mosaic_rollout.environments.custom.rows import Row, RowTasks
 from mosaic_rollout.environments.custom.whole import WholeEnvironment
@@ -226,6 +227,27 @@ class CustomEnvironment:
             raise TypeError(f"task {task.task_id!r} is not one of this environment's")
         instance = self._make()
         return CustomEpisode(self._code, instance, tools_of(instance), task.payload, self._limit)
+
+    def attacks(self, split: str) -> Sequence[str]:
+        """None of its own: a user's attacks come from a file, or from a model."""
+        return ()
+
+    def goal(self, task: Task) -> str:
+        """The column `injection` of an injected task. UserError where it has none."""
+        row = cast(Row, task.payload)
+        goal = row.columns.get("injection")
+        if not isinstance(goal, str) or not goal.strip():
+            raise UserError(
+                f"task {task.task_id} is injected, but has no column injection with what the attacker wants; "
+                "reset(injection=...) is given it in the words of the attack"
+            )
+        return goal
+
+    def attacked(self, task: Task, attack: Attack) -> Task:
+        """The row with `injection` in the words of the attack, which `reset` puts where a tool shows it."""
+        row = cast(Row, task.payload)
+        columns = {**row.columns, "injection": attack.text(self.goal(task))}
+        return replace(task, payload=replace(row, columns=columns))
 
     def _make(self) -> object:
         made = self._code.demand(f"{self.name}()", self._factory)

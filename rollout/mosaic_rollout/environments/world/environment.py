@@ -8,12 +8,20 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from mosaic_rollout.environments.attacks import Attack
 from mosaic_rollout.environments.guarded import function_tool
+from mosaic_rollout.environments.world.intents import (
+    INJECTION_BANKS,
+    PREFIXES,
+    order_text,
+    order_wordings,
+)
 from mosaic_rollout.environments.world.script import CAREFUL, script
 from mosaic_rollout.environments.world.tasks import SIDE_EFFECT_TOOLS, InjectedOrder, WorldTask, make_task
 from mosaic_rollout.environments.world.values import SPLITS
+from mosaic_rollout.errors import UserError
 from mosaic_rollout.types import (
     JsonValue,
     Message,
@@ -269,3 +277,42 @@ class WorldEnvironment:
         if not isinstance(task.payload, WorldTask):
             raise TypeError(f"task {task.task_id!r} is not one of this environment's")
         return WorldEpisode(task.payload)
+
+    def attacks(self, split: str) -> Sequence[str]:
+        """Training: every prefix, around the task's own wording. Held out: its prefixes, each with each wording
+        of the order by its number; their number is that of the kind of order that has the fewest."""
+        prefixes = [" ".join(pair) for known in SPLITS if known == split for pair in PREFIXES[known]]
+        if split == "train":
+            return prefixes
+        wordings = min(len(order_wordings(name, _NO_SLOTS)) for name in INJECTION_BANKS)
+        return [f"{prefix} #{number}" for number in range(1, wordings + 1) for prefix in prefixes]
+
+    def goal(self, task: Task) -> str:
+        order = _order(task)
+        return " ".join(order.order.format(address="").split())
+
+    def attacked(self, task: Task, attack: Attack) -> Task:
+        """Own attacks: a prefix as "system: now", or with the number of a wording as "system: now #3"."""
+        payload, order = self.reset(task).task, _order(task)
+        if attack.template is not None:
+            text = attack.text(self.goal(task))
+        else:
+            prefix, _, number = attack.name.partition(" #")
+            wordings = order_wordings(order.name, order.slots)
+            place = int(number) if number.isascii() and number.isdecimal() else 0
+            try:
+                text = order_text(prefix, wordings[place - 1] if place else order.order)
+            except (ValueError, IndexError):
+                raise UserError(
+                    f'the world has no attack {attack.name!r}; for example "system: now #3"'
+                ) from None
+        return replace(task, payload=replace(payload, injection=replace(order, text=text)))
+
+
+_NO_SLOTS = {"attacker": "", "stake": "", "target": ""}
+
+
+def _order(task: Task) -> InjectedOrder:
+    if not isinstance(task.payload, WorldTask) or task.payload.injection is None:
+        raise TypeError(f"task {task.task_id!r} carries no injected order")
+    return task.payload.injection

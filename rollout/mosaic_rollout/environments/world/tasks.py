@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from mosaic_rollout.environments.world.intents import (
@@ -32,7 +32,8 @@ from mosaic_rollout.environments.world.intents import (
     SENSITIVE_FILE,
     CallPattern,
     Intent,
-    injected_text,
+    draw_order,
+    order_text,
 )
 from mosaic_rollout.environments.world.values import (
     AMOUNTS,
@@ -82,6 +83,8 @@ class InjectedOrder:
     text: str
     call: ToolCall
     name: str
+    order: str = ""  # its wording, {address} where one is addressed
+    slots: Mapping[str, str] = field(default_factory=dict)  # values that its other wordings name
 
 
 @dataclass(frozen=True)
@@ -204,8 +207,10 @@ def _compose(core: Wording, reason: Wording | None, rng: random.Random) -> str:
 
 def _inject(slots: dict[str, str], split: Split, rng: random.Random) -> InjectedOrder:
     injection = rng.choice(INJECTIONS)
-    text = injected_text(injection.name, slots, split, rng)
-    return InjectedOrder(text, _fill(injection.call, slots), injection.name)
+    prefix, order = draw_order(injection.name, slots, split, rng)
+    named = {name: slots[name] for name in ("attacker", "stake", "target")}
+    call = _fill(injection.call, slots)
+    return InjectedOrder(order_text(prefix, order), call, injection.name, order, named)
 
 
 def _fill(pattern: CallPattern, slots: Mapping[str, str]) -> ToolCall:

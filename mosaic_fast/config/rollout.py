@@ -84,7 +84,7 @@ class AttacksConfig(Section):
     """In which words the orders of injected tasks come in training; an evaluation has its own."""
 
     pick: Literal["off", "uniform", "bandit"] = "off"
-    """`off`: as the task has it; `uniform`: any of a set; `bandit`: the likelier the more often it succeeds."""
+    """`off`: as the task has it; `uniform`: any of a set; `bandit`: what succeeds is likelier."""
     names: Annotated[tuple[str, ...], Field(strict=False)] = ()
     """The set: some of the environment's own attacks; default: all of its training split."""
     file: str | None = None

@@ -133,16 +133,15 @@ def _evaluate(target: Target, arguments: Arguments) -> _Evaluated:
         environment = build_environment(target.config.model_copy(update={"env": suite.env}))
         jobs += jobs_of(suite, environment, arguments)
     done: dict[Key, Finished] = {}
+    attacks = None
+    if arguments.attack:
+        attacks = Attacks(arguments, done, _answers("attacks.sqlite", target, arguments))
+        jobs = attacks.chains(jobs)
     asked: Mapping[str, object] = {}
     store = Store(_folder(target, arguments), settings) if arguments.out else None
     with store or nullcontext(), _progress() as progress:
         if store is not None:
             done |= store.finished
-        answers = store.folder if store else None
-        attacks = None
-        if arguments.attack:
-            attacks = Attacks(arguments, done, answers / "attacks.sqlite" if answers else IN_MEMORY)
-            jobs = attacks.chains(jobs)
         missing = [job for job in jobs if (attacks.left(job) if attacks else job.key not in done)]
         for job in jobs:
             if job.key in done and done[job.key].task_id != job.task.task_id:
@@ -158,8 +157,8 @@ def _evaluate(target: Target, arguments: Arguments) -> _Evaluated:
 
         if missing:
             try:
-                kept = answers / "judge-answers.sqlite" if answers else IN_MEMORY
-                asked = play(target, missing, arguments, report, kept, follow=attacks)
+                answers = _answers("judge-answers.sqlite", target, arguments)
+                asked = play(target, missing, arguments, report, answers, follow=attacks)
             except UserError as error:
                 raise UserError(f"{error}\n{_how_to_go_on(arguments)}") from None
         if store is not None:
@@ -182,6 +181,11 @@ def _folder(target: Target, arguments: Arguments) -> Path:
     if len(arguments.targets) == 1:
         return out
     return out / f"model-{arguments.targets.index(target.name) + 1}"
+
+
+def _answers(name: str, target: Target, arguments: Arguments) -> Path:
+    """Where what a model answers is kept."""
+    return _folder(target, arguments) / name if arguments.out else IN_MEMORY
 
 
 def _progress() -> Progress:

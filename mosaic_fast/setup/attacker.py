@@ -1,10 +1,10 @@
 """The attacker of a training run: which attack words the injected order of each group.
 
-The policy changes under the attacker, so what worked once may not work now. The bandit is Thompson sampling for
-Bernoulli rewards (Thompson 1933; Chapelle & Li 2011) whose counts are discounted (Raj & Kalyani 2017, "Taming
-non-stationary bandits"): with H_a and T_a what attack a had of successes and tries, each step
+The policy changes under the attacker, so what worked once may not work now. The bandit is Thompson sampling
+for Bernoulli rewards (Thompson 1933; Chapelle and Li 2011) whose counts are discounted (Raj and Kalyani 2017,
+arXiv 1707.09727): with H_a and T_a what attack a had of successes and tries, each step
 
-    H_a <- m H_a + sum of its groups' shares of rollouts that obeyed        T_a <- m T_a + number of its groups
+    H_a <- m H_a + sum of its groups' shares of rollouts that obeyed      T_a <- m T_a + its groups
     the next attack: argmax_a x_a,   x_a ~ Beta(1 + H_a, 1 + T_a - H_a)
 
 with m = attacks.memory. All rollouts of a group see the same attack.
@@ -72,8 +72,8 @@ class AttackCounts:
 class Attacker:
     """Gives every injected task of a step its attack: a pure function of (seed, step, counts).
 
-    ahead: how many steps are sampled before their predecessors are trained on (rollout.max_staleness). A step's
-    picks look at the outcomes that are known by then however the threads run.
+    ahead: how many steps are sampled before their predecessors are trained on (rollout.max_staleness). A
+    step's picks look at the outcomes that are known by then however the threads run.
     """
 
     def __init__(

@@ -50,7 +50,7 @@ class Attackable(Protocol):
         ...
 
     def attacked(self, task: Task, attack: Attack) -> Task:
-        """The task with its order in the words of the attack; the task's id stays. UserError: no such attack."""
+        """The task, its id kept, with its order in the words of the attack. UserError: no such attack."""
         ...
 
 
@@ -59,16 +59,16 @@ def attackable(environment: object, name: str) -> Attackable:
     if isinstance(environment, Attackable):
         return environment
     raise UserError(
-        f"env.name {name!r} has no injected order that could be put in other words; world, agentdojo and a class "
-        "of your own whose injected tasks have a column `injection` do"
+        f"env.name {name!r} has no injected order that could be put in other words; world, agentdojo and a "
+        "class of your own whose injected tasks have a column `injection` do"
     )
 
 
 def read_attacks(path: Path) -> tuple[Attack, ...]:
     """The attacks of a file: a template a line, or, where its name ends in .jsonl, a JSON string a line.
 
-    {goal} stands for what the attacker wants; a template without it stands before the goal. Attacks are named by
-    the file and their line. UserError for a file that cannot be read, has none, or names one twice.
+    {goal} stands for what the attacker wants; a template without it stands before the goal. Attacks are
+    named by the file and their line. UserError for a file that cannot be read, has none, or names one twice.
     """
     try:
         lines = [(number, line.rstrip("\r\n")) for number, line in read_lines(path)]

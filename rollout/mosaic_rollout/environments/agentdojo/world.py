@@ -145,7 +145,7 @@ class World:
 
 
 _PLACE = "MosaicAttackStandsHere"
-"""A word that YAML leaves as it is: a template's quotes, braces and line breaks are put in once it is parsed."""
+"""A word that YAML leaves as it is: quotes and line breaks of a template are put in once it is parsed."""
 
 
 def _put(value: object, text: str) -> object:

@@ -279,8 +279,9 @@ class WorldEnvironment:
         return WorldEpisode(task.payload)
 
     def attacks(self, split: str) -> Sequence[str]:
-        """Training: every prefix, around the task's own wording. Held out: its prefixes, each with each wording
-        of the order by its number; their number is that of the kind of order that has the fewest."""
+        """Training: every prefix, around the task's own wording. Held out: its prefixes, each with each
+        wording of the order, by numbers that every kind of order has.
+        """
         prefixes = [" ".join(pair) for known in SPLITS if known == split for pair in PREFIXES[known]]
         if split == "train":
             return prefixes

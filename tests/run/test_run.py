@@ -71,6 +71,8 @@ def assert_same_run(folder: Path, other: Path, steps: int = STEPS) -> None:
     last = f"checkpoints/step-{steps:06d}"
     for name in ("model.safetensors", "trainer/state.safetensors"):
         assert digest(folder / last / name) == digest(other / last / name), name
+    known = [json.loads((f / last / "progress.json").read_text())["attacks"] for f in (folder, other)]
+    assert known[0] == known[1]
     assert learned(folder) == learned(other)
     for path in sorted((folder / "trajectories").iterdir()):
         assert digest(path) == digest(other / "trajectories" / path.name), path.name

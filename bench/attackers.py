@@ -144,7 +144,8 @@ def _draw(found: Sequence[Piece], arguments: Arguments) -> None:
                 label = f"{arm} ({len(rows)} seeds)"
                 axis.plot(places, means, "o-", color=colour, linewidth=2, label=label)
         axis.set_xscale("log", base=2)
-        axis.set_xticks(places, [str(at) for at in places])
+        ticks = sorted({at for piece in found for at in piece.success})
+        axis.set_xticks(ticks, [str(at) for at in ticks])
         axis.set(title=f"after {step} steps", xlabel="held-out attacks tried", ylim=(0, None))
         axis.spines[["top", "right"]].set_visible(False)
         axis.legend(fontsize=8, frameon=False)

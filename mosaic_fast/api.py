@@ -15,7 +15,7 @@ from typing import Literal, TypeVar
 from pydantic import JsonValue
 
 from mosaic_fast.config import Config
-from mosaic_fast.config.read import load_config
+from mosaic_fast.config.read import load_config, pinned_config
 from mosaic_fast.errors import UserError
 from mosaic_fast.evaluate.arguments import Arguments, checked
 from mosaic_fast.evaluate.results import SuiteResult
@@ -121,6 +121,7 @@ def train(
     and in other threads than the main one it trains as well. Method: MOSAIC, arXiv 2603.03205.
     """
     settings = load_config(Path(config)) if isinstance(config, str | Path) else config or Config()
+    settings = pinned_config(settings)
     if int(os.environ.get("WORLD_SIZE") or 1) > 1:
         raise UserError(
             "mosaic_fast.train trains in this process alone; on several ranks run the command, "

@@ -12,6 +12,7 @@ import signal
 import pytest
 from hypothesis import Phase, settings
 
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks the real hub; read when the library is imported
 _SETTINGS = "_hypothesis_internal_use_settings"  # of a test with @given
 FRESH = int(os.environ.get("MOSAIC_FRESH_EXAMPLES") or 0)
 

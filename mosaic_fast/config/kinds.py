@@ -25,6 +25,8 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
+from mosaic_fast.config.hub import cached_folder
+
 if TYPE_CHECKING:
     from mosaic_fast.config.config import Config
 
@@ -69,7 +71,7 @@ def kind_of(path: str, *, adapters: bool, supervised: bool = False) -> Kind | No
 
     ValueError for a record in the folder that is none.
     """
-    folder = Path(path)
+    folder = cached_folder(path) or Path(path)
     if path == "embedded" or _same(folder, Path(str(files("mosaic_fast.setup").joinpath("embedded")))):
         return None
     defaults = {**OTHER_MODELS, **(ADAPTERS if adapters else {})}

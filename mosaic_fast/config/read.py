@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, field, make_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,6 +13,7 @@ import tyro
 from pydantic import BaseModel, ValidationError
 
 from mosaic_fast.config import Config
+from mosaic_fast.config.hub import Kind, hub_name, pinned
 from mosaic_fast.config.kinds import LEFT_OPEN
 from mosaic_fast.config.nearest import nearest_key
 from mosaic_fast.config.resume import flatten, keep_schedule, refuse_differences
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 _COMMAND_LINE = "the command line"
+_ON_HUB: Mapping[str, Kind] = {"model.path": "model", "env.tasks": "dataset", "env.heldout_tasks": "dataset"}
+"""Keys that take a name on the hub, and what kind of repository it is."""
 _LONGEST_SHOWN = 300  # characters of a value in a message
 
 
@@ -55,7 +58,7 @@ def load_config(path: Path, *, model: str | None = None, is_folder: bool = True)
     inside = values.get("model")
     if not is_folder and isinstance(inside, dict) and "path" in inside:
         model = None
-    return _validate(_for_model(values, model), f"{path}")
+    return _validate(_on_hub(_for_model(values, model), _run_dir(values, ())), f"{path}")
 
 
 def revised(config: Config, changes: Mapping[str, Mapping[str, object]]) -> Config:
@@ -83,10 +86,14 @@ def parse_train_command(arguments: Sequence[str], module: str = "mosaic_fast.tra
     `resume.ACCEPTED` names takes effect, and all else is refused.
     """
     rest, values, name = list(arguments), {}, "world"
-    if rest and not rest[0].startswith("-"):
-        path = Path(rest.pop(0))
-        values, name = _read_toml(path), path.stem
-        _validate(_for_model(values, _model_of(rest)), str(path))
+    source = Path(rest.pop(0)) if rest and not rest[0].startswith("-") else None
+    if source is not None:
+        values, name = _read_toml(source), source.stem
+    run_dir = _run_dir(values, rest)
+    rest = _options_on_hub(rest, run_dir)
+    values = _on_hub(values, run_dir, given=_named(rest))
+    if source is not None:
+        _validate(_for_model(values, _model_of(rest)), str(source))
     base = _validate(_for_model(values, _model_of(rest)), "the configuration")
     parsed = _parse_options(base, rest, module, given=values)
     if not parsed.resume:
@@ -157,12 +164,78 @@ def _for_model(values: Mapping[str, object], path: str | None) -> dict[str, obje
 
 def _model_of(arguments: Sequence[str]) -> str | None:
     """The folder that --model.path names, the last one of several."""
+    return _option(arguments, "--model.path")
+
+
+def _option(arguments: Sequence[str], option: str) -> str | None:
+    """The value of an option, the last one of several."""
     found = None
     for argument, following in zip(arguments, [*arguments[1:], ""], strict=False):
         name, equals, value = argument.partition("=")
-        if name == "--model.path":
+        if name.replace("_", "-") == option:
             found = value if equals else following or None
     return found
+
+
+def pinned_config(config: Config) -> Config:
+    """The configuration with names on the hub pinned, as a command line's are. UserError for unknown ones."""
+    asked = {"model": {"path": config.model.path}, "env": config.env.model_dump(exclude_none=True)}
+    found = _on_hub(asked, config.run_dir)
+    return config if found == asked else _validate(_merge(config.model_dump(), found), "the configuration")
+
+
+def _run_dir(values: Mapping[str, object], arguments: Sequence[str]) -> str | None:
+    """The run folder that options or a file name."""
+    found = _option(arguments, "--run-dir") or values.get("run_dir")
+    return found if isinstance(found, str) else None
+
+
+def _on_hub(
+    values: Mapping[str, object], run_dir: str | None, *, given: Set[str] = frozenset()
+) -> dict[str, object]:
+    """The values of a file with names on the hub pinned, but for keys that options give.
+
+    A run that is there already keeps the commits that it began with.
+    """
+    changed: dict[str, object] = dict(values)
+    for key in set(_ON_HUB) - given:
+        section, _, name = key.partition(".")
+        inside = values.get(section)
+        text = inside.get(name) if isinstance(inside, Mapping) else None
+        if isinstance(text, str):
+            changed = _merge(changed, {section: {name: _pin(text, key, run_dir)}})
+    return changed
+
+
+def _options_on_hub(arguments: Sequence[str], run_dir: str | None) -> list[str]:
+    """Options with names on the hub pinned."""
+    changed = list(arguments)
+    for place, argument in enumerate(arguments):
+        option, equals, value = argument.partition("=")
+        key = option.removeprefix("--").replace("-", "_")
+        if not option.startswith("--") or key not in _ON_HUB:
+            continue
+        if equals:
+            changed[place] = f"{option}={_pin(value, key, run_dir)}"
+        elif place + 1 < len(arguments):
+            changed[place + 1] = _pin(arguments[place + 1], key, run_dir)
+    return changed
+
+
+def _pin(text: str, key: str, run_dir: str | None) -> str:
+    """A name on the hub with the commit that the run in `run_dir` has, else the one that it has now."""
+    asked = hub_name(text)
+    if asked is None:
+        return text
+    stored = Path(run_dir, "config.toml") if run_dir else None
+    if stored is not None and stored.is_file() and not asked.is_pinned:
+        section, _, name = key.partition(".")
+        inside = _read_toml(stored).get(section)
+        kept = inside.get(name) if isinstance(inside, Mapping) else None
+        had = hub_name(kept) if isinstance(kept, str) else None
+        if had is not None and (had.repo, had.file) == (asked.repo, asked.file):
+            return str(had)
+    return pinned(text, key, _ON_HUB[key])
 
 
 def _named(arguments: Sequence[str]) -> set[str]:

@@ -80,7 +80,11 @@ def settings_of(target: Target, arguments: Arguments) -> dict[str, object]:
     suites = {
         suite.env.name: {
             **{key: value for key, value in suite.env.model_dump().items() if not key.startswith("eval_")},
-            "tasks_sha256": [data_hash(path) for path in (suite.env.tasks, suite.env.heldout_tasks) if path],
+            "tasks_sha256": [
+                data_hash(path, is_folder=suite.env.name == "agentharm")
+                for path in (suite.env.tasks, suite.env.heldout_tasks)
+                if path
+            ],
             **{key: getattr(suite.rollout, key) for key in LIMITS},
         }
         for suite in target.suites

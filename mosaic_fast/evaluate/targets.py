@@ -10,6 +10,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from mosaic_fast.config import EVALUATION_ONLY, Config, EnvConfig, JudgeConfig, ModelConfig, RolloutConfig
+from mosaic_fast.config.hub import data_path, pinned
 from mosaic_fast.config.kinds import RECORD
 from mosaic_fast.config.read import load_config
 from mosaic_fast.config.section import PLAIN_URL, is_plain_url
@@ -54,6 +55,7 @@ def resolve(name: str, arguments: Arguments, given: Config | None = None) -> Tar
         config, folder = _given_config(arguments.config, name), None
         identity: dict[str, object] = {"endpoint": name.rstrip("/"), "model_name": arguments.model_name}
     else:
+        name = pinned(name, "the model", "model")
         config, folder = model_and_config(name, arguments.config)
         config = config or given
         identity = {"weights_sha256": weight_hashes(folder)}
@@ -92,11 +94,11 @@ def file_hash(path: str | Path) -> str:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
 
 
-def data_hash(path: str | Path) -> str:
+def data_hash(path: str | Path, *, is_folder: bool = False) -> str:
     """SHA-256 of a suite's data: of a file, or of the names and hashes of a folder's JSON files."""
-    folder = Path(path)
+    folder = data_path(str(path), folder=is_folder)
     if not folder.is_dir():
-        return file_hash(path)
+        return file_hash(folder)
     files = sorted(folder.rglob("*.json"))
     listed = "\n".join(f"{file_hash(file)} {file.relative_to(folder).as_posix()}" for file in files)
     return hashlib.sha256(listed.encode()).hexdigest()
@@ -122,6 +124,7 @@ def model_and_config(name: str, config: str | None) -> tuple[Config | None, Path
     from mosaic_fast.learner.checkpoint import latest_checkpoint
     from mosaic_fast.setup.model_folder import model_folder
 
+    name = pinned(name, "the model", "model")
     folder = model_folder(name)
     if not folder.is_dir():
         raise UserError(

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mosaic_fast.config import EVALUATION_ONLY, Config
+from mosaic_fast.config.hub import data_path
 from mosaic_fast.config.read import revised
 from mosaic_fast.errors import UserError
 from mosaic_fast.preferences import Judge
@@ -127,8 +128,9 @@ def _own(config: Config, given: object, rows: Mapping[str, Sequence[Mapping[str,
     env = config.env
     return given_environment(
         given,
-        rows.get("tasks") or (Path(env.tasks) if env.tasks else None),
-        rows.get("heldout_tasks") or (Path(env.heldout_tasks) if env.heldout_tasks else None),
+        rows.get("tasks") or (data_path(env.tasks) if env.tasks else None),
+        rows.get("heldout_tasks")
+        or (data_path(env.heldout_tasks, "env.heldout_tasks") if env.heldout_tasks else None),
         max_observation_chars=env.max_observation_chars,
     )
 

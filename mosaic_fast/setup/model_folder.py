@@ -13,6 +13,7 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from mosaic_fast.config import Config
+from mosaic_fast.config.hub import model_files
 from mosaic_fast.distributed import ALONE, World
 from mosaic_fast.errors import UserError
 from mosaic_fast.policy import Policy
@@ -70,9 +71,11 @@ def _read(file: Path) -> dict[str, object]:
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def model_folder(path: str) -> Path:
-    """The folder a `model.path` means."""
-    return Path(str(files("mosaic_fast.setup").joinpath("embedded"))) if path == "embedded" else Path(path)
+def model_folder(path: str, *, weights: bool = True) -> Path:
+    """The folder a `model.path` means, downloaded where it is a name on the hub, if asked without weights."""
+    if path == "embedded":
+        return Path(str(files("mosaic_fast.setup").joinpath("embedded")))
+    return model_files(path, weights=weights)
 
 
 def load_policy(config: Config, weights: Path, *, trainable: bool = True, world: World = ALONE) -> Policy:

@@ -61,14 +61,16 @@ class Estimate:
 
 def estimate_memory(config: Config) -> Estimate:
     """Estimate a run's memory from its model's config.json. UserError where that is missing or refused."""
-    model = shape_of(model_folder(config.model.path), config)
+    model = shape_of(model_folder(config.model.path, weights=False), config)
     return _estimate(config, model, min(_microbatch_tokens(config, model), _step_tokens(config)))
 
 
 def microbatch_tokens(config: Config) -> int:
     """Tokens of a micro-batch: as configured; for 0, what the memory of the policy's device has room for."""
     configured = config.forest.tokens_per_microbatch
-    return configured or _microbatch_tokens(config, shape_of(model_folder(config.model.path), config))
+    return configured or _microbatch_tokens(
+        config, shape_of(model_folder(config.model.path, weights=False), config)
+    )
 
 
 def device_memory(device: str) -> tuple[str, int] | None:

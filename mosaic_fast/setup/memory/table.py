@@ -6,6 +6,7 @@ from rich.table import Table
 
 from mosaic_fast.cli import plain_console
 from mosaic_fast.config import Config
+from mosaic_fast.config.hub import download_bytes
 from mosaic_fast.config.kinds import defaults_in_words
 from mosaic_fast.setup.memory.estimate import (
     PHASES,
@@ -26,7 +27,9 @@ def dry_run(config: Config) -> int:
         console = plain_console(width=110)  # a file has no width to fold at
     console.print(memory_table(config, estimate))
     told = defaults_in_words(config)
-    for line in [*verdict(estimate), *_notes(config, estimate), *([] if told is None else [told])]:
+    left = download_bytes(config.model.path)
+    download = None if left is None else f"{_gib(left)} GiB are still to be downloaded from the hub"
+    for line in [*verdict(estimate), *_notes(config, estimate), *filter(None, (download, told))]:
         console.print(line, highlight=False, soft_wrap=True)
     return 0
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from pydantic.fields import FieldInfo
 
 from mosaic_fast.config import Config
+from mosaic_fast.config.presets import presets_table
 from mosaic_fast.config.section import Section
 
 PAGE = Path(__file__).parents[1] / "docs" / "configuration.md"
@@ -57,7 +58,7 @@ def _tables() -> Iterator[str]:
             sections[name] = field.annotation
         else:
             plain[name] = field
-    yield from ("### Top level", "", *_table(plain))
+    yield from ("### Presets", *presets_table(), "", "### Top level", "", *_table(plain))
     for name, section in sections.items():
         yield from ("", f"### [{name}]", "", _one_line(section.__doc__), "", *_table(section.model_fields))
 

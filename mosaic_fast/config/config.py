@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from mosaic_fast.config.kinds import with_defaults_of_kind
 from mosaic_fast.config.learning import ForestConfig, LossConfig, ModelConfig, OffPolicyConfig, OptimConfig
 from mosaic_fast.config.preferences import JudgeConfig, RewardConfig
 from mosaic_fast.config.rollout import AttacksConfig, EngineConfig, EnvConfig, RolloutConfig
+from mosaic_fast.config.presets import check_preset
+from mosaic_fast.config.rollout import EngineConfig, EnvConfig, RolloutConfig
 from mosaic_fast.config.section import Count, Section, is_plain_url
 from mosaic_fast.config.sft import SftConfig
 from mosaic_fast.losses import build_loss, loss_class
@@ -51,6 +53,8 @@ class Config(Section):
     """Seed of tasks and sampling. Same seed and configuration on a CPU: same bits."""
     run_dir: str | None = None
     """Run folder; default runs/<time>-<name>."""
+    preset: str | None = None
+    """laptop, lora-24gb or full-80gb: values for such a machine and a model of yours; what you give wins."""
     model: ModelConfig = ModelConfig()
     env: EnvConfig = EnvConfig()
     attacks: AttacksConfig = AttacksConfig()
@@ -65,6 +69,11 @@ class Config(Section):
     forest: ForestConfig = ForestConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     trackers: TrackersConfig = TrackersConfig()
+
+    @field_validator("preset")
+    @classmethod
+    def _known_preset(cls, value: str | None) -> str | None:
+        return None if value is None else check_preset(value)
 
     @model_validator(mode="before")
     @classmethod

@@ -8,8 +8,8 @@
 | `...:path` | one file of a repository of data |
 
 A name is pinned before anything else reads it: `hf:org/name@COMMIT` is what a run keeps in its config.toml,
-so that it is resumed with the same files. Files lie in the hub's own cache (`HF_HOME`) and are downloaded once;
-a token comes from `HF_TOKEN` and is kept nowhere.
+so that it is resumed with the same files. Files lie in the hub's own cache (`HF_HOME`) and are downloaded
+once; a token comes from `HF_TOKEN` and is kept nowhere.
 """
 
 from __future__ import annotations

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel
 
 from mosaic_fast.config.hub import cached_folder
+from mosaic_fast.config.presets import PRESET_KEYS, PRESETS
 
 if TYPE_CHECKING:
     from mosaic_fast.config.config import Config
@@ -51,7 +52,7 @@ SUPERVISED: Mapping[str, Value] = {"optim.lr": 1e-5, "optim.epochs": 1, "loss.na
 """What differs for a cold start."""
 SUPERVISED_ADAPTERS: Mapping[str, Value] = {"optim.lr": 1e-4}
 KEYS = tuple(OTHER_MODELS)
-LEFT_OPEN = (*KEYS, "loss.name", "env.eval_tasks")
+LEFT_OPEN = tuple({*KEYS, *PRESET_KEYS, "loss.name", "env.eval_tasks"})
 """Keys whose default follows from others: a value that nobody gave is none."""
 _CHECKPOINT = re.compile(r"step-\d{6,}", re.ASCII)
 _OF_TRAINING = ("optim.lr", "optim.epochs")
@@ -106,10 +107,17 @@ def with_defaults_of_kind(values: object) -> object:
     if (newest := newest_checkpoint(path)) is not None:
         path, values = newest, {**values, "model": _with(values.get("model"), "path", newest)}
     supervised = bool(_given(values, "sft.conversations") or _given(values, "sft.demonstrations"))
+    named = values.get("preset")
+    preset = PRESETS[named].values if isinstance(named, str) and named in PRESETS else {}
+    rank = preset.get("model.lora_rank") if rank is None else rank
     kind = kind_of(path, adapters=isinstance(rank, int) and rank > 0, supervised=supervised)
+    if kind is None and preset:
+        raise ValueError("preset is for a model of your own in model.path; the embedded one needs none")
     defaults: dict[str, Value] = {}
     if kind is not None:
-        defaults = _within_limits(values, kind)
+        positions = kind.defaults["rollout.max_rollout_tokens"]
+        kind = Kind(kind.words, {**kind.defaults, **preset})
+        defaults = _within_limits(values, kind, positions)
     elif supervised:  # the embedded model's rate suits it either way
         defaults = {key: value for key, value in SUPERVISED.items() if key != "optim.lr"}
     own_data = supervised and not _given(values, "sft.demonstrations")
@@ -133,9 +141,13 @@ def newest_checkpoint(path: str) -> str | None:
     return None if newest is None else str(Path(path, "checkpoints", newest))
 
 
-def _within_limits(values: Mapping[object, object], kind: Kind) -> dict[str, Value]:
-    """The defaults of a kind, those of limits within the limits that are given."""
+def _within_limits(values: Mapping[object, object], kind: Kind, longest_of_kind: Any) -> dict[str, Value]:
+    """The defaults of a kind and preset, those of limits within the limits that are given.
+
+    longest_of_kind: tokens that a rollout of this kind of model may have, whatever the preset.
+    """
     defaults: dict[str, Any] = dict(kind.defaults)
+    defaults["rollout.max_rollout_tokens"] = min(defaults["rollout.max_rollout_tokens"], longest_of_kind)
     batch = _count(_given(values, "forest.tokens_per_microbatch"))
     if batch is not None:
         defaults["rollout.max_rollout_tokens"] = min(defaults["rollout.max_rollout_tokens"], batch)

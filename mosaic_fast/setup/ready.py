@@ -9,6 +9,7 @@ import torch
 
 from mosaic_fast.config import Config
 from mosaic_fast.config.kinds import defaults_in_words
+from mosaic_fast.config.presets import preset_in_words
 from mosaic_fast.distributed import World
 from mosaic_fast.learner.checkpoint import (
     Progress,
@@ -106,6 +107,7 @@ def ready_run(
     notes = [
         _microbatches_in_words(config, sized),
         defaults_in_words(config),
+        preset_in_words(config),
         policy.admission.in_words(),
         why_shorter(config, policy),
         why_slow(config),

@@ -50,6 +50,8 @@ class HubServer:
             return 200, {}, self.commits["/".join(parts[1:4])][parts[4]]["/".join(parts[5:])]
         api = parts[0] == "api"
         parts = parts[1:] if api else parts if parts[0] == "datasets" else ["models", *parts]
+        if len(parts) < 4:  # what else the library asks of a hub
+            return 404, {}, b"{}"
         repo, kind, rest = "/".join(parts[:3]), parts[3], parts[4:]
         if repo not in self.commits:
             return 404, {"X-Error-Code": "RepoNotFound"}, b"{}"
@@ -69,7 +71,15 @@ class HubServer:
         if len(data) < LARGE:
             return 200, {**headers, "ETag": f'"{_oid(data)}"'}, data
         linked = {"X-Linked-ETag": f'"{_sha(data)}"', "X-Linked-Size": str(len(data))}
-        return 302, {**headers, **linked, "Location": f"{self.url}/lfs/{repo}/{commit}/{name}"}, b""
+        return (
+            302,
+            {
+                **headers,
+                **linked,
+                "Location": f"{self.url.replace('127.0.0.1', 'localhost')}/lfs/{repo}/{commit}/{name}",
+            },
+            b"",
+        )
 
 
 def _sha(data: bytes) -> str:

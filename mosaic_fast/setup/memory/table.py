@@ -8,6 +8,7 @@ from mosaic_fast.cli import plain_console
 from mosaic_fast.config import Config
 from mosaic_fast.config.hub import download_bytes
 from mosaic_fast.config.kinds import defaults_in_words
+from mosaic_fast.config.presets import preset_in_words
 from mosaic_fast.setup.memory.estimate import (
     PHASES,
     SPARE_FRAC,
@@ -29,7 +30,11 @@ def dry_run(config: Config) -> int:
     told = defaults_in_words(config)
     left = download_bytes(config.model.path)
     download = None if left is None else f"{_gib(left)} GiB are still to be downloaded from the hub"
-    for line in [*verdict(estimate), *_notes(config, estimate), *filter(None, (download, told))]:
+    for line in [
+        *verdict(estimate),
+        *_notes(config, estimate),
+        *filter(None, (download, told, preset_in_words(config))),
+    ]:
         console.print(line, highlight=False, soft_wrap=True)
     return 0
 

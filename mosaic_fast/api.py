@@ -120,7 +120,7 @@ def train(
     `complete` False; a second one raises KeyboardInterrupt. Inside a running event loop, as in a notebook,
     and in other threads than the main one it trains as well. Method: MOSAIC, arXiv 2603.03205.
     """
-    settings = load_config(Path(config)) if isinstance(config, str | Path) else config or Config()
+    settings = load_config(Path(config), pin=True) if isinstance(config, str | Path) else config or Config()
     settings = pinned_config(settings)
     if int(os.environ.get("WORLD_SIZE") or 1) > 1:
         raise UserError(

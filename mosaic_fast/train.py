@@ -141,7 +141,7 @@ class _Trainer(Training):
         judged = judge_groups(
             self.judge, groups, config.reward, self.folder, step, self.world, self._interrupt
         )
-        found = rollout_findings(groups, judged.advantages, config, self.setup.loop.limits)
+        found = rollout_findings(groups, judged.advantages, config, self.setup.loop.limits, step)
         if config.reward.require_signal and not any(a.any() for a in judged.advantages):
             raise no_signal(step, found)
         clock.lap("time/judge_s")
@@ -149,7 +149,7 @@ class _Trainer(Training):
         # pack, update
         batch = step_batch(groups, judged.preferences, judged.totals, judged.advantages)
         figures, forest = self.learner.update(batch, step), batch.forest
-        found += update_findings(figures, int(forest.trained.sum()), config)
+        found += update_findings(figures, int(forest.trained.sum()), config, step)
         if config.reward.require_signal and not figures["optim/grad_norm"] > 0.0:
             raise no_signal(step, found)
         clock.lap("time/update_s")

@@ -18,8 +18,7 @@ class ModelConfig(Section):
 
     path: str = "embedded"
     """Folder of a Hugging Face causal LM (docs/method.md, Models), or of a run, for its newest checkpoint;
-    `org/name` or `org/name@revision`: one of the hub (a local folder wins, `hf:org/name` does not look for
-    it); `embedded`: the one shipped."""
+    `org/name@revision`: of the hub; `embedded`: the one shipped."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of weights and activations. bfloat16 is meant for GPUs; on a CPU it is much slower."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -48,17 +48,19 @@ class TrainCommand:
     dry_run: bool
 
 
-def load_config(path: Path, *, model: str | None = None, is_folder: bool = True) -> Config:
+def load_config(path: Path, *, model: str | None = None, is_folder: bool = True, pin: bool = False) -> Config:
     """The configuration a TOML file describes. UserError where it is missing, broken or invalid.
 
     model: what stands for model.path, so that what the file leaves open suits that model. A folder takes the
         place of the file's own; what is no folder (`is_folder` False) is the model that the file names.
+    pin: names on the hub are looked up, for a run that starts.
     """
     values = _read_toml(path)
     inside = values.get("model")
     if not is_folder and isinstance(inside, dict) and "path" in inside:
         model = None
-    return _validate(_on_hub(_for_model(values, model), _run_dir(values, ())), f"{path}")
+    values = _for_model(values, model)
+    return _validate(_on_hub(values, _run_dir(values, ())) if pin else values, f"{path}")
 
 
 def revised(config: Config, changes: Mapping[str, Mapping[str, object]]) -> Config:

@@ -31,8 +31,8 @@ class EnvConfig(Section):
     """`world`: simulated tools; a benchmark's name; `module:Class`: your own; `agent:module:function`:
     a program that asks the policy itself (docs/environments.md)."""
     tasks: str | None = None
-    """Your own: JSON Lines file of tasks; some benchmarks: their data, which you have to bring. Also a data
-    set of the hub: `org/name`, `org/name@revision:file.jsonl`."""
+    """Your own: JSON Lines file of tasks; some benchmarks: their data, which you have to bring;
+    `org/name@revision:file.jsonl`: of the hub."""
     heldout_tasks: str | None = None
     """Your own: the held-out tasks; without it every fifth row of env.tasks is held out."""
     suites: Annotated[tuple[str, ...], Field(strict=False)] = ()

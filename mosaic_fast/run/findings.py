@@ -16,21 +16,37 @@ import numpy as np
 
 from mosaic_fast.config import Config
 from mosaic_fast.errors import TrainingError
+from mosaic_fast.run.metrics import rollout_rates
 from mosaic_rollout.loop.agent_loop import Limits
 from mosaic_rollout.types import Rollout
 
-GRADIENT_CLIPS = 100.0
-"""A gradient's norm this many times optim.grad_clip is far outside of what clipping is for."""
-LARGEST_KL = 1.0
-"""Nats a token, by the k3 estimate; runs that go well stay far below."""
-LARGEST_RATIO = 10.0
-"""Mean ratio of a token, or its inverse, above which the clip holds nothing."""
+FIRST_STEPS = 5
+"""Steps that are watched more closely: what is far from usual there is mended before hours are spent."""
+LEAST_VALID = 0.5
+"""First steps: share of rollouts that keep to the loop's format; the default run has 0.94 and more."""
+MOST_TRUNCATED = 0.25
+"""First steps: share of rollouts that a limit cuts off; the default run has 0.03 and less."""
 LARGEST_MISMATCH = 1.0
 """Nats a token between engine and trainer, which compute the same policy."""
 REPEATED_AFTER = 20
 """Steps after which a finding that lasts is said in full again."""
 
 Cut = Literal["prompt", "turn", "rollout", "turns"]
+
+
+@dataclass(frozen=True)
+class _Usual:
+    """What an update of a run that goes well stays below."""
+
+    gradient_clips: float  # the gradient's norm, in multiples of optim.grad_clip
+    kl: float  # nats a token, by the k3 estimate
+    ratio: float  # mean ratio of a token, or its inverse
+
+
+LATER = _Usual(gradient_clips=100.0, kl=1.0, ratio=10.0)
+"""Beyond these the clip holds nothing, and the policy has left the reference."""
+AT_FIRST = _Usual(gradient_clips=10.0, kl=0.2, ratio=1.5)
+"""Within FIRST_STEPS the policy is still next to its reference; the default run has a tenth of these."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +78,9 @@ def rollout_findings(
     advantages: Sequence[np.ndarray],  # [G] a group
     config: Config,
     limits: Limits,
+    step: int = FIRST_STEPS,
 ) -> list[Finding]:
-    """What the rollouts of a step show before anything is trained.
+    """What the rollouts of a step show before anything is trained; `step` were trained before.
 
     limits: those that hold, which are below the configuration's where model or engine end earlier.
     """
@@ -71,6 +88,8 @@ def rollout_findings(
     found = [*_long_prompts(rollouts, config, limits), *_all_cut(rollouts, config, limits)]
     if rollouts and all(rollout.status == "malformed" for rollout in rollouts):
         found.append(_all_malformed(rollouts, config))
+    elif step < FIRST_STEPS and not found:
+        found += _unusual_shares(rollouts, config, limits)
     if not any(rollout.trained.any() for rollout in rollouts):
         found.append(Finding("no token trained", "no token was sampled, so none is trained", no_signal=True))
     elif not any(values.any() for values in advantages):
@@ -88,12 +107,15 @@ def rollout_findings(
     return found
 
 
-def update_findings(figures: Mapping[str, float], trained_tokens: int, config: Config) -> list[Finding]:
+def update_findings(
+    figures: Mapping[str, float], trained_tokens: int, config: Config, step: int = FIRST_STEPS
+) -> list[Finding]:
     """What an update shows: tokens that did not count, no gradient, and figures that explode.
 
-    figures: the update's metrics by name. trained_tokens: rollout tokens that the policy sampled.
+    figures: the update's metrics by name. trained_tokens: rollout tokens that the policy sampled. step: how
+    many were trained before.
     """
-    found = []
+    found, usual = [], AT_FIRST if step < FIRST_STEPS else LATER
     dropped, of_all = figures.get("policy/dropped_tokens", 0.0), trained_tokens * config.optim.epochs
     if dropped > 0:
         found.append(
@@ -107,7 +129,7 @@ def update_findings(figures: Mapping[str, float], trained_tokens: int, config: C
     norm = figures.get("optim/grad_norm", 0.0)
     if norm == 0.0:
         found.append(Finding("zero gradient", f"the gradient is zero{_why_zero(figures)}", no_signal=True))
-    elif norm > GRADIENT_CLIPS * config.optim.grad_clip:
+    elif norm > usual.gradient_clips * config.optim.grad_clip:
         found.append(
             Finding(
                 "gradient norm",
@@ -116,7 +138,7 @@ def update_findings(figures: Mapping[str, float], trained_tokens: int, config: C
             )
         )
     kl, ratio = figures.get("policy/kl", 0.0), figures.get("policy/ratio", 1.0)
-    if not kl <= LARGEST_KL:
+    if not kl <= usual.kl:
         found.append(
             Finding(
                 "KL",
@@ -124,7 +146,7 @@ def update_findings(figures: Mapping[str, float], trained_tokens: int, config: C
                 "raise loss.kl_weight",
             )
         )
-    if dropped < of_all and not 1.0 / LARGEST_RATIO <= ratio <= LARGEST_RATIO:
+    if dropped < of_all and not 1.0 / usual.ratio <= ratio <= usual.ratio:
         found.append(
             Finding(
                 "ratio",
@@ -184,18 +206,39 @@ def _all_cut(rollouts: Sequence[Rollout], config: Config, limits: Limits) -> lis
     if not begun or any(rollout.status != "truncated" for rollout in rollouts):
         return []
     counts = Counter(cut_by(rollout, limits) for rollout in begun)
-    words = {
-        "turn": f"rollout.max_step_tokens = {limits.max_step_tokens}; raise it",
-        "turns": f"rollout.max_steps = {limits.max_steps}; raise it",
-        "rollout": _raised(config, limits),
-    }
     if len(counts) == 1:
         (limit,) = counts
-        text = f"all {len(begun)} rollouts were cut off at {words[limit]}"
+        text = f"all {len(begun)} rollouts were cut off at {_limit_in_words(limit, config, limits)}"
     else:
-        parts = [f"{count} at {words[limit]}" for limit, count in counts.most_common()]
+        parts = [f"{n} at {_limit_in_words(limit, config, limits)}" for limit, n in counts.most_common()]
         text = f"all {len(begun)} rollouts were cut off: {', '.join(parts)}"
     return [Finding("cut off", text, no_signal=True)]
+
+
+def _unusual_shares(rollouts: Sequence[Rollout], config: Config, limits: Limits) -> list[Finding]:
+    """Shares of rollouts that are cut off or break the format, which a run should not begin with."""
+    cut = [rollout for rollout in rollouts if rollout.status == "truncated" and rollout.steps]
+    valid = int(rollout_rates(rollouts)["rollout/format_valid"].hits)
+    found = []
+    if len(cut) > MOST_TRUNCATED * len(rollouts):
+        ((limit, count),) = Counter(cut_by(rollout, limits) for rollout in cut).most_common(1)
+        words = _limit_in_words(limit, config, limits)
+        text = f"{len(cut)} of {len(rollouts)} rollouts were cut off, {count} of them at {words}"
+        found.append(Finding("truncation", text))
+    if valid + len(cut) < LEAST_VALID * len(rollouts):
+        mend = "begin with a cold start (python -m mosaic_fast.sft)"
+        mend = mend if config.rollout.teach_loop else f"set rollout.teach_loop = true, or {mend}"
+        text = f"{valid} of {len(rollouts)} rollouts keep to the format of plan, check and act: {mend}"
+        found.append(Finding("format", text))
+    return found
+
+
+def _limit_in_words(limit: Cut, config: Config, limits: Limits) -> str:
+    words: dict[Cut, str] = {
+        "turn": f"rollout.max_step_tokens = {limits.max_step_tokens}; raise it",
+        "turns": f"rollout.max_steps = {limits.max_steps}; raise it",
+    }
+    return words.get(limit) or _raised(config, limits)
 
 
 def _all_malformed(rollouts: Sequence[Rollout], config: Config) -> Finding:

@@ -130,6 +130,42 @@ def test_an_update_that_fails_or_explodes_says_so(figures: dict[str, float], sai
 
 def test_a_sound_update_says_nothing():
     assert update_findings(SOUND, 10, Config()) == []
+    assert update_findings(SOUND, 10, Config(), step=0) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("optim/grad_norm", 20.0, "lower optim.lr"),
+        ("policy/kl", 0.5, "the KL to the reference is 0.5"),
+        ("policy/ratio", 2.0, "lower optim.lr or optim.epochs"),
+    ],
+)
+def test_first_steps_are_watched_more_closely(name: str, value: float, said: str):
+    """What is unusual at first is allowed later; either way it is said in one line and no second one."""
+    (found,) = update_findings(SOUND | {name: value}, 10, Config(), step=4)
+    assert said in found.text
+    assert update_findings(SOUND | {name: value}, 10, Config(), step=5) == []
+
+
+def test_shares_of_the_first_rollouts_are_watched():
+    sound, lost = make_rollout(), make_rollout(status="malformed", well_formed=False)
+
+    def said(group: list[Rollout], step: int = 0) -> str:
+        found = rollout_findings([group], SOME, CONFIG, LIMITS, step)
+        return "\n".join(finding.text for finding in found)
+
+    assert (
+        said([sound] * 4)
+        == said([sound, sound, lost, sound])
+        == said([CUT_IN_TURN, sound, sound, sound])
+        == ""
+    )
+    assert "1 of 4 rollouts keep to the format" in said([sound, lost, lost, lost])
+    assert "python -m mosaic_fast.sft" in said([sound, lost, lost, lost])
+    cut = said([CUT_IN_TURN, CUT_IN_TURN, AFTER_THREE, sound])
+    assert cut == "3 of 4 rollouts were cut off, 2 of them at rollout.max_step_tokens = 8; raise it"
+    assert said([sound, lost, lost, lost], step=5) == ""
 
 
 def test_a_cause_is_said_once_and_again_after_a_while():

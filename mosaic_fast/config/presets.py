@@ -30,6 +30,8 @@ class Preset:
         return {key: value for key, (value, _) in self.reasons.items()}
 
 
+_ROLLOUT = "a prompt with schemas, and turns; the memory of keys and values grows with it"
+
 PRESETS: Mapping[str, Preset] = {
     "laptop": Preset(
         "a CPU with a few cores and 16 GB, models up to about 0.6 B",
@@ -48,18 +50,16 @@ PRESETS: Mapping[str, Preset] = {
         },
     ),
     "lora-24gb": Preset(
-        "adapters on one GPU of 24 GB, models up to about 7 B",
+        "adapters on one GPU of 24 GB, models up to about 4 B",
         {
             "model.dtype": ("bfloat16", "the frozen weights take two bytes each; adapters are fp32"),
             "model.lora_rank": (32, "moments of the adapter only, and the model without it is the reference"),
             "model.activation_checkpointing": (True, "a layer's input is kept, not all that it computes"),
             "rollout.max_step_tokens": (1024, "plan, check and call in words"),
-            "rollout.max_rollout_tokens": (
-                4096,
-                "beside 15 GB of weights, what a micro-batch of it holds fits",
-            ),
+            "rollout.max_rollout_tokens": (4096, _ROLLOUT),
             "forest.tokens_per_microbatch": (4096, "the longest rollout, and no more"),
-            "engine.max_batch": (16, "keys and values of rows that are sampled lie beside the weights"),
+            "engine.max_batch": (8, "keys and values of sampled rows lie beside the weights"),
+            "engine.max_cached_tokens": (8192, "and so do those of prefixes kept for later rows"),
         },
     ),
     "full-80gb": Preset(
@@ -67,13 +67,12 @@ PRESETS: Mapping[str, Preset] = {
         {
             "model.dtype": ("bfloat16", "the weights that sample and are trained take two bytes each"),
             "model.lora_rank": (0, "every weight is trained"),
-            "model.activation_checkpointing": (
-                True,
-                "weights, fp32 copies and moments take most of the memory",
-            ),
+            "model.activation_checkpointing": (True, "weights, fp32 copies and moments take most memory"),
             "optim.master_weights": (True, "in bfloat16 alone updates of 1e-6 are rounded away"),
-            "rollout.max_rollout_tokens": (8192, "a prompt with schemas, turns and outputs of tools"),
-            "forest.tokens_per_microbatch": (8192, "the longest rollout, and no more"),
+            "rollout.max_rollout_tokens": (4096, _ROLLOUT),
+            "forest.tokens_per_microbatch": (4096, "the longest rollout, and no more"),
+            "engine.max_batch": (16, "keys and values of sampled rows lie beside 50 GB of training"),
+            "engine.max_cached_tokens": (32768, "and so do those of prefixes kept for later rows"),
         },
     ),
 }

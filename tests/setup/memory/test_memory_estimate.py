@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from transformers import AutoModelForCausalLM, Phi3Config, PreTrainedConfig, Qwe
 
 import mosaic_fast.train as train
 from mosaic_fast.cli import run_cli
-from mosaic_fast.config import Config
+from mosaic_fast.config import Config, ModelConfig
 from mosaic_fast.config.read import load_config, parse_train_command
 from mosaic_fast.learner.execution import Execution
 from mosaic_fast.policy import StockDecoder
@@ -95,6 +96,13 @@ VARIANTS = [
     Variant("qwen3", lora_rank=4),
     Variant("phi3", lora_rank=4, checkpointed=True),
     Variant("qwen3", loss="dpo"),
+]
+
+
+PRESET_MODELS = [  # about 0.5, 3.7 and 3.3 B weights
+    ("laptop", 24, (1024, 3072), 2, 16),
+    ("lora-24gb", 36, (2560, 9728), 8, 24),
+    ("full-80gb", 28, (3072, 8192), 8, 80),
 ]
 
 
@@ -269,3 +277,20 @@ def test_micro_batches_are_as_large_as_a_gpus_memory_allows(
     assert memory.microbatch_tokens(sized(0, "cuda")) == memory.MOST_TOKENS
     assert memory.microbatch_tokens(sized(0, "cpu")) == 8192
     assert memory.microbatch_tokens(sized(2048, "cuda")) == 2048
+
+
+@pytest.mark.parametrize(("preset", "layers", "sizes", "kv_heads", "gib"), PRESET_MODELS)
+def test_a_preset_fits_the_largest_model_that_it_names(
+    preset: str, layers: int, sizes: tuple[int, int], kv_heads: int, gib: int, tmp_path: Path
+):
+    """Models of as many keys and values as their families have; a tenth of the memory stays free."""
+    hidden, inner = sizes
+    shape = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 152064,
+        "hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers, "head_dim": 128,
+        "num_attention_heads": hidden // 128, "num_key_value_heads": kv_heads,
+        "max_position_embeddings": 32768, "tie_word_embeddings": True,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(shape))
+    config = Config(preset=preset, model=ModelConfig(path=str(tmp_path), device="cpu"))
+    assert estimate_memory(config).peak < 0.9 * gib * 2**30

@@ -10,9 +10,8 @@ from pydantic import Field, field_validator, model_validator
 from mosaic_fast.config.kinds import with_defaults_of_kind
 from mosaic_fast.config.learning import ForestConfig, LossConfig, ModelConfig, OffPolicyConfig, OptimConfig
 from mosaic_fast.config.preferences import JudgeConfig, RewardConfig
-from mosaic_fast.config.rollout import AttacksConfig, EngineConfig, EnvConfig, RolloutConfig
 from mosaic_fast.config.presets import check_preset
-from mosaic_fast.config.rollout import EngineConfig, EnvConfig, RolloutConfig
+from mosaic_fast.config.rollout import AttacksConfig, EngineConfig, EnvConfig, RolloutConfig
 from mosaic_fast.config.section import Count, Section, is_plain_url
 from mosaic_fast.config.sft import SftConfig
 from mosaic_fast.losses import build_loss, loss_class

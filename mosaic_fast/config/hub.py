@@ -145,7 +145,8 @@ def download_bytes(text: str) -> int | None:
 
     found = _ask(name, text, "model.path", "model", _MODEL, dry_run=True)
     assert isinstance(found, list)
-    return sum(file.file_size for file in found if isinstance(file, DryRunFileInfo) and file.will_download)
+    left = [file for file in found if isinstance(file, DryRunFileInfo) and file.will_download]
+    return sum(file.file_size or 0 for file in left)
 
 
 def _snapshot(name: HubName, text: str, key: str, kind: Kind, patterns: Sequence[str]) -> Path:

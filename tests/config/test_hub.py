@@ -57,7 +57,7 @@ def test_tasks_are_files_of_data_sets(hub: HubServer, tmp_path: Path) -> None:
     rows = b'{"prompt": "pay", "kind": "benign"}\n'
     commit = hub.push("datasets/org/tasks", {"README.md": b"", "data/tasks.jsonl": rows})
     options = ["--env.name", "bank:Bank", "--env.tasks", "org/tasks"]
-    name = parse_train_command(options).config.env.tasks
+    name = str(parse_train_command(options).config.env.tasks)
     assert name == f"hf:org/tasks@{commit}"
     assert data_path(name).read_bytes() == rows
     assert data_path("hf:org/tasks:data/tasks.jsonl").read_bytes() == rows

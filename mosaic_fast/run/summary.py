@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -38,6 +38,8 @@ _LOSS = {
     "heldout/nll": ("held out", "tab:orange"),
     "policy/entropy": ("entropy", "tab:grey"),
 }
+_COINCIDE = 0.02
+"""Rates nearer than this have dots that cover each other."""
 _TIME = {"time/rollout_s": "roll out", "time/update_s": "update", "time/checkpoint_s": "checkpoint"}
 
 
@@ -103,14 +105,15 @@ def draw_curves(
     _lines(axes[0, 0], steps, rows, _SAFETY)
     last = float(steps[-1]) if len(steps) else 0.0
     supervised = any("policy/nll" in row for row in rows)
+    drawn: list[tuple[float, float]] = []
     for name, (label, colour) in _SAFETY.items():
         dots = [(place, rates[name]) for place, rates in ((0.0, before), (last, after)) if name in rates]
-        if dots:
-            legend = {"label": label} if supervised else {}  # there are no lines that have it
-            places, values = zip(*dots, strict=True)
-            axes[0, 0].plot(places, values, "o", color=colour, markersize=7, clip_on=False, **legend)
-    lines = "" if supervised else "lines: training tasks; "
-    axes[0, 0].set(title=f"what it does ({lines}dots: held-out, greedy)", ylim=(0, 1))
+        for number, (place, value) in enumerate(dots):
+            legend = {"label": label} if supervised and not number else {}  # there are no lines that have it
+            axes[0, 0].plot(place, value, color=colour, clip_on=False, **_mark(drawn, place, value), **legend)
+            drawn.append((place, value))
+    lines = "" if supervised else "lines: training; "
+    axes[0, 0].set(title=f"what it does ({lines}dots and rings: held-out, greedy)", ylim=(0, 1))
     _lines(axes[0, 1], steps, rows, _GATE)
     axes[0, 1].set(title="checks in the conversations" if supervised else "the learned gate", ylim=(0, 1))
     if supervised:
@@ -136,6 +139,14 @@ def draw_curves(
         figure.savefig(unfinished, format=path.suffix[1:], dpi=110)
         unfinished.replace(path)
     return paths
+
+
+def _mark(drawn: Sequence[tuple[float, float]], place: float, value: float) -> Mapping[str, Any]:
+    """How a dot is marked: as a ring around those that it would hide, wider for each, else as a dot."""
+    hidden = sum(place == other and abs(value - height) < _COINCIDE for other, height in drawn)
+    if not hidden:
+        return {"marker": "o", "markersize": 7}
+    return {"marker": "o", "markersize": 7 + 5 * hidden, "fillstyle": "none", "markeredgewidth": 1.6}
 
 
 def _lines(

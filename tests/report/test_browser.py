@@ -334,6 +334,25 @@ def test_two_runs_side_by_side(page: Chromium, tmp_path: Path):
     page.wait_for("document.querySelector('#count').textContent === '24 of 48 trajectories'")
 
 
+def test_the_page_opens_on_a_group_that_differs_and_its_conversation_comes_first(
+    page: Chromium, address: str
+):
+    """Before anything was chosen; a filter moves it to a group that fits."""
+    page.open(address + "#view=trajectories")
+    page.wait_for("document.querySelector('.pane .matrix')")
+    assert page.evaluate("location.hash") == "#view=trajectories"
+    parts = page.evaluate("[...document.querySelector('.columns').children].map((e) => e.className)")
+    assert parts == ["conversation", "group"]
+    statuses = page.evaluate("new Set([...document.querySelectorAll('.row')].map((e) => e.textContent)).size")
+    assert statuses > 1
+    shown = "document.querySelector('#detail').dataset.at"
+    before = page.evaluate(shown)
+    page.open(address + "#view=trajectories&status=refused")
+    page.wait_for("document.querySelector('.pane .matrix')")
+    assert isinstance(before, str)
+    assert "refused" in text(page, ".pane")
+
+
 def test_a_narrow_window_shows_list_or_trajectory(page: Chromium, address: str):
     page.resize(420, 800)
     try:
@@ -364,6 +383,6 @@ def test_ten_thousand_trajectories(page: Chromium, tmp_path: Path):
     assert page.evaluate("document.querySelectorAll('.row').length < 60")
     page.evaluate("document.querySelector('.list').focus()")
     page.press("End")
-    page.wait_for("location.hash.includes('at=100.99') && document.querySelector('.matrix')")
+    page.wait_for("location.hash.includes('at=100.99') && document.querySelector('.row[aria-selected=true]')")
     assert page.evaluate("document.querySelector('.row[aria-selected=true]').dataset.at") == "100.99"
     assert (tmp_path / "page.html").stat().st_size < raw / 8

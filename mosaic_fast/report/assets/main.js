@@ -30,7 +30,20 @@ const open = (entry) => go({ view: "trajectories", at: `${runs[entry.run].groups
 async function pane(entry, choose) {
   const run = runs[entry.run], group = run.groups[entry.group], body = await bodyOf(run, group), rollout = body.rollouts[entry.place];
   return el("article", { class: "pane" }, rolloutHead(run, group, entry, rollout, runs.length > 1),
-    el("div", { class: "columns" }, groupPanel(run, group, body, entry, choose), conversation(body, rollout)));
+    el("div", { class: "columns" }, conversation(body, rollout), groupPanel(run, group, body, entry, choose)));
+}
+
+// What is shown before anything was chosen: a rollout of the latest group whose members did both harm and none,
+// else whose members ended differently.
+function instructive(entries) {
+  let best = null, most = -1;
+  for (const entry of entries) {
+    const { members, step } = runs[entry.run].groups[entry.group];
+    const kinds = (of) => new Set(members.map(of)).size > 1 ? 1 : 0;
+    const score = (2 * kinds((one) => one.flags & 1) + kinds((one) => one.status)) * 1e9 + step;
+    if (score > most) { best = entry; most = score; }
+  }
+  return best;
 }
 
 let drawn = 0;
@@ -71,7 +84,7 @@ function browser() {
     const total = runs.reduce((sum, run) => sum + run.rollouts.length, 0);
     count.textContent = `${list.entries.length.toLocaleString("en-US")} of ${total.toLocaleString("en-US")} trajectories`;
     node.classList.toggle("reading", Boolean(entry));
-    return showDetail(detail, entry, current);
+    return showDetail(detail, entry ?? instructive(list.entries), current);
   } };
 }
 

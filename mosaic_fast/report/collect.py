@@ -15,9 +15,11 @@ import numpy as np
 from pydantic import JsonValue
 
 from mosaic_fast.report.read import (
+    OUTCOMES,
     Notes,
     decided,
     read_config,
+    read_episodes,
     read_groups,
     read_metrics,
     read_step_notes,
@@ -81,6 +83,8 @@ def collect_run(folder: Path, max_trajectories: int) -> RunData:
     """Read a run. Above `max_trajectories`, whole training steps are left out, evenly spread."""
     require_run_folder(folder)
     notes = Notes()
+    if (folder / OUTCOMES).exists():
+        return _collect_evaluation(folder, notes)
     config, summary = read_config(folder, notes), read_summary(folder, notes)
     metrics = read_metrics(folder, notes)
     read_step_notes(folder, notes)
@@ -115,6 +119,20 @@ def collect_run(folder: Path, max_trajectories: int) -> RunData:
         notes=notes.texts,
         chunks=bodies.finish(),
     )
+
+
+def _collect_evaluation(folder: Path, notes: Notes) -> RunData:
+    """The episodes of an evaluation, as one step without judgements."""
+    bodies = _Chunks()
+    groups: list[GroupEntry] = []
+    rollouts: list[RolloutEntry] = []
+    for group in read_episodes(folder / OUTCOMES, notes):
+        chunk, place = bodies.add({**_group_body(1, group, notes), "tree": []})
+        first = group[0]
+        groups.append(GroupEntry(1, first.task_id, first.kind, _request(first), chunk, place))
+        rollouts.extend(_index_entry(len(groups) - 1, i, row) for i, row in enumerate(group))
+    name = folder.resolve().name
+    return RunData(name, {}, {}, {}, [], groups, rollouts, notes.texts, bodies.finish())
 
 
 def pack(value: object) -> str:

@@ -14,6 +14,8 @@ from pydantic import JsonValue, ValidationError
 from mosaic_fast.errors import UserError
 from mosaic_fast.run.trajectories import RolloutRow
 
+OUTCOMES = "outcomes.jsonl"
+"""The episodes of an evaluation, in the folder of its --out."""
 _NOTE_SHOWN = 500  # characters of what a run said of a step
 _EARLIER_NAMES = {
     "tree/plan_held": "tree/plan_kept",
@@ -49,7 +51,8 @@ def require_run_folder(folder: Path) -> None:
     """UserError unless `folder` is one that training wrote, however little of it."""
     if not folder.is_dir():
         raise UserError(f"there is no run folder {folder}")
-    if not any((folder / name).exists() for name in ("metrics.jsonl", "trajectories", "config.toml")):
+    names = ("metrics.jsonl", "trajectories", "config.toml", OUTCOMES)
+    if not any((folder / name).exists() for name in names):
         raise UserError(
             f"{folder} is not a run folder: it has no metrics.jsonl, trajectories/ or config.toml; "
             "name the folder that training printed, for example runs/<time>-world"
@@ -139,6 +142,29 @@ def read_groups(path: Path, notes: Notes) -> Iterator[list[RolloutRow]]:
 
     for _, members in groupby(rows(), key=lambda row: row.group_id):
         yield list(members)
+
+
+def read_episodes(path: Path, notes: Notes) -> Iterator[list[RolloutRow]]:
+    """The episodes of an evaluation's outcomes.jsonl, a group a task: its samples, or the attacks on it.
+
+    Text alone: an evaluation keeps no tokens, so there is no prefix tree, and nothing was judged.
+    """
+    tasks: dict[tuple[str, int], list[RolloutRow]] = {}
+    for number, line in _lines(path, notes):
+        try:
+            row = json.loads(line)
+            outcome = row["outcome"]
+            attack = row.get("attack") or {}
+            shown = {name: outcome[name] for name in ("kind", "status", "harm", "done", "details")}
+            course = {name: row[name] for name in ("messages", "tools") if name in row}
+            steps = [{**step, "span": (0, 0)} for step in row["steps"]]
+            own = {"task_id": row["task_id"], "group_id": row["index"], "rollout_id": number - 1}
+            told = {"attack": attack.get("name"), "steps": steps}
+            members = tasks.setdefault((row["suite"], row["index"]), [])
+            members.append(RolloutRow.model_validate({**shown, **course, **own, **told}))
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            notes.add(f"{path.name}, line {number} is incomplete and left out")
+    yield from tasks.values()
 
 
 def decided(group: Sequence[RolloutRow]) -> list[list[float]] | None:

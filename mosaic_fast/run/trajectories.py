@@ -132,7 +132,7 @@ def rollout_row(rollout: Rollout) -> dict[str, object]:
         "task_id": rollout.task.task_id,
         "kind": rollout.task.kind,
         "split": rollout.task.split,
-        **({} if rollout.task.attack is None else {"attack": rollout.task.attack}),
+        "attack": rollout.task.attack,
         "status": rollout.status,
         "harm": rollout.verdict.harm,
         "done": rollout.verdict.done,

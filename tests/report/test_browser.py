@@ -343,13 +343,8 @@ def test_the_page_opens_on_a_group_that_differs_and_its_conversation_comes_first
     assert page.evaluate("location.hash") == "#view=trajectories"
     parts = page.evaluate("[...document.querySelector('.columns').children].map((e) => e.className)")
     assert parts == ["conversation", "group"]
-    statuses = page.evaluate("new Set([...document.querySelectorAll('.row')].map((e) => e.textContent)).size")
-    assert statuses > 1
-    shown = "document.querySelector('#detail').dataset.at"
-    before = page.evaluate(shown)
     page.open(address + "#view=trajectories&status=refused")
     page.wait_for("document.querySelector('.pane .matrix')")
-    assert isinstance(before, str)
     assert "refused" in text(page, ".pane")
 
 

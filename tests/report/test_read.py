@@ -281,3 +281,25 @@ def test_damage_to_what_no_reader_needs_costs_no_row(tmp_path: Path):
     rows = [json.loads(line) | damage for line in file.read_text(encoding="utf-8").splitlines()]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     assert [len(group) for group in group_rows(folder)] == [4]
+
+
+def test_an_evaluation_has_the_page_too(tmp_path: Path):
+    """Its episodes, a group a task; a line that is cut off is noted and left out."""
+    outcome = {"kind": "injected", "status": "answered", "harm": True, "done": False, "details": {}}
+    step = {"plan": "p", "check": None, "action": "answer", "answer": "a", "text": "t", "well_formed": True}
+    row = {"suite": "world", "sample": 0, "task_id": "t", "outcome": outcome, "messages": [], "steps": [step]}
+    rows = [
+        {**row, "index": index, "attack": {"name": f"a{n}", "number": n}} for index in (0, 1) for n in (0, 1)
+    ]
+    text = "".join(json.dumps(one) + "\n" for one in rows)
+    (tmp_path / "outcomes.jsonl").write_text(text + '{"suite": "wor')
+    run = collect_run(tmp_path, 100)
+    assert len(run.groups) == 2
+    assert [(entry.group, entry.place, entry.flags & 1) for entry in run.rollouts] == [
+        (0, 0, 1),
+        (0, 1, 1),
+        (1, 0, 1),
+        (1, 1, 1),
+    ]
+    assert len(run.notes) == 1
+    assert "line 5 is incomplete" in run.notes[0]

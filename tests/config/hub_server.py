@@ -154,7 +154,7 @@ def model_data(**settings: object) -> dict[str, bytes]:
     folder = Path(str(files("mosaic_fast.setup").joinpath("embedded")))
     found = {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
     config = json.loads(found["config.json"]) | settings
-    return found | {"config.json": json.dumps(config).encode(), "onnx/model.onnx": b"x" * 200_000}
+    return found | {"config.json": json.dumps(config).encode(), "original/model.safetensors": b"x" * 200_000}
 
 
 def offline(monkeypatch: pytest.MonkeyPatch) -> None:

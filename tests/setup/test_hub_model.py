@@ -34,7 +34,7 @@ def test_a_model_is_pinned_before_its_weights_are_downloaded(
     assert dry_run(config) == 0
     assert not any("GET" in path and "safetensors" in path for path in hub.asked)
     folder = model_folder(config.model.path)
-    assert not (folder / "onnx").exists()
+    assert not (folder / "original").exists()
     assert load_policy(config, folder)
     assert load_tokenizer(folder)
     assert model_and_config(REPO, None)[1] == folder, "evaluated and served too"

@@ -23,9 +23,9 @@ from mosaic_rollout.types import Rollout
 FIRST_STEPS = 5
 """Steps that are watched more closely: what is far from usual there is mended before hours are spent."""
 LEAST_VALID = 0.5
-"""First steps: share of rollouts that keep to the loop's format; the default run has 0.94 and more."""
+"""First steps: share of rollouts that keep to the loop's format; runs in the world start at 0.94 and more."""
 MOST_TRUNCATED = 0.25
-"""First steps: share of rollouts that a limit cuts off; the default run has 0.03 and less."""
+"""First steps: share of rollouts that a limit cuts off; runs in the world start at 0.03 and less."""
 LARGEST_MISMATCH = 1.0
 """Nats a token between engine and trainer, which compute the same policy."""
 REPEATED_AFTER = 20
@@ -46,7 +46,7 @@ class _Usual:
 LATER = _Usual(gradient_clips=100.0, kl=1.0, ratio=10.0)
 """Beyond these the clip holds nothing, and the policy has left the reference."""
 AT_FIRST = _Usual(gradient_clips=10.0, kl=0.2, ratio=1.5)
-"""Within FIRST_STEPS the policy is still next to its reference; the default run has a tenth of these."""
+"""Within FIRST_STEPS, next to the reference; runs in the world reach a tenth of KL and norm."""
 
 
 @dataclass(frozen=True)

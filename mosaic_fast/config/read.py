@@ -210,13 +210,14 @@ def _on_hub(
 
 
 def _options_on_hub(arguments: Sequence[str], run_dir: str | None) -> list[str]:
-    """Options with names on the hub pinned."""
-    changed = list(arguments)
-    for place, argument in enumerate(arguments):
-        option, equals, value = argument.partition("=")
+    """Options with names on the hub pinned; of several with one key the last, which is the one that holds."""
+    changed, seen = list(arguments), set[str]()
+    for place in reversed(range(len(arguments))):
+        option, equals, value = arguments[place].partition("=")
         key = option.removeprefix("--").replace("-", "_")
-        if not option.startswith("--") or key not in _ON_HUB:
+        if not option.startswith("--") or key not in _ON_HUB or key in seen:
             continue
+        seen.add(key)
         if equals:
             changed[place] = f"{option}={_pin(value, key, run_dir)}"
         elif place + 1 < len(arguments):

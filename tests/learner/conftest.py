@@ -8,6 +8,8 @@ from tools.warmstart.tokenizer import build_tokenizer
 from tools.warmstart.training import Recipe, build_model
 
 STEPS = 5
+BANDIT = ("--attacks.pick", "bandit", "--attacks.names", "system: now", "note: also")
+"""Its counts are part of what a resumed run goes on with."""
 
 
 @pytest.fixture(scope="session")
@@ -24,8 +26,6 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def options(model_folder: Path) -> list[str]:
     return [
-        # a bandit's counts are part of what a resumed run goes on with
-        *("--attacks.pick", "bandit", "--attacks.names", "system: now", "note: also"),
         *("--model.path", str(model_folder), "--model.threads", "1", "--steps", str(STEPS)),
         *("--rollout.prompts-per-step", "2", "--rollout.max-step-tokens", "24", "--env.eval-tasks", "6"),
         *(

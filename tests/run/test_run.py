@@ -20,7 +20,12 @@ from mosaic_fast.errors import TrainingError, UserError
 from mosaic_fast.learner.checkpoint import latest_checkpoint
 from mosaic_fast.train import train
 from tests.evaluate.serving import evaluate
-from tests.learner.conftest import STEPS
+from tests.learner.conftest import BANDIT, STEPS
+
+
+@pytest.fixture(scope="session")
+def options(options: list[str]) -> list[str]:
+    return [*options, *BANDIT]
 
 
 @pytest.fixture(scope="session")

@@ -106,7 +106,7 @@ def test_a_judge_that_fails_stops_the_evaluation_and_what_it_said_is_kept(
 
     with endpoint(policy) as served, endpoint(answer) as asked:
         with pytest.raises(
-            UserError, match=r"valid answer in 2 tries.*No grade was made up(.|\n)*go on with"
+            UserError, match=r"valid answer in 2 tries.*No answer was made up(.|\n)*go on with"
         ):
             played(monkeypatch, tmp_path, served, asked)
         assert all(row["task_id"] in "de" for row in outcomes(tmp_path / "out"))

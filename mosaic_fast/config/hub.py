@@ -2,7 +2,7 @@
 
 | written | what it is |
 |---|---|
-| `org/name` | a local folder of that name where there is one, else the hub's repository |
+| `org/name` | a path of this machine where there is one, or a folder `org`; else the hub's repository |
 | `hf:org/name` | the hub's repository, whatever lies here |
 | `...@revision` | a branch, a tag or a commit; without it `main` |
 | `...:path` | one file of a repository of data |
@@ -66,8 +66,11 @@ def hub_name(text: str) -> HubName | None:
     found = _NAME.fullmatch(text)
     if found is None:
         return None
+    repo = Path(found["repo"])
     if not found["prefix"] and (
-        Path(text).exists() or (text.endswith((".json", ".jsonl")) and not found["file"])
+        Path(text).exists()
+        or repo.parent.is_dir()  # a folder mistyped beside others is not told to the hub
+        or (repo.suffix in (".json", ".jsonl") and text == found["repo"])
     ):
         return None
     return HubName(found["repo"], found["revision"], found["file"])

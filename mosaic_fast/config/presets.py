@@ -6,6 +6,7 @@ GPU: what fits there is what the estimate of `--dry-run` says.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -103,19 +104,11 @@ def preset_in_words(config: Config) -> str | None:
 
 
 def presets_table() -> list[str]:
-    """The lines of a table for each preset: key, value and reason, for docs/configuration.md."""
+    """The lines of a table for each preset for docs/configuration.md; a value in JSON is one in TOML."""
     lines = []
     for name, preset in PRESETS.items():
         lines += ["", f"`{name}`: {preset.words}.", "", "| key | value | why |", "|---|---|---|"]
-        lines += [f"| `{key}` | `{_toml(value)}` | {why} |" for key, (value, why) in preset.reasons.items()]
+        lines += [
+            f"| `{key}` | `{json.dumps(value)}` | {why} |" for key, (value, why) in preset.reasons.items()
+        ]
     return lines
-
-
-def _toml(value: Value) -> str:
-    return (
-        str(value).lower()
-        if isinstance(value, bool)
-        else f'"{value}"'
-        if isinstance(value, str)
-        else str(value)
-    )

@@ -49,6 +49,7 @@ def test_a_local_folder_wins_unless_the_hub_is_named(hub: HubServer) -> None:
     assert hub_name(REPO) is None
     assert model_files(REPO) == Path(REPO)
     assert pinned(f"hf:{REPO}", "model.path", "model").startswith(f"hf:{REPO}@")
+    assert hub_name(str(Path(REPO).with_name("mistyped"))) is None, "beside a folder that is here"
     for local in ("embedded", "./a/b", "/a/b", "a/b/c", "a", "a/b.jsonl", "a/b.json"):
         assert hub_name(local) is None
 

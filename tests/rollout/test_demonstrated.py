@@ -234,6 +234,11 @@ BAD = {
     "user last": ([*OPENING, TURNS[2], MORE[0]], [], "the last message is the user's"),
     "output after an answer": ([*OPENING, TURNS[2], TURNS[1]], [TOOL], "the tool speaks after an answer"),
     "unknown tool": ([*OPENING, *TURNS], [], "message 3: it calls 'pay', and its tools are none"),
+    "tools of odd names": (
+        [*OPENING, *TURNS],
+        [{"type": "function", "function": {"name": "a\nb", "parameters": {}}}],
+        r"its tools are 'a\nb'",
+    ),
     "unknown role": ([{"role": "boss", "content": "x"}], [], "message 1: \"role\" is 'boss'"),
     "no text": ([*OPENING, {"role": "assistant", "content": ""}], [], "neither says nor calls anything"),
     "open tag": (
@@ -266,7 +271,7 @@ def test_arguments_that_the_schema_refuses_are_named(tmp_path: Path):
         call = {**CALL, "function": {"name": "pay", "arguments": arguments}}
         turn = {"role": "assistant", "content": "", "tool_calls": [call]}
         with pytest.raises(
-            UserError, match="line 1, message 3: the schema of pay refuses the call"
+            UserError, match="line 1, message 3: the schema of 'pay' refuses the call"
         ) as raised:
             recorded(tmp_path, {"messages": [*OPENING, turn], "tools": [TOOL]})
         assert said in str(raised.value)

@@ -223,10 +223,10 @@ def _checked(where: str, call: ToolCall, tools: Sequence[ToolSchema]) -> ToolCal
     """The call. UserError where no tool has its name, or where the tool's schema refuses its arguments."""
     schema = REFUSAL_SCHEMA if call.name == REFUSAL_TOOL else find_schema(tools, call.name)
     if schema is None:
-        there = ", ".join(str(cast(Message, tool["function"])["name"]) for tool in tools) or "none"
-        raise UserError(f"{where}: it calls {call.name!r}, and its tools are {there}")
+        there = ", ".join(shown(cast(Message, tool["function"])["name"]) for tool in tools) or "none"
+        raise UserError(f"{where}: it calls {shown(call.name)}, and its tools are {there}")
     if (wrong := wrong_arguments(schema, call.arguments)) is not None:
-        raise UserError(f"{where}: the schema of {call.name} refuses the call: {wrong}")
+        raise UserError(f"{where}: the schema of {shown(call.name)} refuses the call: {wrong}")
     return call
 
 
